@@ -1,0 +1,193 @@
+"""What the parts of the MeanFlow recipe are worth: five variants at the demo's budget, over seeds, and the full recipe once.
+
+`python benchmarks/meanflow_study.py` trains every variant through the command line, from the demo's config with a few settings
+changed, reads each run's `summary.json`, and writes `benchmarks/results/meanflow_study.json`, a table and a plot. Runs that are
+there already are not repeated, so an interrupted study goes on where it stopped.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NEVER = 10**9
+STEPS = ("1", "2", "4", "8")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "differential_original_time": {"switch_at": 0, "time_embedding": "original", "aligned": False},
+    "differential": {"switch_at": 0, "time_embedding": "smooth", "aligned": False},
+    "discrete": {"switch_at": NEVER, "time_embedding": "smooth", "aligned": False},
+    "switched": {"switch_at": None, "time_embedding": "smooth", "aligned": False},
+    "switched_aligned": {"switch_at": None, "time_embedding": "smooth", "aligned": True},
+}
+"""Of each variant: the step of the switch (None is the demo's own rule), the time embedder, and the alignment."""
+
+
+def full_config(name: str) -> dict[str, Any]:
+    """Every setting of a shipped config, as the command line prints it."""
+    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", name, "--print_config"]
+    settings: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return settings
+
+
+def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Path) -> dict[str, Any]:
+    """The demo's settings with those of a variant."""
+    settings, choice = copy.deepcopy(demo), VARIANTS[variant]
+    settings["seed_everything"] = seed
+    settings["data"]["init_args"]["seed"] = seed
+    model, trainer = settings["model"]["init_args"], settings["trainer"]
+    model["student"]["time_embedding"] = choice["time_embedding"]
+    if not choice["aligned"]:
+        model["alignment"] = None
+    trainer["default_root_dir"] = str(directory)
+    trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
+    callbacks = []
+    for callback in trainer["callbacks"]:
+        name = callback["class_path"].rsplit(".", 1)[-1]
+        if name in ("ExportPipeline", "AtomicCheckpoint", "LogPictures", "DistillProgressBar"):
+            continue  # of no use to the study
+        if name == "SwitchSolution" and choice["switch_at"] is not None:
+            # The ablations have no way back: a collapse is to be seen.
+            callback["init_args"] |= {"threshold": None, "latest_step": choice["switch_at"], "guard_factor": None}
+        callbacks.append(callback)
+    trainer |= {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": False}
+    return settings
+
+
+def run(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Train, unless it was done before, and return the run's summary."""
+    summary = directory / "summary.json"
+    if not summary.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
+        with (directory / "log.txt").open("w") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+    found: dict[str, Any] = json.loads(summary.read_text())
+    return found
+
+
+def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread of the student's figures over seeds; the spread of one seed is 0."""
+    accuracy = {n: [summary["student"][n] for summary in summaries] for n in STEPS}
+    diversity = {n: [summary["diversity"]["student"][n] for summary in summaries] for n in STEPS}
+    return {
+        "accuracy": {n: statistics.mean(values) for n, values in accuracy.items()},
+        "std": {n: statistics.stdev(values) if len(values) > 1 else 0.0 for n, values in accuracy.items()},
+        "diversity": {n: statistics.mean(values) for n, values in diversity.items()},
+        "minutes": statistics.mean(summary["minutes"] for summary in summaries),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures in Markdown: accuracy in percent, with the standard deviation over seeds."""
+    rows = [
+        "| variant | 1 step | 2 steps | 4 steps | 8 steps | diversity at 1 | minutes |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    named = {**result["variants"], **({"full recipe": result["full"]} if result["full"] else {})}
+    for name, figures in named.items():
+        cells = [f"{100 * figures['accuracy'][n]:.1f} ± {100 * figures['std'][n]:.1f}" for n in STEPS]
+        rows.append(f"| {name} | {' | '.join(cells)} | {figures['diversity']['1']:.3f} | {figures['minutes']:.1f} |")
+    teacher = result["teacher"]
+    cells = [f"{100 * teacher[n]:.1f}" for n in STEPS]
+    rows.append(
+        f"| teacher (32 steps: {100 * teacher['32']:.1f}) | {' | '.join(cells)} | {result['teacher_diversity']:.3f} | |"
+    )
+    return "\n".join(rows) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Accuracy against steps, a line a variant."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    x = [int(n) for n in STEPS]
+    named = {**result["variants"], **({"full recipe": result["full"]} if result["full"] else {})}
+    for name, figures in named.items():
+        values, spread = ([figures[key][n] for n in STEPS] for key in ("accuracy", "std"))
+        axes.errorbar(x, values, spread, marker="o", capsize=3, label=name.replace("_", " "))
+    axes.plot(x, [result["teacher"][n] for n in STEPS], "k--", marker="s", label="teacher")
+    axes.axhline(result["teacher"]["32"], color="k", linewidth=0.8, linestyle=":", label="teacher, 32 steps")
+    axes.set(xscale="log", xlabel="steps", ylabel="prompt accuracy", ylim=(0, 1), xticks=x, xticklabels=STEPS)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def curves(directory: Path, variants: list[str], seeds: list[int], path: Path) -> None:
+    """Validation accuracy at one step over training, a line a variant, averaged over seeds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    tags = {"val/prompt_accuracy/nfe_1": "prompt accuracy, 1 step", "val/average_velocity_error": "average velocity error"}
+    for axes, (tag, label) in zip(panels, tags.items(), strict=True):
+        for variant in variants:
+            found: dict[int, list[float]] = {}
+            for seed in seeds:
+                for log in sorted((directory / variant / str(seed) / "logs").glob("version_*")):
+                    events = EventAccumulator(str(log)).Reload()
+                    for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else []:
+                        found.setdefault(event.step, []).append(event.value)
+            steps = sorted(found)
+            axes.plot(steps, [statistics.mean(found[step]) for step in steps], marker=".", label=variant.replace("_", " "))
+        axes.set(xlabel="batches", ylabel=label)
+        axes.grid(alpha=0.3)
+    panels[1].set_yscale("log")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run what is missing, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="variants to run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go and are looked for")
+    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    parser.add_argument("--no-full", action="store_true", help="leave the full recipe out")
+    arguments = parser.parse_args()
+    demo, seeds = full_config("shapes_meanflow.yaml"), list(range(arguments.seeds))
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for seed in seeds:  # seeds outside, so that an interrupted study compares all variants
+        for variant in arguments.variants:
+            directory = arguments.runs / variant / str(seed)
+            summaries.setdefault(variant, []).append(run(variant_config(demo, variant, seed, directory), directory))
+            print(variant, seed, summaries[variant][-1]["student"], flush=True)
+    full = {}
+    if not arguments.no_full:
+        settings = full_config("shapes_meanflow_full.yaml")
+        settings["trainer"]["default_root_dir"] = str(arguments.runs / "full")
+        full = merge([run(settings, arguments.runs / "full")])
+    first = summaries[arguments.variants[0]][0]
+    result = {
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "machine": arguments.machine,
+        "seeds": seeds,
+        "teacher": first["teacher"],
+        "teacher_diversity": first["diversity"]["teacher"]["32"],
+        "variants": {variant: merge(found) for variant, found in summaries.items()},
+        "full": full,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "meanflow_study.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "meanflow_study.md").write_text(table(result))
+    plot(result, RESULTS / "meanflow_study.png")
+    curves(arguments.runs, arguments.variants, seeds, RESULTS / "meanflow_study_curves.png")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Callbacks: the switch of solutions, what a user sees, and what a run can be resumed from."""
+
+from lightning.pytorch.callbacks import LearningRateMonitor
+
+from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
+from lightning_distill.callbacks.export import ExportPipeline
+from lightning_distill.callbacks.layout import TensorBoardLayout
+from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
+from lightning_distill.callbacks.pictures import LogPictures
+from lightning_distill.callbacks.progress import DistillProgressBar
+from lightning_distill.callbacks.random_state import RandomState
+from lightning_distill.callbacks.report import FinalReport
+from lightning_distill.callbacks.sanity import StopOnNonFinite
+from lightning_distill.callbacks.switch import SwitchSolution
+
+__all__ = [
+    "AtomicCheckpoint",
+    "DistillProgressBar",
+    "ExportPipeline",
+    "FinalReport",
+    "LearningRateMonitor",
+    "LogPictures",
+    "OptimizerSettings",
+    "RandomState",
+    "StopOnNonFinite",
+    "SwitchSolution",
+    "TensorBoardLayout",
+]

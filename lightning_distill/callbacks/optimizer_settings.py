@@ -1,0 +1,63 @@
+"""What the command line says about the optimizer counts after a resume too."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+_Groups = list[list[dict[str, Any]]]
+
+
+class OptimizerSettings(Callback):
+    """Applies changed optimizer settings when a run is resumed.
+
+    A checkpoint holds the optimizer's state together with its settings, and restoring it silently undoes a learning rate,
+    weight decay or momentum that was changed for the resumed run. This callback saves what the optimizers were configured
+    with; where a resumed run is configured otherwise, the change is put back in force. A scheduled learning rate is scaled by
+    the ratio of the new base rate to the old. Settings that did not change are left as restored, so resuming stays exact.
+    """
+
+    def __init__(self) -> None:
+        self._given: _Groups = []
+        self._saved: _Groups = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the settings before the checkpoint's state replaces them."""
+        self._given = [[_settings(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put changed settings back in force."""
+        changes = []
+        for optimizer, given, saved in zip(trainer.optimizers, self._given, self._saved, strict=False):
+            for group, new, old in zip(optimizer.param_groups, given, saved, strict=False):
+                for name in new:
+                    if name in old and new[name] != old[name]:
+                        changes.append(f"{name} {old[name]} -> {new[name]}")
+                        _apply(group, name, old[name], new[name])
+        for config in trainer.lr_scheduler_configs:
+            groups = config.scheduler.optimizer.param_groups
+            if changes and hasattr(config.scheduler, "base_lrs"):
+                config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        if changes:
+            rank_zero_warn(f"the optimizer goes on with changed settings: {', '.join(dict.fromkeys(changes))}")
+        self._saved = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the optimizers were configured with."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what they were configured with in the checkpoint's run."""
+        self._saved = state_dict["given"]
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    # With a scheduler `lr` is already the scheduled one; its base is `initial_lr`.
+    scheduled = "lr" if "initial_lr" in group else None
+    return {name: value for name, value in group.items() if name != scheduled and isinstance(value, int | float | tuple)}
+
+
+def _apply(group: dict[str, Any], name: str, old: Any, new: Any) -> None:
+    if name == "initial_lr":
+        group["lr"] = group["lr"] * new / old if old else new
+    group[name] = new

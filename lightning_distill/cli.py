@@ -1,0 +1,224 @@
+"""The command line: a thin LightningCLI, `python -m lightning_distill fit|validate|test|predict|sample`."""
+
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import ActionConfigFile, set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+import lightning_distill.callbacks
+import lightning_distill.callbacks.checkpoint
+import lightning_distill.data
+import lightning_distill.methods
+import lightning_distill.models  # noqa: F401  # these are imported so that short class names resolve in configs
+from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
+from lightning_distill.callbacks.random_state import RandomState
+from lightning_distill.callbacks.sanity import StopOnNonFinite
+from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
+from lightning_distill.errors import ConfigurationError, NonFiniteError
+
+ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite)
+
+
+class NamedConfig(ActionConfigFile):
+    """`--config NAME`: a file, else a shipped config, after the files it names under `base`."""
+
+    @staticmethod
+    def apply_config(parser: Any, cfg: Any, dest: str, value: Any) -> None:
+        """Read the files in turn; settings written in place of a file name go to jsonargparse as they are."""
+        text = str(value)
+        written_out = "\n" in text or text.lstrip().startswith("{")
+        for part in [value] if written_out else config_chain(text):
+            ActionConfigFile.apply_config(parser, cfg, dest, part if written_out else str(part))
+
+
+class DistillParser(LightningArgumentParser):
+    """Parser of configs with a `base`, whose errors leave out the usage, which is pages long here."""
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """Parse the settings of one file."""
+        return super().parse_string(without_base(content), *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and end with exit code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(2, f"error: {_configuration_error(ex) or message}\n")
+        raise AssertionError("unreachable")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the settings of a `fit` into its logger's directory, and nothing where there is no logger."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save `config.yaml`; one from an earlier run into the same directory is replaced."""
+        if stage == "fit" and trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class DistillCLI(LightningCLI):
+    """LightningCLI with any method for the model and any DataModule for the data.
+
+    Every run gets `RandomState`, `OptimizerSettings` and `StopOnNonFinite`, unless its settings list them already.
+
+    Args:
+        args: Arguments without the program's name; None takes those of the process.
+
+    Raises:
+        ConfigurationError: If a setting cannot work.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=DistillParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=None if args is None else list(args),
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with interpolation across config files, `--config` by name, and no duplicate keys."""
+        kwargs.setdefault(
+            "description", "Few-step distillation; `sample` (see `sample --help`) draws with an exported pipeline."
+        )
+        parser = self.parser_class(parser_mode="omegaconf+", dump_header=[f"torch=={torch.__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=NamedConfig, help="File, or name of a shipped config; may be repeated.")
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without Lightning's warning about arguments given from Python."""
+        self.config = parser.parse_args(args)
+        self._dump_config()
+        refuse_bad_learning_rates(self.config_dump)
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint that is not there; Lightning would also put its settings in place of this run's."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in ("last", "best", "hpc") and "://" not in str(path) and not Path(path).exists():
+            raise ConfigurationError(
+                f"ckpt_path {str(path)!r} does not exist; give an existing checkpoint or leave ckpt_path out"
+            )
+
+    def _report_differences(self, path: Path) -> None:
+        """Say in one warning where the checkpoint's model settings differ from this run's."""
+        saved = _saved_settings(path)
+        model = self.config_dump["model"]
+        given = flatten({"class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})})
+        differing = [
+            f"{name} {given.get(name, 'unset')} (checkpoint: {saved.get(name, 'unset')})"
+            for name in sorted(saved.keys() | given.keys())
+            if saved and saved.get(name) != given.get(name)
+        ]
+        if differing:
+            rank_zero_warn(f"checkpoint {path} was saved under other settings; this run keeps its own: {', '.join(differing)}")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        listed = config.get("callbacks") or []
+        listed = listed if isinstance(listed, list) else [listed]
+        always = [kind() for kind in ALWAYS if not any(isinstance(item, kind) for item in listed)]
+        try:
+            return super()._instantiate_trainer({**config, "callbacks": [*always, *listed]}, callbacks)
+        except MisconfigurationException as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(
+                f"the trainer does not go with this machine or its settings ({reason.rstrip('!.')}); trainer.accelerator is "
+                f"{config['accelerator']!r}, and 'auto' or 'cpu' runs without a GPU"
+            ) from error
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        path = kwargs.get("ckpt_path")
+        if path == "best":
+            raise ConfigurationError("ckpt_path 'best' is only known to the process that trained; give the checkpoint's file")
+        if path == "last":
+            path = kwargs["ckpt_path"] = _last_checkpoint(self.trainer)
+        if path and Path(path).is_file():  # a sharded checkpoint is a directory, and its settings are not in one file
+            self._report_differences(Path(path))
+        return kwargs
+
+
+def _saved_settings(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"ckpt_path {str(path)!r} cannot be read ({reason}); give another checkpoint") from error
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    saved.pop("_instantiator", None)
+    if "_class_path" in saved:
+        saved["class_path"] = saved.pop("_class_path")
+    return flatten(saved) if saved else {}
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    found = [path for callback in callbacks for path in callback._find_last_checkpoints(trainer)]
+    if not found:
+        places = ", ".join(str(callback.dirpath) for callback in callbacks if callback.dirpath) or "the run's new log directory"
+        raise ConfigurationError(
+            f"ckpt_path is 'last', but there is no last checkpoint in {places}; leave ckpt_path out to start afresh, "
+            "or give the checkpoint's file"
+        )
+    return max(found, key=lambda path: Path(path).stat().st_mtime)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        args: Arguments without the program's name; None takes those of the process.
+
+    Raises:
+        SystemExit: With code 2 after a setting that cannot work, 1 after a loss that is not finite, 143 after SIGTERM; the
+            reason is one sentence on stderr.
+    """
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata calls it at every loader
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning, every fit
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # teachers and encoders are meant to be
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # diffusers 0.41 knows no other name
+    # Checkpoints of manually optimized methods hold the state after the step, like those of all others.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    argv = sys.argv[1:] if args is None else list(args)
+    try:
+        if argv[:1] == ["sample"]:
+            # Imported by name and late: sampling needs none of the training code.
+            import_module("lightning_distill.sampling").main(argv[1:])
+        else:
+            DistillCLI(args)
+    except ValueError as error:
+        if (found := _configuration_error(error)) is None:
+            raise
+        _end(found, 2)
+    except NonFiniteError as error:
+        _end(error, 1)
+    except SIGTERMException:
+        sys.exit(143)  # 128 + SIGTERM: Lightning would end with 0, as if the run were complete
+
+
+def _configuration_error(error: BaseException | None) -> ConfigurationError | None:
+    """The error that others were raised from: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, ConfigurationError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _end(error: Exception, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(code)

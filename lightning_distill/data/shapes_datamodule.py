@@ -1,0 +1,176 @@
+"""Shapes as a LightningDataModule: pictures drawn once at set-up, batches cut from one tensor."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_distill.data.resumable import ResumableData
+from lightning_distill.data.shapes import CATEGORIES, Prompt, prompts, render, sample_scene
+from lightning_distill.errors import ConfigurationError
+
+_CHUNK = 2000  # pictures drawn at a time; bounds the float canvas to 25 MB
+
+
+class ShapesDataset(Dataset[dict[str, Any]]):
+    """Captions with, or without, their pictures, fetched a batch at a time.
+
+    Args:
+        texts: One caption a sample.
+        images: Pictures (N, 3, 32, 32), uint8, or None where only captions are wanted.
+    """
+
+    def __init__(self, texts: Sequence[str], images: Tensor | None = None) -> None:
+        self.texts = list(texts)
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A batch of one sample."""
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
+        """A whole batch: the loader calls this once a batch in place of `__getitem__` once a sample.
+
+        Returns:
+            `prompt`, list of B captions; `index` (B,), int64; and `image` (B, 3, 32, 32), float in [-1, 1], if there are any.
+        """
+        index = torch.tensor(indices, dtype=torch.int64)
+        batch: dict[str, Any] = {"prompt": [self.texts[i] for i in indices], "index": index}
+        if self.images is not None:
+            batch["image"] = self.images[index].float().div_(127.5).sub_(1.0)
+        return batch
+
+
+class ShapesData(ResumableData):
+    """The Shapes world for training, validation, test and prediction.
+
+    Training picture i is a function of (`seed`, i) alone and the order of an epoch of (`seed`, epoch) alone, so a run
+    resumed in the middle of an epoch sees what the uninterrupted run would have seen. Validation and test use fresh
+    pictures that do not depend on `seed`: runs with different seeds are scored on the same ones. Their prompts take turns
+    through the categories, so that every batch holds all of them.
+
+    Args:
+        size: Number of training pictures.
+        batch_size: Samples a batch and process.
+        seed: Seed of the training pictures and of their order.
+        category_weights: How often each category occurs in training, in any unit; categories left out do not occur. None
+            gives all six the same weight.
+        prompts_per_category: Number of validation and test prompts of each category.
+        held_out: Whether `test` asks for the compositions that never occur in training (they exist in `position` and
+            `color_attr`) instead of the training prompts.
+        num_workers: Worker processes a loader. Batches are slices of one tensor, so 0 is usually fastest.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        size: int = 20000,
+        batch_size: int = 64,
+        seed: int = 0,
+        category_weights: dict[str, float] | None = None,
+        prompts_per_category: int = 40,
+        held_out: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed, num_workers)
+        for name, value in (("size", size), ("prompts_per_category", prompts_per_category)):
+            if value < 1:
+                raise ConfigurationError(f"data.{name} is {value}; set it to 1 or more")
+        if batch_size > size:
+            raise ConfigurationError(
+                f"data.batch_size {batch_size} is larger than data.size {size}; lower batch_size or raise size"
+            )
+        self.size = size
+        self.category_weights = _checked(category_weights)
+        self.prompts_per_category = prompts_per_category
+        self.held_out = held_out
+        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, which may share a name
+        self._train: ShapesDataset | None = None
+        self._validation: ShapesDataset | None = None
+        self._test: ShapesDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the pictures that a stage needs: 20,000 take about three seconds."""
+        if stage in ("fit", None) and self._train is None:
+            self._train = self._draw_training()
+        if stage in ("fit", "validate", "predict", None) and self._validation is None:
+            self._validation = _draw_evaluation("validation", self.prompts_per_category, held_out=False)
+        if stage in ("test", None) and self._test is None:
+            self._test = _draw_evaluation("test", self.prompts_per_category, held_out=self.held_out)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Shuffled batches of `prompt`, `image`, `index`; the incomplete last batch is left out."""
+        return self.training_loader(_ready(self._train))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Batches of `prompt`, `image`, `index` in a fixed order."""
+        return self.evaluation_loader(_ready(self._validation))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Batches of `prompt`, `image`, `index` in a fixed order; of held-out compositions if `held_out` is set."""
+        return self.evaluation_loader(_ready(self._test))
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The validation prompts without their pictures: batches of `prompt` and `index`."""
+        return self.evaluation_loader(ShapesDataset(_ready(self._validation).texts))
+
+    def _draw_training(self) -> ShapesDataset:
+        pool = prompts(held_out=False)
+        weights = [self.category_weights.get(category, 0.0) for category in CATEGORIES]
+        texts: list[str] = []
+        images = torch.empty(self.size, 3, 32, 32, dtype=torch.uint8)
+        for start in range(0, self.size, _CHUNK):
+            scenes = []
+            for i in range(start, min(start + _CHUNK, self.size)):
+                rng = random.Random(f"{self.seed}/{i}")
+                prompt = rng.choice(pool[rng.choices(CATEGORIES, weights)[0]])
+                texts.append(prompt.text)
+                scenes.append(sample_scene(prompt, rng))
+            images[start : start + _CHUNK] = render(scenes)
+        return ShapesDataset(texts, images)
+
+
+def evaluation_prompts(per_category: int, *, held_out: bool) -> Iterator[Prompt]:
+    """Prompts that take turns through the categories, the same in every run.
+
+    Those of a category come in a fixed shuffled order, begun again where there are fewer than asked for.
+    """
+    turns = []
+    for category, found in prompts(held_out=held_out).items():
+        shuffled = random.Random(category).sample(found, len(found))
+        turns.append(islice(cycle(shuffled), per_category))
+    for together in zip(*turns, strict=True):
+        yield from together
+
+
+def _draw_evaluation(stage: str, per_category: int, *, held_out: bool) -> ShapesDataset:
+    asked = list(evaluation_prompts(per_category, held_out=held_out))
+    scenes = [sample_scene(prompt, random.Random(f"{stage}/{i}")) for i, prompt in enumerate(asked)]
+    return ShapesDataset([prompt.text for prompt in asked], render(scenes))
+
+
+def _checked(weights: dict[str, float] | None) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(CATEGORIES, 1.0)
+    if unknown := [name for name in weights if name not in CATEGORIES]:
+        raise ConfigurationError(f"data.category_weights names {unknown[0]!r}; choose from {', '.join(CATEGORIES)}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
+        raise ConfigurationError(f"data.category_weights is {weights}; give weights of 0 or more, at least one above 0")
+    return dict(weights)
+
+
+def _ready(dataset: ShapesDataset | None) -> ShapesDataset:
+    if dataset is None:
+        raise RuntimeError("ShapesData has not drawn its pictures yet; call setup(stage) first")
+    return dataset

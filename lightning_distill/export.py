@@ -1,0 +1,217 @@
+"""Trained networks as diffusers pipeline directories, with a model card."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+from safetensors import safe_open
+from torch import nn
+
+from lightning_distill import __version__
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.base import ModelAdapter
+
+MARK = "export.json"
+"""File that tells a directory written by this module from any other."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the README of an exported pipeline says.
+
+    Args:
+        method: Name of the method that trained the network.
+        teacher: Name, directory or hub id of the teacher; of the starting weights where there was none.
+        nfe: Numbers of steps the network was validated at.
+        height: Height of its pictures in pixels.
+        width: Width of its pictures in pixels.
+        guidance_scale: Guidance scale that was distilled in, or that a teacher was validated under.
+        steps: Optimizer steps of the training.
+        minutes: Time the training took.
+        figures: Measured figures by name, such as "val/prompt_accuracy/nfe_4".
+        notes: Further paragraphs, in Markdown.
+    """
+
+    method: str
+    teacher: str
+    nfe: Sequence[int]
+    height: int
+    width: int
+    guidance_scale: float = 1.0
+    steps: int | None = None
+    minutes: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    notes: str = ""
+
+
+def export_student(adapter: ModelAdapter, student: nn.Module, directory: str | Path, card: ModelCard) -> Path:
+    """Write a student as a pipeline that draws in a few steps, with the code that it needs.
+
+    It loads in any process that has diffusers, by `DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)`.
+
+    Args:
+        adapter: The student's family, loaded.
+        student: A two-time network.
+        directory: Where to. An earlier export there is replaced.
+        card: What the README says.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigurationError: If the directory holds anything but an earlier export.
+    """
+    return _export(adapter, directory, "student", student, card, lambda path: adapter.save_student(student, path))
+
+
+def export_teacher(adapter: ModelAdapter, network: nn.Module, directory: str | Path, card: ModelCard) -> Path:
+    """Write a network of one time as a stock pipeline of its family, that diffusers loads without further code.
+
+    Args:
+        adapter: The network's family, loaded; its text encoders and autoencoder are written beside the network.
+        network: A network without an interval input.
+        directory: Where to. An earlier export there is replaced.
+        card: What the README says.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigurationError: If the directory holds anything but an earlier export.
+    """
+    return _export(adapter, directory, "teacher", network, card, lambda path: adapter.save_teacher(network, path))
+
+
+def check_export_directory(directory: str | Path) -> Path:
+    """Refuse a directory whose contents an export would destroy.
+
+    Raises:
+        ConfigurationError: If the directory holds anything but an earlier export.
+    """
+    directory = Path(directory)
+    occupied = any(directory.iterdir()) if directory.is_dir() else directory.exists()
+    if occupied and not (directory / MARK).is_file():
+        raise ConfigurationError(
+            f"the export directory {str(directory)!r} holds something other than an earlier export; "
+            "choose another directory, or empty it"
+        )
+    return directory
+
+
+def _export(
+    adapter: ModelAdapter,
+    directory: str | Path,
+    kind: str,
+    network: nn.Module,
+    card: ModelCard,
+    save: Callable[[Path], None],
+) -> Path:
+    """Write beside the target, check, and rename: the target is the old export or the whole new one, never a part."""
+    target = check_export_directory(directory).absolute()
+    unfinished, replaced = (target.with_name(f".{target.name}.{state}") for state in ("unfinished", "replaced"))
+    for leftover in (unfinished, replaced):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save(unfinished)
+    (unfinished / "README.md").write_text(render_card(card, kind, adapter.embeds_guidance))
+    (unfinished / MARK).write_text(json.dumps({"kind": kind, "lightning_distill": __version__, "method": card.method}) + "\n")
+    _check_weights(unfinished, network)
+    for path in (*unfinished.rglob("*"), unfinished):
+        _sync(path)
+    if target.exists():
+        os.replace(target, replaced)  # a directory that is not empty cannot be replaced in one go
+    os.replace(unfinished, target)
+    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def _check_weights(directory: Path, network: nn.Module) -> None:
+    """Make sure that one component holds the network's weights; the files' headers are read, not the weights."""
+    expected = {name: list(value.shape) for name, value in network.state_dict().items()}
+    for component in (path for path in directory.iterdir() if path.is_dir()):
+        found: dict[str, list[int]] = {}
+        for file in component.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        if found == expected:
+            return
+    raise RuntimeError(f"the export in {directory} does not hold the network's weights; it was left there to be looked at")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # else a power cut could leave the new name with old or empty contents
+    finally:
+        os.close(descriptor)
+
+
+def render_card(card: ModelCard, kind: str, embeds_guidance: bool) -> str:
+    """The README of an export in Markdown, with the metadata that the hub reads.
+
+    Args:
+        card: What it says.
+        kind: "student" or "teacher".
+        embeds_guidance: Whether the network takes the guidance scale as an input.
+    """
+    student = kind == "student"
+    base = [] if Path(card.teacher).exists() or "/" not in card.teacher else [f"base_model: {card.teacher}"]
+    guidance = [f"guidance_scale={card.guidance_scale:g}"] if embeds_guidance else []
+    if not (student or embeds_guidance):
+        guidance = ['negative_prompt=""', f"true_cfg_scale={card.guidance_scale:g}"]
+    facts = {
+        "Method": card.method,
+        "Teacher" if student else "Started from": _name(card.teacher),
+        "Pictures": f"{card.height} x {card.width} pixels",
+        "Guidance scale": f"{card.guidance_scale:g}",
+        "Training steps": card.steps,
+        "Training time": None if card.minutes is None else f"{card.minutes:.1f} minutes",
+    }
+    title = "Few-step student" if student else "Flow-matching teacher"
+    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", *base, "tags: [lightning-distill]", "---", ""]
+    lines += [f"# {title}", "", _STUDENT.format(steps=_listed(card.nfe)) if student else _TEACHER, "", "```python"]
+    lines += ["from diffusers import DiffusionPipeline", "", f"pipeline = DiffusionPipeline.from_pretrained({_LOAD[kind]})"]
+    arguments = [
+        '"a prompt"',
+        *guidance,
+        f"num_inference_steps={max(card.nfe) if student else 32}",
+        f"height={card.height}",
+        f"width={card.width}",
+        *([] if student else ["max_sequence_length=min(512, pipeline.tokenizer_2.model_max_length)"]),
+    ]
+    lines += ["image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]", "```", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
+    if card.figures:
+        lines += ["", "## Measured", "", "| | |", "|---|---:|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in sorted(card.figures.items())]
+    lines += ["", card.notes] if card.notes else []
+    lines += ["", "The weights derive from the teacher's, whose license applies to them."] if student else []
+    return "\n".join([*lines, "", f"Written by lightning-distill {__version__} with diffusers {diffusers.__version__}.", ""])
+
+
+_LOAD = {"student": '"this/directory", trust_remote_code=True', "teacher": '"this/directory"'}
+_STUDENT = (
+    "A text-to-image pipeline that draws in {steps} steps, distilled from a teacher of many. Guidance is distilled in: a step "
+    "is one forward. Its pipeline, transformer and scheduler are Python files in this directory, hence `trust_remote_code`. It "
+    "needs `diffusers`, `transformers` and `accelerate`."
+)
+_TEACHER = (
+    "A stock text-to-image pipeline of diffusers. Where the transformer does not embed the guidance scale, guidance costs a "
+    "second branch, `true_cfg_scale` with an empty negative prompt. Prompts are padded to the length they had in training."
+)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """`1, 2 or 4`."""
+    *first, last = (str(number) for number in numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _name(teacher: str) -> str:
+    """A hub id or shipped name as it is; of a path only its end, since the rest means nothing elsewhere."""
+    return Path(teacher).name if Path(teacher).exists() else teacher

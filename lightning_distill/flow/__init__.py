@@ -1,0 +1,57 @@
+"""The mathematics every method shares: pure functions of tensors, without networks and without Lightning."""
+
+from lightning_distill.flow.derivative import AverageVelocityFn, time_derivative
+from lightning_distill.flow.guidance import classifier_free, improved_mix, inside_interval
+from lightning_distill.flow.losses import adaptive_loss, power_loss
+from lightning_distill.flow.path import conditional_velocity, expand, interpolate, jump, predict_noise, predict_x0, renoise
+from lightning_distill.flow.solvers import (
+    SOLVERS,
+    Solver,
+    VelocityFn,
+    euler_step,
+    evaluations,
+    heun_step,
+    integrate,
+    midpoint_step,
+)
+from lightning_distill.flow.times import (
+    Interval,
+    LogitNormal,
+    TimeSampler,
+    Uniform,
+    sample_interval,
+    shift_times,
+    step_grid,
+)
+
+__all__ = [
+    "SOLVERS",
+    "AverageVelocityFn",
+    "Interval",
+    "LogitNormal",
+    "Solver",
+    "TimeSampler",
+    "Uniform",
+    "VelocityFn",
+    "adaptive_loss",
+    "classifier_free",
+    "conditional_velocity",
+    "euler_step",
+    "evaluations",
+    "expand",
+    "heun_step",
+    "improved_mix",
+    "inside_interval",
+    "integrate",
+    "interpolate",
+    "jump",
+    "midpoint_step",
+    "power_loss",
+    "predict_noise",
+    "predict_x0",
+    "renoise",
+    "sample_interval",
+    "shift_times",
+    "step_grid",
+    "time_derivative",
+]

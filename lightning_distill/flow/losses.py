@@ -1,0 +1,114 @@
+"""Losses of an average velocity against its target, one value a sample.
+
+The squared norm of an error is its mean over a sample's entries, so that values, `c` and learning rates carry over from one
+size of latents to another. (MeanFlow's code takes the sum over D entries: its c is D times this one.)
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+
+
+def power_loss(u: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """Power of the squared error, `(||u - u*||^2) ^ gamma` (arXiv 2512.13006, which reports gamma = 2 best).
+
+    Args:
+        u: Average velocity, (B, ...).
+        target: u*, (B, ...), without gradient.
+        gamma: At least 1; 1 is the mean squared error.
+
+    Returns:
+        Loss, (B,).
+
+    Raises:
+        ConfigurationError: If gamma is less than 1: the gradient is then NaN at an error of 0, where an identical student
+            starts.
+    """
+    if not gamma >= 1:
+        raise ConfigurationError(f"gamma is {gamma}; set it to at least 1, or use the adaptive loss with p = 1 - gamma")
+    return _squared_norm(u - target) ** gamma
+
+
+def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float = 1e-3) -> Tensor:
+    """Adaptively weighted squared error, `sg[w] ||u - u*||^2` with `w = 1 / (||u - u*||^2 + c)^p`.
+
+    Its gradient is, up to c and a constant factor, that of the power loss with `gamma = 1 - p` (MeanFlow, arXiv 2505.13447,
+    section 4.3, which takes p = 1; p = 0.5 is like the pseudo-Huber loss).
+
+    Args:
+        u: Average velocity, (B, ...).
+        target: u*, (B, ...), without gradient.
+        p: Strength; 0 is the mean squared error, 1 makes every sample's loss about 1.
+        c: Keeps the weight of a vanishing error finite; above 0.
+
+    Returns:
+        Loss, (B,).
+
+    Raises:
+        ConfigurationError: If c is not above 0.
+    """
+    if not c > 0:
+        raise ConfigurationError(f"c of the adaptive loss is {c}; set it above 0, 0.001 is usual")
+    error = _squared_norm(u - target)
+    return error / (error.detach() + c) ** p
+
+
+def _squared_norm(error: Tensor) -> Tensor:
+    return error.square().flatten(1).mean(1)
+
+
+class Loss(ABC):
+    """A loss of an average velocity against its target, as a setting."""
+
+    @abstractmethod
+    def __call__(self, u: Tensor, target: Tensor) -> Tensor:
+        """Loss (B,) of u against the target, (B, ...) each."""
+
+
+@dataclass(frozen=True)
+class PowerLoss(Loss):
+    """`power_loss` with its exponent.
+
+    Args:
+        gamma: At least 1; 1 is the mean squared error.
+
+    Raises:
+        ConfigurationError: If gamma is less than 1.
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma >= 1:
+            raise ConfigurationError(
+                f"loss.gamma is {self.gamma}; set it to at least 1, or use AdaptiveLoss with p = 1 - gamma"
+            )
+
+    def __call__(self, u: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+        return power_loss(u, target, self.gamma)
+
+
+@dataclass(frozen=True)
+class AdaptiveLoss(Loss):
+    """`adaptive_loss` with its strength.
+
+    Args:
+        p: Strength; 0 is the mean squared error, 1 makes every sample's loss about 1.
+        c: Keeps the weight of a vanishing error finite; above 0.
+
+    Raises:
+        ConfigurationError: If c is not above 0.
+    """
+
+    p: float = 1.0
+    c: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise ConfigurationError(f"loss.c is {self.c}; set it above 0, 0.001 is usual")
+
+    def __call__(self, u: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+        return adaptive_loss(u, target, self.p, self.c)

@@ -1,0 +1,110 @@
+"""Explicit solvers of the flow `dx/dt = v(x, t)`, each sample between times of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import jump
+
+VelocityFn = Callable[[Tensor, Tensor], Tensor]
+"""`velocity(x, t)`: (B, ...) and (B,) to (B, ...)."""
+
+StepFn = Callable[[VelocityFn, Tensor, Tensor, Tensor], Tensor]
+
+
+def euler_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """One Euler step: the velocity at the start. Order 1, one evaluation.
+
+    Args:
+        velocity: Field of the flow.
+        x: State at t, (B, ...).
+        t: Start, (B,).
+        s: End, (B,).
+
+    Returns:
+        State at s, (B, ...).
+    """
+    return jump(x, velocity(x, t), s, t)
+
+
+def heun_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """One step of Heun's method: the mean of the velocities at the start and at Euler's end. Order 2, two evaluations.
+
+    Arguments and result as in `euler_step`. The field is asked at s, which may be 0.
+    """
+    v = velocity(x, t)
+    return jump(x, (v + velocity(jump(x, v, s, t), s)) / 2, s, t)
+
+
+def midpoint_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """One step of the midpoint method: the velocity at Euler's half step. Order 2, two evaluations.
+
+    Arguments and result as in `euler_step`. The field is never asked at s.
+    """
+    middle = (t + s) / 2
+    return jump(x, velocity(euler_step(velocity, x, t, middle), middle), s, t)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A named one-step method.
+
+    Args:
+        step: `step(velocity, x, t, s)`, state at t to state at s.
+        order: Order of convergence: the global error falls as `steps ** -order`.
+        evaluations: Of the velocity, a step.
+    """
+
+    step: StepFn
+    order: int
+    evaluations: int
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler": Solver(euler_step, order=1, evaluations=1),
+    "heun": Solver(heun_step, order=2, evaluations=2),
+    "midpoint": Solver(midpoint_step, order=2, evaluations=2),
+}
+
+
+def integrate(velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, steps: int, solver: str = "euler") -> Tensor:
+    """Follow the flow from t to r in even sub-steps.
+
+    Args:
+        velocity: Field of the flow; a teacher's is called without gradient if the caller says so.
+        x_t: State at t, (B, ...).
+        t: Start, (B,).
+        r: End, (B,); where `r = t` the state stays as it is.
+        steps: Number of sub-steps, at least 1.
+        solver: A name in `SOLVERS`.
+
+    Returns:
+        x_r, (B, ...).
+
+    Raises:
+        ConfigurationError: If the solver is unknown or steps is less than 1.
+    """
+    step = _named(solver, steps).step
+    # lerp is exact at both ends, so the last sub-step ends at r itself
+    times = [torch.lerp(t, r, k / steps) for k in range(steps + 1)]
+    x = x_t
+    for start, end in pairwise(times):
+        x = step(velocity, x, start, end)
+    return x
+
+
+def evaluations(solver: str, steps: int) -> int:
+    """How often `integrate` asks for the velocity; raises as it does."""
+    return _named(solver, steps).evaluations * steps
+
+
+def _named(solver: str, steps: int) -> Solver:
+    if solver not in SOLVERS:
+        raise ConfigurationError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if steps < 1:
+        raise ConfigurationError(f"the solver's steps are {steps}; set at least 1")
+    return SOLVERS[solver]

@@ -1,0 +1,173 @@
+"""Where on the path: samplers of times for training, and the grid of few-step sampling."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+
+TimesT = TypeVar("TimesT", float, Tensor)
+
+
+class TimeSampler(ABC):
+    """A distribution on [0, 1] from which training times are drawn; 1 is noise."""
+
+    @abstractmethod
+    def __call__(
+        self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Independent times (batch,), float32, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class LogitNormal(TimeSampler):
+    """`t = 1 / (1 + exp(-z))` with `z ~ N(mean, std^2)` (arXiv 2403.03206, section 3.1).
+
+    The defaults are those of MeanFlow (arXiv 2505.13447) and of its distillation (arXiv 2512.13006).
+
+    Args:
+        mean: Of z; the median of t is `1 / (1 + exp(-mean))`.
+        std: Of z, above 0.
+
+    Raises:
+        ConfigurationError: If std is not above 0.
+    """
+
+    mean: float = -0.4
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not self.std > 0:
+            raise ConfigurationError(f"std of the logit-normal time sampler is {self.std}; set it above 0, 1.0 is usual")
+
+    def __call__(
+        self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Independent times (batch,), float32; see `TimeSampler`."""
+        z = torch.randn(batch, device=device, dtype=torch.float32, generator=generator)
+        return torch.sigmoid(self.mean + self.std * z)
+
+
+@dataclass(frozen=True)
+class Uniform(TimeSampler):
+    """Times uniform in [low, high), then shifted as a sampling grid is.
+
+    Args:
+        low: At least 0.
+        high: At most 1.
+        shift: Of `shift_times`, above 0; 1 leaves them uniform, above 1 moves them toward noise.
+
+    Raises:
+        ConfigurationError: If not `0 <= low < high <= 1`, or shift is not above 0.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 <= self.low < self.high <= 1:
+            raise ConfigurationError(
+                f"low {self.low} and high {self.high} of the uniform time sampler must be 0 <= low < high <= 1"
+            )
+        if not self.shift > 0:
+            raise ConfigurationError(f"shift of the uniform time sampler is {self.shift}; set it above 0, 1 is uniform")
+
+    def __call__(
+        self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Independent times (batch,), float32; see `TimeSampler`."""
+        share = torch.rand(batch, device=device, dtype=torch.float32, generator=generator)
+        return shift_times(self.low + (self.high - self.low) * share, self.shift)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A start and an end on the path for each sample.
+
+    Args:
+        r: Ends, the cleaner, (B,).
+        t: Starts, the noisier, (B,), `r <= t`.
+    """
+
+    r: Tensor
+    t: Tensor
+
+
+def sample_interval(
+    sampler: TimeSampler,
+    batch: int,
+    equal_fraction: float = 0.25,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Interval:
+    """Two draws for each sample, sorted, with `r = t` for a fraction (MeanFlow, arXiv 2505.13447, section 4.3).
+
+    The rows are alike, so the first ones are those with `r = t`. Their number is `equal_fraction * batch`; where that is
+    not whole, one row more has `r = t` with the probability that keeps the fraction right on average, also for a batch of 1.
+
+    Args:
+        sampler: Distribution of each draw.
+        batch: Number of samples, B.
+        equal_fraction: Share of samples with `r = t`, in [0, 1]; 1 is flow matching.
+        device: Of the result; a generator must be of the same one.
+        generator: Source of randomness; None is torch's default.
+
+    Returns:
+        r and t, (B,), float32, `0 <= r <= t <= 1`.
+
+    Raises:
+        ConfigurationError: If equal_fraction is outside [0, 1].
+    """
+    if not 0 <= equal_fraction <= 1:
+        raise ConfigurationError(f"equal_fraction is {equal_fraction}; set it between 0 and 1, 0.25 is usual")
+    first, second = sampler(batch, device, generator), sampler(batch, device, generator)
+    r, t = torch.minimum(first, second), torch.maximum(first, second)
+    expected = round(equal_fraction * batch, 6)  # 0.29 * 100 is 28.999999999999996
+    whole, rest = int(expected), expected % 1
+    row = torch.arange(batch, device=device)
+    equal = row < whole
+    if rest:
+        equal |= (row == whole) & (torch.rand((), device=device, generator=generator) < rest)
+    return Interval(r=torch.where(equal, t, r), t=t)
+
+
+def shift_times(t: TimesT, shift: float) -> TimesT:
+    """Move times toward noise, `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206, Eq. 23).
+
+    Args:
+        t: In [0, 1], of any shape; 0 and 1 stay.
+        shift: Above 0; 1 changes nothing, above 1 goes toward noise. It is `exp(mu)` of diffusers' FLUX scheduler.
+
+    Returns:
+        Shifted times, shaped like t.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def step_grid(nfe: int, shift: float = 1.0) -> Tensor:
+    """Times of few-step sampling, evenly spaced and then shifted.
+
+    Computed in float64 on the CPU and rounded once, so that an exported pipeline repeats it bit for bit.
+
+    Args:
+        nfe: Number of steps, at least 1.
+        shift: As in `shift_times`.
+
+    Returns:
+        Times (nfe + 1,), float32, on the CPU, falling from exactly 1 to exactly 0.
+
+    Raises:
+        ConfigurationError: If nfe is less than 1 or shift not above 0.
+    """
+    if nfe < 1:
+        raise ConfigurationError(f"nfe is {nfe}; set a number of steps of at least 1")
+    if not shift > 0:
+        raise ConfigurationError(f"shift is {shift}; set it above 0, 1 is an evenly spaced grid")
+    even = torch.linspace(1, 0, nfe + 1, dtype=torch.float64, device="cpu")
+    return shift_times(even, shift).to(torch.float32)

@@ -1,0 +1,219 @@
+"""Trajectory distribution alignment: the cure for the mean-seeking of one and two steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import expand, jump, predict_x0, renoise
+from lightning_distill.models.base import Condition
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import TeacherStudentBase
+
+
+@dataclass(frozen=True)
+class TrajectoryState:
+    """Where the student's few-step trajectories have arrived.
+
+    Attributes:
+        x_s: States (B, C, h, w), differentiable through the last segment only.
+        s: Their grid times (B,), below 1.
+    """
+
+    x_s: Tensor
+    s: Tensor
+
+
+class TrajectoryAlignment(nn.Module):
+    r"""Matches the distributions along the student's own few-step trajectory to the teacher's.
+
+    The student is rolled from noise over a few-step grid to a state :math:`x_s`, with gradient through the last segment.
+    It is diffused on, :math:`x_\tau = a x_s + b \, \text{noise}'`. A critic :math:`v_F`, trained by flow matching on these
+    states, estimates the student's score, the teacher gives the real one, and the gradient of the divergence between the
+    two (DMD2, arXiv 2405.14867; Trajectory Distribution Matching, arXiv 2503.06674),
+
+    .. math:: g = \frac{\hat x_0^F(x_\tau) - \hat x_0^T(x_\tau)}{\mathrm{mean} \, |x_s - \hat x_0^T|},
+
+    is applied as :math:`\frac12 \| x_s - \mathrm{sg}(x_s - g) \|^2`. It is the auxiliary loss of arXiv 2605.17834 in this
+    project's reading: its formulas are not public.
+
+    Args:
+        weight: Of the loss beside the regression, above 0.
+        nfe: Numbers of steps of the grids; one is drawn for each batch.
+        critic_updates: Critic updates for each student update, at least 1.
+        critic_lr: Learning rate of the critic's AdamW.
+        critic_clip: Largest norm of the critic's gradients.
+        start_step: Optimizer step from which the critic trains.
+        critic_warmup_steps: Steps for which the critic trains alone before the student is aligned.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        nfe: Sequence[int] = (1, 2, 4),
+        critic_updates: int = 1,
+        critic_lr: float = 5e-4,
+        critic_clip: float = 1.0,
+        start_step: int = 0,
+        critic_warmup_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        if not weight > 0:
+            raise ConfigurationError(f"alignment.weight is {weight}; set it above 0, or alignment to null for none")
+        if not nfe or min(nfe) < 1:
+            raise ConfigurationError(f"alignment.nfe is {list(nfe)}; give numbers of steps of at least 1")
+        if critic_updates < 1:
+            raise ConfigurationError(f"alignment.critic_updates is {critic_updates}; the critic needs at least 1")
+        if not critic_lr > 0 or not critic_clip > 0:
+            raise ConfigurationError("alignment.critic_lr and alignment.critic_clip must be above 0")
+        if start_step < 0 or critic_warmup_steps < 0:
+            raise ConfigurationError("alignment.start_step and alignment.critic_warmup_steps must not be negative")
+        self.weight = weight
+        self.nfe = tuple(nfe)
+        self.critic_updates = critic_updates
+        self.critic_lr = critic_lr
+        self.critic_clip = critic_clip
+        self.start_step = start_step
+        self.critic_warmup_steps = critic_warmup_steps
+        self._optimizer: torch.optim.AdamW | None = None
+        self._pending_state: dict[str, Any] | None = None
+
+    critic: nn.Module
+
+    def build(self, teacher: nn.Module) -> None:
+        """The critic starts as the teacher: at first both scores agree on the teacher's own samples."""
+        self.critic = copy.deepcopy(teacher).requires_grad_(True).train()
+
+    def active(self, step: int) -> bool:
+        """Whether the alignment takes part at an optimizer step."""
+        return step >= self.start_step
+
+    def forward(
+        self, module: TeacherStudentBase, noise: Tensor, condition: Condition, null: Condition, scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Update the critic, then the loss of the student.
+
+        Args:
+            module: The method, whose student, teacher and guidance are used.
+            noise: Where trajectories start (B, C, h, w).
+            condition: Of the prompts.
+            null: Of the empty prompt, in B rows.
+            scale: Guidance scale of each sample (B,).
+
+        Returns:
+            The weighted loss (B,), and scalars to log.
+        """
+        warming_up = module.global_step < self.start_step + self.critic_warmup_steps
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not warming_up):
+            state = self.roll_out(module, noise, condition, scale)
+        for _ in range(self.critic_updates):
+            critic_loss = self._update_critic(module, state, condition, scale)
+        logs = {"critic_loss": critic_loss}
+        if warming_up:
+            return torch.zeros(len(noise), device=noise.device), logs
+        loss = self.weight * self.student_loss(module, state, condition, null, scale)
+        return loss, logs | {"alignment_loss": loss.detach().mean()}
+
+    def roll_out(self, module: TeacherStudentBase, noise: Tensor, condition: Condition, scale: Tensor) -> TrajectoryState:
+        """Roll the student over a grid of random length to the end of a random segment, with gradient through that only."""
+        nfe = self.nfe[int(torch.randint(len(self.nfe), ()))]
+        last = int(torch.randint(nfe, ()))
+        grid = module.adapter.time_grid(nfe, tuple(noise.shape[1:])).to(noise.device)
+        x = noise
+        with_gradient = torch.is_grad_enabled()
+        for k in range(last + 1):
+            t, r = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
+            with torch.set_grad_enabled(with_gradient and k == last):
+                x = jump(x, module.adapter.average_velocity(module.student, x, r, t, condition, scale), r, t)
+        return TrajectoryState(x, grid[last + 1].expand(len(x)))
+
+    def student_loss(
+        self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, null: Condition, scale: Tensor
+    ) -> Tensor:
+        """The loss (B,) whose gradient at x_s is the normalised difference of the two predictions of x0."""
+        with torch.no_grad():
+            x_s = state.x_s.detach()
+            tau, x_tau, _ = diffuse(x_s, state.s)
+            v_student = module.adapter.velocity(self.critic, x_tau, tau, condition, scale)
+            v_teacher = module.adapter.guided_velocity(
+                module.teacher, x_tau, tau, condition, null, scale, module.guidance.interval
+            )
+            x0_teacher = predict_x0(x_tau, v_teacher, tau)
+            gradient = predict_x0(x_tau, v_student, tau) - x0_teacher
+            size = (x_s - x0_teacher).abs().flatten(1).mean(1).clamp_min(1e-3)
+            goal = x_s - gradient / expand(size, x_s)
+        return 0.5 * (state.x_s - goal).square().flatten(1).mean(1)
+
+    def critic_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:
+        r"""Flow matching of the critic on the student's states.
+
+        The velocity at :math:`x_\tau` with the conditional score :math:`-(x_\tau - a x_s) / b^2` is
+        :math:`(\tau \, \text{noise}' / b - x_\tau) / (1 - \tau)`. The square is weighted by :math:`b^2 / \tau^2`, which is 1
+        at s = 0, where this is plain flow matching, and keeps the target finite where tau is close to s.
+        """
+        x_s = state.x_s.detach()
+        tau, x_tau, noise = diffuse(x_s, state.s)
+        b = diffusion_std(state.s, tau)
+        target = (expand(tau / b, x_s) * noise - x_tau) / expand(1 - tau, x_s)
+        v = module.adapter.velocity(self.critic, x_tau, tau, condition, scale)
+        return ((b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
+
+    def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:
+        optimizer = self.optimizer()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        with torch.enable_grad():
+            loss = self.critic_loss(module, state, condition, scale)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+            if gradient is not None and dist.is_available() and dist.is_initialized():
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+        nn.utils.clip_grad_norm_(parameters, self.critic_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """The critic's optimizer, made on first use: by then the critic is on its device."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.critic_lr, betas=(0.0, 0.99), weight_decay=0)
+            if self._pending_state is not None:
+                self._optimizer.load_state_dict(self._pending_state)
+        return self._optimizer
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """State of the critic's optimizer, for a checkpoint."""
+        return self.optimizer().state_dict()
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Restore the critic's optimizer from a checkpoint."""
+        self._pending_state = state
+        self._optimizer = None
+
+
+def diffusion_std(s: Tensor, tau: Tensor) -> Tensor:
+    """The b (B,) of `x_tau = a x_s + b noise`: `b^2 = tau^2 - a^2 s^2` with `a = (1 - tau) / (1 - s)`."""
+    return ((tau - s) * (tau + s - 2 * tau * s)).sqrt() / (1 - s)
+
+
+def diffuse(x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Diffuse states on to random times between s and 1.
+
+    Returns:
+        tau (B,), x_tau (B, C, h, w) and the noise that was added.
+    """
+    tau = s + (1 - s) * (0.02 + 0.96 * torch.rand(len(s), device=s.device))
+    noise = torch.randn_like(x_s)
+    return tau, renoise(x_s, s, tau, noise), noise

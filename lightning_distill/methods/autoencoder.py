@@ -1,0 +1,96 @@
+"""Training of the variational autoencoder whose latents a teacher lives in."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+
+
+class Autoencoder(LightningModule):
+    r"""Variational autoencoder (arXiv 1312.6114) of the kind that latent diffusion uses (arXiv 2112.10752).
+
+    .. math:: L = |D(z) - x|^2 + |D(z) - x| + \beta \, KL(q(z|x) \| N(0, 1)), \quad z \sim q(z|x),
+
+    with means over all entries. When `fit` ends, the scale and shift that give the posteriors' means zero mean and unit
+    variance are measured over the last training batches and written with the weights, as a diffusers directory.
+
+    Args:
+        output: Directory the trained `AutoencoderKL` is written to.
+        block_out_channels: Channels of each level; each level but the last halves the resolution.
+        layers_per_block: Residual blocks a level.
+        latent_channels: Channels of the latents.
+        norm_num_groups: Groups of the group norms.
+        kl_weight: The weight beta, above 0. Larger values make the decoder more tolerant of imperfect latents.
+        optimizer: Callable from parameters to an optimizer.
+        lr_scheduler: Callable from the optimizer to a scheduler that steps once a batch, or None.
+    """
+
+    def __init__(
+        self,
+        output: str = "runs/shapes_vae/vae",
+        block_out_channels: Sequence[int] = (16, 32, 64),
+        layers_per_block: int = 1,
+        latent_channels: int = 16,
+        norm_num_groups: int = 8,
+        kl_weight: float = 1e-3,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if kl_weight <= 0:
+            raise ConfigurationError(f"model.kl_weight is {kl_weight}; give a weight above 0, 1e-3 is usual")
+        self.output = Path(output)
+        self.kl_weight = kl_weight
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        levels = len(block_out_channels)
+        self.vae = AutoencoderKL(
+            block_out_channels=tuple(block_out_channels),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        self._latents: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Reconstruct `batch["image"]`, (B, 3, H, W) in [-1, 1]."""
+        posterior = self.vae.encode(batch["image"]).latent_dist
+        latents = posterior.sample()
+        error = self.vae.decode(latents).sample - batch["image"]
+        # KL of one latent entry, in nats: diffusers sums over entries, and a mean keeps the weight free of the size.
+        kl = posterior.kl().mean() / latents[0].numel()
+        loss = error.square().mean() + error.abs().mean() + self.kl_weight * kl
+        self._latents = [*self._latents[-63:], posterior.mode().detach()]
+        self.log_dict({"train/loss": loss, "train/mae": error.abs().mean(), "train/kl": kl}, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the error of reconstructions from the posterior's mean."""
+        latents = self.vae.encode(batch["image"]).latent_dist.mode()
+        error = self.vae.decode(latents).sample - batch["image"]
+        self.log("val/mae", error.abs().mean(), prog_bar=True)
+
+    def on_train_end(self) -> None:
+        """Measure the scale of the latents and write the autoencoder."""
+        latents = torch.cat(self._latents)
+        self.vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+        if self.trainer.is_global_zero:
+            self.vae.save_pretrained(self.output)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all weights, with its scheduler stepping once a batch."""
+        optimizer = self.optimizer(self.vae.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}

@@ -1,0 +1,395 @@
+"""What all methods share: a frozen teacher, a student, few-step sampling, validation, logging and what is saved."""
+
+import copy
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchmetrics import Metric
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import jump
+from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.validation import AverageVelocityReference, ValidationOptions
+from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.smooth_time import SmoothTimeReport
+from lightning_distill.optimizers import split_parameters
+
+Batch = dict[str, Any]
+"""`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1]; `index` (B,), the samples' places in the data set."""
+TIME_BINS = 4
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a method makes of a batch.
+
+    Attributes:
+        loss: Loss of each sample (B,), differentiable in the student.
+        t: Time at which each sample was taken (B,), for the curves of loss by time.
+        logs: Further scalars to log under `train/`.
+    """
+
+    loss: Tensor
+    t: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TeacherStudentBase(LightningModule, ABC):
+    """Distillation of a frozen teacher into a student of few steps.
+
+    A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
+    saved, only the student, its average and the optimizer's state.
+
+    Args:
+        adapter: The teacher's family and where its weights are.
+        student: How the student's time inputs are built.
+        guidance: The guidance that the student learns to do without, and under which the teacher is sampled.
+        optimizer: Callable from parameter groups to an optimizer.
+        lr_scheduler: Callable from the optimizer to a scheduler that steps once a batch, or None for a constant rate.
+        ema_decay: Decay of the exponential moving average of the student, in (0, 1), or None for no average. Where there
+            is one, it is validated and exported.
+        validation: What validation measures.
+        metric: Measure of generated pictures against their prompts: `update(images in [0, 1], prompts)`, or None.
+        cache_latents: Whether to keep each training picture's latents in memory after its first visit; they do not fit
+            for large data sets.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
+    """
+
+    has_teacher: ClassVar[bool] = True
+    """Whether the method distils; plain training has a network and no teacher."""
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ("teacher.", "adapter.", "metrics.")
+    """Modules that are never saved."""
+
+    teacher: nn.Module
+    student: nn.Module
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        student: StudentOptions = StudentOptions(),
+        guidance: Guidance = Guidance(),
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        ema_decay: float | None = None,
+        validation: ValidationOptions = ValidationOptions(),
+        metric: Metric | None = None,
+        cache_latents: bool = False,
+    ) -> None:
+        super().__init__()
+        if _given_hyperparameters.get() is not None:
+            # The command line's settings are plain values; arguments given from Python are objects, which would be pickled.
+            self.save_hyperparameters(logger=False)
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ConfigurationError(f"model.ema_decay is {ema_decay}; choose a value between 0 and 1, or null for none")
+        self.adapter = adapter
+        self.student_options = student
+        self.guidance = guidance
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.ema_decay = ema_decay
+        self.validation = validation
+        self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
+        self.cache_latents = cache_latents
+        self.strict_loading = False  # checkpoints leave the frozen parts out
+        self.ema: AveragedModel | None = None
+        self.smooth_time_report: SmoothTimeReport | None = None
+        self._latent_cache: dict[int, Tensor] = {}
+        self._reference: AverageVelocityReference | None = None
+        self._clock = (0.0, 0)
+
+    @abstractmethod
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """The method's loss.
+
+        Args:
+            x0: Latents of the batch's pictures (B, C, h, w).
+            condition: Of the batch's prompts.
+        """
+
+    # Set-up
+
+    def prepare_data(self) -> None:
+        """Look for the weights before the data is set up: they are what is missing most often."""
+        self.adapter.check()
+
+    def setup(self, stage: str) -> None:
+        """Refuse settings that cannot work, before anything large is loaded."""
+        self.adapter.check()
+        self.guidance.check(self.adapter.embeds_guidance)
+
+    def configure_model(self) -> None:
+        """Load the teacher and build the student."""
+        if hasattr(self, "student"):
+            return
+        self.adapter.load()
+        self.build_networks()
+        if self.ema_decay is not None:
+            self.ema = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
+            self.ema.requires_grad_(False)
+
+    def build_networks(self) -> None:
+        """Load the teacher and build the student; a method that needs other networks extends this."""
+        self.teacher = self.adapter.load_teacher()
+        self.student, self.smooth_time_report = self.adapter.build_student(self.teacher, self.student_options)
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer trains and the average follows."""
+        return self.student
+
+    @property
+    def sampling_student(self) -> nn.Module:
+        """The student that is validated and exported: the average where there is one."""
+        return self.trained if self.ema is None else self.ema.module
+
+    def configure_optimizers(self) -> Any:
+        """The student's optimizer, with its scheduler stepping once a batch."""
+        optimizer = self.optimizer(split_parameters(self.trained.named_parameters()))
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
+
+    # Data
+
+    @torch.no_grad()
+    def encode_images(self, batch: Batch) -> Tensor:
+        """Latents (B, C, h, w) of a batch's pictures, from memory where they are kept."""
+        places = batch["index"].tolist() if self.cache_latents and self.training else []
+        if places and all(place in self._latent_cache for place in places):
+            return torch.stack([self._latent_cache[place] for place in places])
+        # The memory order decides which number of a random stream goes where: it must not depend on where latents are from.
+        latents = self.adapter.encode_images(batch["image"]).contiguous()
+        self._latent_cache.update(zip(places, latents.unbind() if places else (), strict=True))
+        return latents
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> Condition:
+        """Conditions of B prompts."""
+        return self.adapter.encode_prompt(prompts)
+
+    def null_condition(self, batch_size: int) -> Condition:
+        """Condition of the empty prompt, in B rows."""
+        one = self.encode_prompt([""])
+        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in one.items()}
+
+    # Training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean of the method's loss, and its curves."""
+        objective = self.objective(self.encode_images(batch), self.encode_prompt(batch["prompt"]))
+        loss = objective.loss.mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in objective.logs.items()})
+        bins = (objective.t * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        for i in range(TIME_BINS):
+            if (inside := bins == i).any():
+                self.log(f"train/loss_t{i}", objective.loss.detach()[inside].mean())
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Check, at the start of a fresh run, that the refitted time embedder leaves the teacher's velocities as they were."""
+        report = self.smooth_time_report
+        if report is None or self.trainer.ckpt_path is not None:
+            return
+        drift = self.time_embedder_drift()
+        rank_zero_info(
+            f"Smooth time: largest |de/dt| {report.derivative_before:.1f} before and {report.derivative_after:.1f} after, "
+            f"fit error {report.fit_error:.3f}, drift of the velocities {drift:.3f}"
+        )
+        for logger in self.loggers:
+            logger.log_metrics({f"smooth_time/{k}": v for k, v in {**asdict(report), "drift": drift}.items()}, step=0)
+        if drift > self.student_options.max_drift:
+            raise ConfigurationError(
+                f"the refitted time embedder changes the teacher's velocities by {drift:.3f}, more than student.max_drift "
+                f"{self.student_options.max_drift}; raise student.frequency_bound or set student.time_embedding to original"
+            )
+
+    @torch.no_grad()
+    def time_embedder_drift(self, steps: int = 8, samples: int = 8) -> float:
+        """Relative change of the velocities along the teacher's own trajectories, by refitting the time embedder.
+
+        Meaningful at the start only, and exactly 0 there for a student with the teacher's own embedder.
+        """
+        noise = torch.stack(
+            [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(samples)]
+        )
+        x, null = noise.to(self.device), self.null_condition(samples)
+        change = size = 0.0
+        for t, r in pairwise(self.adapter.time_grid(steps, self.latent_shape).to(self.device)):
+            times, ends = t.expand(samples), r.expand(samples)
+            v = self.adapter.velocity(self.teacher, x, times, null, self.guidance.scale)
+            u = self.adapter.average_velocity(self.student, x, times, times, null, self.guidance.scale)
+            change += (u - v).square().sum().item()
+            size += v.square().sum().item()
+            x = jump(x, v, ends, times)
+        return float((change / size) ** 0.5)
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self._clock = (time.perf_counter(), 0)
+
+    @property
+    def _logs_now(self) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+        return self.trainer.global_step % every == 0
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradients, before clipping."""
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        if gradients and self._logs_now:
+            self.log("train/grad_norm", torch.stack(torch._foreach_norm(gradients)).norm())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average: before checkpoints of this step are written."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update_parameters(self.trained)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the throughput."""
+        start, samples = self._clock
+        samples += len(batch["prompt"]) * self.trainer.world_size
+        self._clock = (start, samples)
+        if self._logs_now:
+            elapsed = time.perf_counter() - start
+            self.log("perf/samples_per_second", samples / elapsed, prog_bar=True)
+            self._clock = (time.perf_counter(), 0)
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        nfe: int,
+        seeds: Sequence[int] | None = None,
+        network: Literal["student", "teacher"] = "student",
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] of B prompts.
+
+        Args:
+            prompts: B captions.
+            nfe: Steps. One forward each, two for a teacher under two-branch guidance.
+            seeds: One seed a picture, which alone decides its noise; 0 to B - 1 if not given.
+            network: The student's jumps, or the teacher's Euler steps under guidance.
+            batch_size: Pictures at a time.
+        """
+        seeds = range(len(prompts)) if seeds is None else seeds
+        shape = self.latent_shape
+        images = []
+        for start in range(0, len(prompts), batch_size):
+            chunk = list(prompts[start : start + batch_size])
+            noise = torch.stack(
+                [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds[start : start + batch_size]]
+            )
+            latents = self.sample_latents(noise.to(self.device), self.encode_prompt(chunk), nfe, network)
+            images.append((self.adapter.decode_latents(latents) / 2 + 0.5).clamp(0, 1))
+        return torch.cat(images)
+
+    def sample_latents(self, noise: Tensor, condition: Condition, nfe: int, network: Literal["student", "teacher"]) -> Tensor:
+        """Latents (B, C, h, w) from noise of that shape, over the family's grid of times."""
+        x = noise
+        null = self.null_condition(len(noise))
+        grid = self.adapter.time_grid(nfe, tuple(noise.shape[1:])).to(noise.device)
+        for t, r in pairwise(grid):
+            times, ends = t.expand(len(x)), r.expand(len(x))
+            x = jump(x, self.sampling_velocity(x, ends, times, condition, null, network), ends, times)
+        return x
+
+    def sampling_velocity(
+        self, x: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, network: Literal["student", "teacher"]
+    ) -> Tensor:
+        """Velocity (B, C, h, w) of a sampling step from t down to r."""
+        if network == "student":
+            return self.adapter.average_velocity(self.sampling_student, x, r, t, condition, self.guidance.scale)
+        return self.adapter.guided_velocity(self.teacher, x, t, condition, null, self.guidance.scale, self.guidance.interval)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of the configured picture size."""
+        return self.adapter.latent_shape(self.validation.height, self.validation.width)
+
+    # Validation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the student's average velocity on the first batch, and its pictures on all."""
+        if self.has_teacher and batch_idx == 0 and self.validation.average_velocity:
+            self._log_average_velocity_error(batch)
+        seeds = [self.validation.seed + place for place in batch["index"].tolist()]
+        for nfe, metric in self.measures():
+            metric.update(self.sample(batch["prompt"], nfe, seeds), batch["prompt"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures of the pictures, for each number of steps."""
+        self._log_measures("val", prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the student's pictures of the test prompts."""
+        seeds = [self.validation.seed + place for place in batch["index"].tolist()]
+        for nfe, metric in self.measures():
+            metric.update(self.sample(batch["prompt"], nfe, seeds), batch["prompt"])
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self._log_measures("test", prog_bar=False)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] at the largest validated number of steps."""
+        seeds = [self.validation.seed + place for place in batch["index"].tolist()]
+        return self.sample(batch["prompt"], max(self.validation.nfe), seeds)
+
+    def measures(self) -> Iterator[tuple[int, Metric]]:
+        """The measures of pictures, each with its number of steps."""
+        for nfe, metric in self.metrics.items():
+            assert isinstance(metric, Metric)
+            yield int(nfe), metric
+
+    def _log_measures(self, stage: str, prog_bar: bool) -> None:
+        for nfe, metric in self.measures():
+            key = f"{stage}/{metric_name(metric)}/nfe_{nfe}"
+            for name, value in metric.compute().items():
+                overall = name == "overall"
+                self.log(key if overall else f"{key}/{name}", value, prog_bar=overall and prog_bar)
+            metric.reset()
+
+    def _log_average_velocity_error(self, batch: Batch) -> None:
+        if self._reference is None:
+            self._reference = AverageVelocityReference.measure(self, batch)
+        error = self._reference.relative_error(self)
+        self.log("val/average_velocity_error", error, prog_bar=True, sync_dist=True)
+
+    # What is saved
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen parts out."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(self.frozen_prefixes)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a part of what is trained; loading is not strict, since frozen parts are left out."""
+        expected = {k for k in self.state_dict() if not k.startswith(self.frozen_prefixes)}
+        if missing := sorted(expected - checkpoint["state_dict"].keys()):
+            raise ConfigurationError(
+                f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more weights of this configuration; "
+                "resume with the model settings it was trained with"
+            )
+
+
+def metric_name(metric: nn.Module) -> str:
+    """The class name in snake case: `PromptAccuracy` is `prompt_accuracy`."""
+    name = type(metric).__name__
+    return "".join(f"_{c.lower()}" if c.isupper() and i else c.lower() for i, c in enumerate(name))

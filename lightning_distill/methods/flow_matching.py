@@ -1,0 +1,93 @@
+"""Flow matching: training a teacher, or the yardstick for every student."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.losses import power_loss
+from lightning_distill.flow.path import conditional_velocity, interpolate
+from lightning_distill.flow.times import TimeSampler, Uniform
+from lightning_distill.methods.base import Batch, Objective, TeacherStudentBase
+from lightning_distill.models.base import Condition
+
+
+class FlowMatching(TeacherStudentBase):
+    r"""Flow matching along the linear path (arXiv 2210.02747, 2209.03003).
+
+    .. math:: L = E \| v(x_t, t, c) - (\text{noise} - x_0) \|^2, \quad x_t = (1 - t) x_0 + t \, \text{noise}.
+
+    It trains the adapter's network itself and has no teacher. With random weights and `train_text_encoders` it makes a
+    teacher from nothing; with a checkpoint it fine-tunes one.
+
+    Args:
+        time_sampler: Distribution of t.
+        caption_dropout: Share of the captions replaced by the empty prompt, in [0, 1), so that two-branch guidance works.
+        train_text_encoders: Whether the text encoders train along.
+        **kwargs: Of `TeacherStudentBase`.
+    """
+
+    has_teacher: ClassVar[bool] = False
+    # `networks` holds the student, and the text encoders that train: each is saved once, from there
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ("student.", "adapter.", "metrics.")
+
+    networks: nn.ModuleDict
+
+    def __init__(
+        self,
+        *args: Any,
+        time_sampler: TimeSampler = Uniform(),
+        caption_dropout: float = 0.1,
+        train_text_encoders: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= caption_dropout < 1:
+            raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1), 0.1 is usual")
+        if train_text_encoders and self.ema_decay is not None:
+            raise ConfigurationError(
+                "model.ema_decay averages the network and not the text encoders that train beside it; set ema_decay to null, "
+                "or train_text_encoders to false"
+            )
+        self.time_sampler = time_sampler
+        self.caption_dropout = caption_dropout
+        self.train_text_encoders = train_text_encoders
+
+    def build_networks(self) -> None:
+        """The adapter's network, trainable, and the text encoders beside it if they train along."""
+        self.student = self.adapter.load_teacher().requires_grad_(True).train()
+        self.networks = nn.ModuleDict({"transformer": self.student})
+        if self.train_text_encoders:
+            self.networks.update(self.adapter.text_encoders())
+            self.networks.requires_grad_(True).train()
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network, and the text encoders if they train along."""
+        return self.networks
+
+    def encode_prompt(self, prompts: list[str]) -> Condition:
+        """Conditions of B prompts, with gradients where the text encoders train."""
+        with torch.set_grad_enabled(self.train_text_encoders and torch.is_grad_enabled()):
+            return self.adapter.encode_prompt(prompts)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Drop captions, then as in every method."""
+        keep = (torch.rand(len(batch["prompt"])) >= self.caption_dropout).tolist()
+        prompts = [prompt if kept else "" for prompt, kept in zip(batch["prompt"], keep, strict=True)]
+        return super().training_step({**batch, "prompt": prompts}, batch_idx)
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """The squared error of the conditional velocity."""
+        t = self.time_sampler(len(x0), x0.device)
+        noise = torch.randn_like(x0)
+        v = self.adapter.velocity(self.student, interpolate(x0, noise, t), t, condition, self.guidance.scale)
+        return Objective(power_loss(v, conditional_velocity(x0, noise), gamma=1.0), t)
+
+    def sampling_velocity(
+        self, x: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, network: Literal["student", "teacher"]
+    ) -> Tensor:
+        """The trained network under guidance: Euler steps."""
+        transformer = self.sampling_student.get_submodule("transformer")
+        return self.adapter.guided_velocity(transformer, x, t, condition, null, self.guidance.scale, self.guidance.interval)

@@ -1,0 +1,247 @@
+"""MeanFlow distillation: discrete solution first, then the differential one."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.derivative import time_derivative
+from lightning_distill.flow.guidance import improved_mix
+from lightning_distill.flow.losses import Loss, PowerLoss
+from lightning_distill.flow.path import expand, interpolate, jump
+from lightning_distill.flow.solvers import SOLVERS, integrate
+from lightning_distill.flow.times import LogitNormal, TimeSampler, sample_interval
+from lightning_distill.methods.alignment import TrajectoryAlignment
+from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.condition import null_rows, select
+from lightning_distill.models.base import Condition
+
+Solution = Literal["discrete", "bootstrapped", "differential"]
+PHASES: dict[str, int] = {"discrete": 0, "bootstrapped": 1, "differential": 2}
+"""Values of the curve `train/phase`."""
+
+
+class MeanFlow(TeacherStudentBase):
+    r"""Distillation of a teacher's flow into average velocities (MeanFlow, arXiv 2505.13447; 2512.13006; 2605.17834).
+
+    The student regresses :math:`\| u(x_t, r, t) - u^* \|` onto one of three targets, with :math:`\tilde v` the guided teacher:
+
+    - discrete: the teacher integrated in sub-steps, :math:`u^* = (x_t - x_r) / (t - r)`. No student is in the target.
+    - bootstrapped: one teacher step of a set length to s, then the student's own jump,
+      :math:`u^* = [(t - s) \tilde v + (s - r) \, \mathrm{sg} \, u(x_s, r, s)] / (t - r)`.
+    - differential: the MeanFlow identity (arXiv 2505.13447, Eq. 6),
+      :math:`u^* = \mathrm{sg}[\tilde v - \lambda (t - r) \, du/dt]`, with an exact derivative.
+
+    `callbacks.SwitchSolution` changes `solution` during training. Of arXiv 2605.17834 only the abstract is public: the
+    discrete solution, the switch and the alignment are this project's reading of it.
+
+    Args:
+        solution: The target that training starts with.
+        time_sampler: Distribution of the two times of an interval.
+        equal_fraction: Share of samples with r = t, in [0, 1].
+        solver: Of the discrete solution: "euler", "heun" or "midpoint".
+        solver_steps: Its sub-steps over an interval.
+        bootstrap_step: Length t - s of the teacher's step in the bootstrapped solution, in (0, 1].
+        tangent_warmup_steps: Optimizer steps over which lambda rises from 0 to 1, from the first differential one.
+        loss: Of the regression.
+        caption_dropout: Share of captions replaced by the empty prompt, in [0, 1); guidance of kind "improved" needs it.
+        alignment: Trajectory distribution alignment as an auxiliary loss, or None.
+        **kwargs: Of `TeacherStudentBase`.
+
+    Raises:
+        ConfigurationError: If settings are out of range or contradict each other.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        solution: Solution = "discrete",
+        time_sampler: TimeSampler = LogitNormal(),
+        equal_fraction: float = 0.25,
+        solver: str = "euler",
+        solver_steps: int = 4,
+        bootstrap_step: float = 0.1,
+        tangent_warmup_steps: int = 0,
+        loss: Loss = PowerLoss(),
+        caption_dropout: float = 0.0,
+        alignment: TrajectoryAlignment | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= equal_fraction <= 1:
+            raise ConfigurationError(f"model.equal_fraction is {equal_fraction}; choose a share in [0, 1], 0.25 is usual")
+        if solver not in SOLVERS:
+            raise ConfigurationError(f"model.solver is {solver!r}; choose one of {', '.join(SOLVERS)}")
+        if solver_steps < 1:
+            raise ConfigurationError(f"model.solver_steps is {solver_steps}; take at least 1")
+        if not 0 < bootstrap_step <= 1:
+            raise ConfigurationError(f"model.bootstrap_step is {bootstrap_step}; choose a length in (0, 1], 0.1 is usual")
+        if tangent_warmup_steps < 0:
+            raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
+        if not 0 <= caption_dropout < 1:
+            raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1)")
+        if self.guidance.kind == "improved" and caption_dropout == 0:
+            raise ConfigurationError(
+                "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
+                "set caption_dropout to 0.1"
+            )
+        self.time_sampler = time_sampler
+        self.equal_fraction = equal_fraction
+        self.solver = solver
+        self.solver_steps = solver_steps
+        self.bootstrap_step = bootstrap_step
+        self.tangent_warmup_steps = tangent_warmup_steps
+        self.loss = loss
+        self.caption_dropout = caption_dropout
+        self.alignment = alignment
+        self._solution: Solution = solution
+        self._differential_since: int | None = 0 if solution == "differential" else None
+        self.solution = solution
+
+    # The phase
+
+    @property
+    def solution(self) -> Solution:
+        """The target in use."""
+        return self._solution
+
+    @solution.setter
+    def solution(self, solution: Solution) -> None:
+        if solution not in PHASES:
+            raise ConfigurationError(f"model.solution is {solution!r}; choose one of {', '.join(PHASES)}")
+        if solution == "differential" and self._solution != "differential":
+            self._differential_since = self.global_step
+        self._solution = solution
+
+    @property
+    def tangent_weight(self) -> float:
+        """Lambda of the differential target, in [0, 1]."""
+        since = self._differential_since or 0
+        if self.tangent_warmup_steps == 0:
+            return 1.0
+        return min(1.0, (self.global_step - since) / self.tangent_warmup_steps)
+
+    # The objective
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """Sample (r, t), ask the teacher, form the target, weigh the loss."""
+        interval = sample_interval(self.time_sampler, len(x0), self.equal_fraction, x0.device)
+        r, t = interval.r, interval.t
+        noise = torch.randn_like(x0)
+        x_t = interpolate(x0, noise, t)
+        null = self.null_condition(len(x0))
+        condition = null_rows(condition, null, self.caption_dropout)
+        scale = self.guidance.draw(len(x0), x0.device)
+
+        target, logs = self.target(x_t, r, t, condition, null, scale)
+        u = self.adapter.average_velocity(self.student, x_t, r, t, condition, scale)
+        loss = self.loss(u, target)
+        logs |= {"u_norm": rms(u.detach()), "phase": torch.tensor(float(PHASES[self.solution]))}
+        if self.alignment is not None and self.alignment.active(self.global_step):
+            aligned, alignment_logs = self.alignment(self, noise, condition, null, scale)
+            loss = loss + aligned
+            logs |= alignment_logs
+        return Objective(loss, t, logs)
+
+    @torch.no_grad()
+    def target(
+        self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The regression target u* (B, C, h, w) of the present solution, and scalars to log.
+
+        Where r = t, it is the guided velocity in every solution, and costs no integration and no derivative.
+        """
+        wide = t > r
+        if self.solution == "discrete":
+            target = torch.empty_like(x_t)
+            rows = (~wide).nonzero()[:, 0]
+            if len(rows):
+                parts = select(rows, condition), select(rows, null)
+                target[rows] = self._velocity(x_t[rows], t[rows], *parts, scale[rows])
+            rows = wide.nonzero()[:, 0]
+            if len(rows):
+                parts = select(rows, condition), select(rows, null)
+                target[rows] = self._discrete(x_t[rows], r[rows], t[rows], *parts, scale[rows])
+            return target, {}
+        target = self._velocity(x_t, t, condition, null, scale)
+        rows = wide.nonzero()[:, 0]
+        if not len(rows):
+            return target, {}
+        part = x_t[rows], r[rows], t[rows], target[rows], select(rows, condition), scale[rows]
+        if self.solution == "bootstrapped":
+            target[rows] = self._bootstrapped(*part)
+            return target, {}
+        target[rows], dudt = self._differential(*part)
+        return target, {"dudt_norm": rms(dudt)}
+
+    def _discrete(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+        def velocity(x: Tensor, s: Tensor) -> Tensor:
+            return self._velocity(x, s, condition, null, scale)
+
+        x_r = integrate(velocity, x_t, t, r, self.solver_steps, self.solver)
+        return (x_t - x_r) / expand(t - r, x_t)
+
+    def _bootstrapped(self, x_t: Tensor, r: Tensor, t: Tensor, v: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+        s = torch.maximum(t - self.bootstrap_step, r)
+        x_s = jump(x_t, v, s, t)
+        u_s = self._evaluate(x_s, r, s, condition, scale)
+        teacher_share = expand((t - s) / (t - r), x_t)
+        return teacher_share * v + (1 - teacher_share) * u_s
+
+    def _differential(
+        self, x_t: Tensor, r: Tensor, t: Tensor, v: Tensor, condition: Condition, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            return self.adapter.average_velocity(self.student, x, r, t, condition, scale)
+
+        _, dudt = time_derivative(average_velocity, x_t, r, t, v)
+        return v - self.tangent_weight * expand(t - r, x_t) * dudt, dudt
+
+    def _velocity(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+        """The guided velocity v~ that the student learns."""
+        if self.guidance.kind != "improved":
+            return self.adapter.guided_velocity(self.teacher, x_t, t, condition, null, scale, self.guidance.interval)
+        v = self.adapter.velocity(self.teacher, x_t, t, condition, scale)
+        u_cond = self._evaluate(x_t, t, t, condition, scale)
+        u_null = self._evaluate(x_t, t, t, null, scale)
+        return improved_mix(v, u_cond, u_null, self.guidance.omega, self.guidance.kappa)
+
+    def _evaluate(self, x: Tensor, r: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+        """The student in evaluation mode."""
+        training = self.student.training
+        self.student.eval()
+        u = self.adapter.average_velocity(self.student, x, r, t, condition, scale)
+        self.student.train(training)
+        return u
+
+    # Networks and checkpoints
+
+    def build_networks(self) -> None:
+        """Teacher and student, and the critic of the alignment."""
+        super().build_networks()
+        if self.alignment is not None:
+            self.alignment.build(self.teacher)
+            # The critic has an optimizer of its own and averages its own gradients.
+            critic = [f"alignment.{name}" for name, _ in self.alignment.named_parameters()]
+            self._ddp_params_and_buffers_to_ignore = critic
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the phase, so that a resumed run continues in it."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["meanflow"] = {"solution": self._solution, "differential_since": self._differential_since}
+        if self.alignment is not None:
+            checkpoint["alignment_optimizer"] = self.alignment.optimizer_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue in the phase that was saved."""
+        super().on_load_checkpoint(checkpoint)
+        self._solution = checkpoint["meanflow"]["solution"]
+        self._differential_since = checkpoint["meanflow"]["differential_since"]
+        if self.alignment is not None:
+            self.alignment.load_optimizer_state(checkpoint["alignment_optimizer"])
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square of all entries."""
+    return x.square().mean().sqrt()

@@ -1,0 +1,96 @@
+"""What validation measures of a student, apart from its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_distill.flow.path import interpolate
+from lightning_distill.flow.solvers import integrate
+from lightning_distill.models.base import Condition
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.base import TeacherStudentBase
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """What validation measures.
+
+    Args:
+        nfe: Numbers of steps at which the student's pictures are scored.
+        teacher_nfe: Steps of the teacher it is compared with.
+        height: Height of the pictures in pixels.
+        width: Width of the pictures in pixels.
+        seed: Offset of the noise seeds; picture i of the validation set starts from seed + i.
+        average_velocity: Whether to measure `val/average_velocity_error`.
+        intervals: The (r, t) at which it is measured.
+        solver_steps: Heun steps of the teacher's reference solution over an interval.
+        samples: Pictures of the first validation batch that the error is measured on.
+    """
+
+    nfe: Sequence[int] = (1, 2, 4, 8)
+    teacher_nfe: int = 32
+    height: int = 32
+    width: int = 32
+    seed: int = 0
+    average_velocity: bool = True
+    intervals: Sequence[tuple[float, float]] = ((0.0, 1.0), (0.5, 1.0), (0.0, 0.5), (0.25, 0.75))
+    solver_steps: int = 16
+    samples: int = 32
+
+
+@dataclass(frozen=True)
+class AverageVelocityReference:
+    """The teacher's average velocities on a fixed batch, over fixed intervals, finely integrated once.
+
+    Attributes:
+        x_t: Noisy latents (B, C, h, w) of each interval.
+        r: End of each interval (B,).
+        t: Start of each interval (B,).
+        u: The teacher's average velocity (B, C, h, w) over each interval.
+        condition: Of the batch's prompts.
+    """
+
+    x_t: list[Tensor]
+    r: list[Tensor]
+    t: list[Tensor]
+    u: list[Tensor]
+    condition: Condition
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, module: TeacherStudentBase, batch: dict[str, Any]) -> AverageVelocityReference:
+        """Integrate the guided teacher of `module` by Heun's method from noisy versions of the batch's pictures."""
+        options = module.validation
+        images, prompts = batch["image"][: options.samples], batch["prompt"][: options.samples]
+        x0, condition = module.adapter.encode_images(images), module.encode_prompt(prompts)
+        null = module.null_condition(len(x0))
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed)).to(x0)
+        result = cls([], [], [], [], condition)
+
+        def teacher_velocity(x: Tensor, t: Tensor) -> Tensor:
+            return module.sampling_velocity(x, t, t, condition, null, "teacher")
+
+        for end, start in options.intervals:
+            r, t = torch.full((len(x0),), end, device=x0.device), torch.full((len(x0),), start, device=x0.device)
+            x_t = interpolate(x0, noise, t)
+            x_r = integrate(teacher_velocity, x_t, t, r, options.solver_steps, solver="heun")
+            result.x_t.append(x_t)
+            result.r.append(r)
+            result.t.append(t)
+            result.u.append((x_t - x_r) / (start - end))
+        return result
+
+    @torch.no_grad()
+    def relative_error(self, module: TeacherStudentBase) -> Tensor:
+        """Mean over samples and intervals of `||u - u_T|| / ||u_T||` for the student that `module` would sample from."""
+        errors = []
+        for x_t, r, t, u in zip(self.x_t, self.r, self.t, self.u, strict=True):
+            student = module.sampling_velocity(x_t, r, t, self.condition, self.condition, "student")
+            errors.append((student - u).flatten(1).norm(dim=1) / u.flatten(1).norm(dim=1))
+        return torch.cat(errors).mean()

@@ -1,0 +1,151 @@
+"""What a teacher family implements: everything a method needs to know about a model, and nothing about objectives."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.flow.guidance import classifier_free, inside_interval
+from lightning_distill.models.smooth_time import SmoothTimeReport
+
+Condition = dict[str, Tensor]
+"""What the network is told about the prompts: named tensors, all with the batch in front."""
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """How a student's time inputs are built from its teacher's.
+
+    Args:
+        interval_embedding: "zero": the second time input starts without effect, so the student starts as the teacher.
+            "clone": it starts as a copy of the timestep embedder (arXiv 2512.13006), and the student does not.
+        time_embedding: "smooth": refitted on features of bounded frequency. "original": the teacher's own.
+        frequency_bound: Largest angular frequency of smooth features, in rad per unit of t.
+        derivative_penalty: Weight of the squared derivative along t in the refit; larger is smoother and further from the
+            teacher.
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of keeping their activations.
+        max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch.
+    """
+
+    interval_embedding: Literal["zero", "clone"] = "zero"
+    time_embedding: Literal["smooth", "original"] = "smooth"
+    frequency_bound: float = 6.2832
+    derivative_penalty: float = 3e-4
+    gradient_checkpointing: bool = False
+    max_drift: float = 0.1
+
+
+class ModelAdapter(nn.Module, ABC):
+    """One family of text-to-image flow models, seen by the methods as latents, conditions and velocities.
+
+    Latents are (B, C, h, w), normalised to about unit scale; `t` and `r` are (B,), float32, in [0, 1], and 1 is noise. The
+    adapter holds the frozen text encoders and the autoencoder; the networks that are distilled are handed out and passed
+    back in, so that a method decides what trains, is averaged, sharded and saved.
+    """
+
+    embeds_guidance: bool = False
+    """Whether the checkpoint takes the guidance scale as an input; otherwise guidance costs a second branch."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `ConfigurationError` where the settings cannot work; before anything is loaded. Sets `embeds_guidance`."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the text encoders and the autoencoder, frozen and in evaluation mode."""
+
+    @abstractmethod
+    def load_teacher(self) -> nn.Module:
+        """Load the teacher's network, frozen and in evaluation mode."""
+
+    @abstractmethod
+    def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
+        """A trainable copy of the teacher that takes (r, t).
+
+        Returns:
+            The student, and how well its refitted time embedder follows the teacher's (None if it was not refitted).
+        """
+
+    @abstractmethod
+    def encode_prompt(self, prompts: list[str]) -> Condition:
+        """Conditions of B prompts; the empty prompt gives the null condition of classifier-free guidance."""
+
+    @abstractmethod
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by name, for methods that train them."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of an image of H x W pixels."""
+
+    @abstractmethod
+    def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
+        """Times (nfe + 1,) from 1 down to 0, float32 on the CPU, with the family's resolution-dependent shift."""
+
+    @abstractmethod
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None
+    ) -> Tensor:
+        """Velocity (B, C, h, w) by one forward; the guidance scale goes in where the checkpoint embeds it."""
+
+    @abstractmethod
+    def average_velocity(
+        self,
+        student: nn.Module,
+        x_t: Tensor,
+        r: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+
+    @abstractmethod
+    def save_student(self, student: nn.Module, directory: Path) -> None:
+        """Write a diffusers pipeline of the student, with all its components and the code it needs."""
+
+    @abstractmethod
+    def save_teacher(self, network: nn.Module, directory: Path) -> None:
+        """Write a stock diffusers pipeline of a network of one time, with all its components."""
+
+    def guided_velocity(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        null_condition: Condition,
+        guidance_scale: Tensor | float,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Tensor:
+        """Velocity under guidance: embedded where the checkpoint takes it, else by two branches (arXiv 2207.12598).
+
+        Args:
+            network: A teacher.
+            x_t: (B, C, h, w).
+            t: (B,).
+            condition: Of the prompts.
+            null_condition: Of the empty prompt, likewise of B rows.
+            guidance_scale: w of `v_null + w (v_c - v_null)`; 1 is no guidance. A number or (B,).
+            guidance_interval: Times between which two-branch guidance applies (arXiv 2404.07724).
+        """
+        if self.embeds_guidance:
+            return self.velocity(network, x_t, t, condition, guidance_scale)
+        if isinstance(guidance_scale, float | int) and guidance_scale == 1:
+            return self.velocity(network, x_t, t, condition)
+        both = {name: torch.cat([value, null_condition[name]]) for name, value in condition.items()}
+        v_cond, v_null = self.velocity(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32)
+        scale = torch.where(inside_interval(t, guidance_interval), scale, torch.ones_like(t))
+        return classifier_free(v_cond, v_null, scale)

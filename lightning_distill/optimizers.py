@@ -1,0 +1,113 @@
+"""Optimizers and schedules that the configs name and torch does not have."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_distill.errors import ConfigurationError
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices of transformer blocks and AdamW for everything else, as one optimizer.
+
+    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that both live with one kind of learning rate.
+
+    Args:
+        params: Parameter groups; those that say `block_matrices: True` go to Muon.
+        lr: Learning rate of the block matrices.
+        adamw_lr: Learning rate of the rest.
+        momentum: Muon's momentum, in [0, 1).
+        betas: AdamW's.
+        weight_decay: Decoupled weight decay of both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 3e-3,
+        adamw_lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        groups = [dict(group) for group in params]
+        matrices = [group for group in groups if group.get("block_matrices") and group["params"]]
+        rest = [group for group in groups if not group.get("block_matrices") and group["params"]]
+        if not matrices or not rest:
+            raise ConfigurationError("MuonWithAdamW needs parameter groups of both kinds; use torch.optim.AdamW for this model")
+        self.muon = Muon(
+            [p for group in matrices for p in group["params"]],
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.adamw = AdamW([p for group in rest for p in group["params"]], lr=adamw_lr, betas=betas, weight_decay=weight_decay)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        # The very same dicts, so that a scheduler's new learning rate reaches the optimizer that uses it.
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of both optimizers."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of both optimizers."""
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of both optimizers."""
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def split_parameters(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
+    """Two parameter groups: the matrices inside transformer blocks, marked `block_matrices`, and the rest.
+
+    Optimizers that do not know the mark ignore it.
+    """
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            (matrices if parameter.ndim == 2 and "blocks." in name else rest).append(parameter)
+    groups = [{"params": matrices, "block_matrices": True}, {"params": rest, "block_matrices": False}]
+    return [group for group in groups if group["params"]]
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up, then half a cosine down to a last fraction of the learning rate; steps once a batch.
+
+    Args:
+        optimizer: The optimizer.
+        total_steps: Steps of the whole schedule.
+        warmup_steps: Steps of the linear part.
+        last_fraction: Fraction of the learning rate at the end, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, last_fraction: float = 0.0) -> None:
+        if not 0 <= warmup_steps < total_steps:
+            raise ConfigurationError(
+                f"lr_scheduler.warmup_steps is {warmup_steps}; keep it below total_steps, which is {total_steps}"
+            )
+
+        def factor(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+            return last_fraction + (1 - last_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        super().__init__(optimizer, factor)

@@ -1,0 +1,203 @@
+"""`python -m lightning_distill sample`: pictures from a pipeline directory."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+import lightning_distill.models
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.registry import SHIPPED, resolve_pretrained
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OWN_CODE = Path(lightning_distill.models.__file__).parent
+BATCH_SIZE = 8
+GAP = 2
+"""White pixels between the pictures of a grid, before it is enlarged."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments after `sample`; None takes those of the process.
+
+    Raises:
+        ConfigurationError: If an argument cannot work.
+    """
+    arguments = build_parser().parse_args(argv)
+    if arguments.nfe < 1:
+        raise ConfigurationError(f"--nfe is {arguments.nfe}; give a number of steps of at least 1")
+    if arguments.scale < 1:
+        raise ConfigurationError(f"--scale is {arguments.scale}; give a whole factor of at least 1")
+    if arguments.out.suffix.lower() != ".png":
+        raise ConfigurationError(f"--out is {str(arguments.out)!r}; give a file name that ends in .png")
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    pipeline = load_pipeline(arguments.pipeline, arguments.trust_remote_code, DTYPES[arguments.torch_dtype])
+    pipeline.set_progress_bar_config(disable=True)
+    images = sample(
+        pipeline,
+        arguments.prompt,
+        nfe=arguments.nfe,
+        seed=arguments.seed,
+        height=arguments.height,
+        width=arguments.width,
+        guidance_scale=arguments.guidance_scale,
+    )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_grid(images, arguments.out, arguments.scale)
+    print(f"wrote {arguments.out}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser("lightning_distill sample", description="Draw pictures with a pipeline directory.")
+    parser.add_argument(
+        "--pipeline", required=True, help=f"directory of an exported student or a FLUX pipeline, or {', '.join(SHIPPED)}"
+    )
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated: the pictures make a grid")
+    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--nfe", type=int, default=4, help="steps (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="picture i starts from seed + i (default: 0)")
+    parser.add_argument("--height", type=int, help="pixels (default: what the autoencoder was made for)")
+    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="default: 3.5 where the transformer embeds it; 1, which is none, for other teachers; students have it built in",
+    )
+    parser.add_argument("--scale", type=int, default=1, help="enlarge by this factor, pixel by pixel (default: 1)")
+    parser.add_argument("--torch_dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that the directory brings")
+    return parser
+
+
+def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32) -> FluxPipeline:
+    """A pipeline on the GPU if there is one.
+
+    Args:
+        name: A shipped name or a directory.
+        trust_remote_code: Whether to run Python files in the directory that are not this package's own.
+        torch_dtype: Precision to load with.
+
+    Raises:
+        ConfigurationError: If there is no pipeline of FLUX's kind, or it brings code that is not trusted.
+    """
+    directory = Path(resolve_pretrained(name))
+    if not (directory / "model_index.json").is_file():
+        raise ConfigurationError(
+            f"--pipeline is {name!r}, which holds no model_index.json; give a pipeline directory or one of {', '.join(SHIPPED)}"
+        )
+    foreign = [file for file in (*directory.glob("*.py"), *directory.glob("*/*.py")) if not is_own_code(file)]
+    if foreign and not trust_remote_code:
+        files = ", ".join(str(file.relative_to(directory)) for file in foreign)
+        raise ConfigurationError(
+            f"--pipeline {name!r} brings code of its own ({files}); read it, and add --trust_remote_code to run it"
+        )
+    pipeline = DiffusionPipeline.from_pretrained(
+        directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
+    )
+    if not isinstance(pipeline, FluxPipeline):
+        raise ConfigurationError(f"--pipeline {name!r} is a {type(pipeline).__name__}; give a FLUX pipeline")
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_own_code(file: Path) -> bool:
+    """Whether a file in a pipeline directory is, byte for byte, the code that this package's exports carry."""
+    own = OWN_CODE / file.name
+    return own.is_file() and own.read_bytes() == file.read_bytes()
+
+
+def sample(
+    pipeline: FluxPipeline,
+    prompts: Sequence[str],
+    *,
+    nfe: int,
+    seed: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float | None = None,
+) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] of B prompts; picture i starts from the noise of `seed + i`.
+
+    Args:
+        pipeline: A student's, or a stock `FluxPipeline`.
+        prompts: B prompts.
+        nfe: Steps.
+        seed: Seed of the first picture.
+        height: Pixels; None is what the autoencoder was made for.
+        width: Likewise.
+        guidance_scale: As an input where the transformer embeds it, else by a second branch.
+
+    Raises:
+        ConfigurationError: If the pictures' size does not fit, a student is asked for guidance, or a word is unknown to a
+            tokenizer of whole words.
+    """
+    for prompt in prompts:
+        check_words(pipeline, prompt)
+    size = pipeline.vae.config.sample_size
+    height, width, multiple = height or size, width or size, 2 * pipeline.vae_scale_factor
+    if height % multiple or width % multiple:
+        raise ConfigurationError(f"--height {height} and --width {width} do not fit; give multiples of {multiple}")
+    settings = {"height": height, "width": width, "num_inference_steps": nfe, "output_type": "pt"}
+    # FluxPipeline itself would pad to 512 tokens, whatever the transformer was trained with.
+    settings["max_sequence_length"] = min(512, pipeline.tokenizer_2.model_max_length)
+    images = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        batch = list(prompts[start : start + BATCH_SIZE])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        guidance = guidance_arguments(pipeline, guidance_scale, len(batch))
+        images.append(pipeline(batch, generator=generators, **settings, **guidance).images.float().cpu())
+    return torch.cat(images)
+
+
+def guidance_arguments(pipeline: FluxPipeline, guidance_scale: float | None, batch_size: int) -> dict[str, Any]:
+    """How to ask a pipeline for guidance: by its input, by a second branch, or, for a student, not at all."""
+    if pipeline.transformer.config.guidance_embeds:
+        return {"guidance_scale": 3.5 if guidance_scale is None else guidance_scale}
+    if guidance_scale is None or guidance_scale == 1:
+        return {}
+    if type(pipeline) is not FluxPipeline:
+        raise ConfigurationError(
+            f"--guidance_scale is {guidance_scale:g}, but this student has its guidance built in; leave --guidance_scale out"
+        )
+    return {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * batch_size}
+
+
+def check_words(pipeline: FluxPipeline, prompt: str) -> None:
+    """Refuse words that a tokenizer of whole words does not know; tokenizers of word pieces know all."""
+    tokenizer = pipeline.tokenizer_2
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.model).__name__ != "WordLevel":
+        return
+    vocabulary = tokenizer.get_vocab()
+    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(prompt)]
+    unknown = [piece for piece in pieces if piece not in vocabulary]
+    if unknown:
+        known = ", ".join(sorted(vocabulary.keys() - set(tokenizer.all_special_tokens)))
+        raise ConfigurationError(
+            f"--prompt {prompt!r} has the word {unknown[0]!r}, which this pipeline was not taught; it knows: {known}"
+        )
+
+
+def write_grid(images: Tensor, file: Path, scale: int = 1) -> None:
+    """Write pictures (B, 3, H, W) in [0, 1] as one PNG, in rows of about equal number, enlarged pixel by pixel."""
+    count, _, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    grid = torch.ones(3, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
+        grid[:, top : top + height, left : left + width] = image
+    pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file)

@@ -1,0 +1,129 @@
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_distill.callbacks.export import ExportPipeline
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.losses import power_loss
+from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.flow_matching import FlowMatching
+from lightning_distill.methods.validation import ValidationOptions
+from lightning_distill.models.base import Condition
+from lightning_distill.models.flux import FluxAdapter
+from tests.tiny import PROMPTS, save_tiny_pipeline
+
+
+@pytest.fixture
+def teacher_directory(tmp_path: Path) -> str:
+    return save_tiny_pipeline(tmp_path / "tiny", scheduler={"shift": 2.0})
+
+
+class Regression(TeacherStudentBase):
+    """The smallest method: follow the teacher's velocity."""
+
+    break_at: int | None = None
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        t = torch.rand(len(x0))
+        assert self.teacher is not None
+        u = self.adapter.average_velocity(self.trained, x0, t / 2, t, condition)
+        if self.global_step == self.break_at:
+            raise RuntimeError("broken")
+        return Objective(power_loss(u, self.adapter.velocity(self.teacher, x0, t, condition), 1.0), t)
+
+
+class Other(LightningModule):
+    """Neither student nor teacher."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+def fit(module: LightningModule, tmp_path: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    data = [{"image": torch.rand(3, 32, 32) * 2 - 1, "prompt": prompt, "index": i} for i, prompt in enumerate(PROMPTS)]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        **{"max_steps": 2, "logger": False, "default_root_dir": tmp_path, "callbacks": [*callbacks], **quiet, **options}
+    )
+    trainer.fit(module, DataLoader(data, batch_size=3))
+    return trainer
+
+
+OPTIONS = ValidationOptions(nfe=(1, 4), average_velocity=False)
+
+
+def test_fit_ends_with_the_student_that_is_validated(
+    teacher_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = Regression(FluxAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
+    fit(module, tmp_path, ExportPipeline(notes="As agreed."))
+    directory = tmp_path / "student"
+    pipeline = DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    images = pipeline(PROMPTS, generator=generators, output_type="pt").images
+    assert torch.equal(images, module.sample(PROMPTS, 4))
+    card = (directory / "README.md").read_text()
+    for part in ("| Method | Regression |", "| Training steps | 2 |", "| Training time | 0.", "1 or 4 steps", "As agreed."):
+        assert part in card
+
+
+def test_training_a_teacher_ends_with_a_stock_pipeline(teacher_directory: str, tmp_path: Path) -> None:
+    module = FlowMatching(FluxAdapter(teacher_directory), train_text_encoders=True, validation=OPTIONS)
+    fit(module, tmp_path, ExportPipeline())
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "teacher")
+    trained = module.sampling_student
+    assert isinstance(trained, nn.ModuleDict)
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        written = getattr(pipeline, name).state_dict()
+        assert all(torch.equal(written[key], value) for key, value in trained[name].state_dict().items() if key in written)
+    before = FluxPipeline.from_pretrained(teacher_directory)
+    moved = (pipeline.text_encoder_2.shared.weight != before.text_encoder_2.shared.weight).any()
+    assert moved, "training moved nothing, so the comparison above shows nothing"
+
+
+def test_the_directory_may_be_chosen(teacher_directory: str, tmp_path: Path) -> None:
+    module = Regression(FluxAdapter(teacher_directory), validation=OPTIONS)
+    fit(module, tmp_path, ExportPipeline(str(tmp_path / "elsewhere" / "s")))
+    assert (tmp_path / "elsewhere" / "s" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("case", ["error", "fast_dev_run"])
+def test_nothing_is_written_unless_training_came_to_its_end(case: str, teacher_directory: str, tmp_path: Path) -> None:
+    module = Regression(FluxAdapter(teacher_directory), validation=OPTIONS)
+    if case == "error":
+        module.break_at = 1
+        with pytest.raises(RuntimeError, match="broken"):
+            fit(module, tmp_path, ExportPipeline())
+    else:
+        fit(module, tmp_path, ExportPipeline(), fast_dev_run=True)
+    assert not (tmp_path / "student").exists()
+
+
+def test_what_cannot_be_exported_is_refused_before_training(teacher_directory: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Other trains neither"):
+        fit(Other(), tmp_path, ExportPipeline())
+    module = Regression(FluxAdapter(teacher_directory), validation=OPTIONS)
+    with pytest.raises(ConfigurationError, match="holds something other than an earlier export"):
+        fit(module, tmp_path, ExportPipeline(teacher_directory))
+    assert module.global_step == 0
+
+
+def test_training_time_goes_on_counting_after_a_resume() -> None:
+    first, second = ExportPipeline(), ExportPipeline()
+    first.on_train_start(None, None)  # type: ignore[arg-type]
+    first.on_train_end(None, None)  # type: ignore[arg-type]
+    second.load_state_dict({"seconds": first.state_dict()["seconds"] + 100})
+    second.on_train_start(None, None)  # type: ignore[arg-type]
+    assert 100 < second.state_dict()["seconds"] < 130

@@ -1,0 +1,240 @@
+"""The report has the figures that validation has, in a table, in a file and in pictures."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lightning_distill.callbacks.report import FinalReport, validation_prompts
+from lightning_distill.callbacks.switch import SwitchSolution
+from lightning_distill.data import ShapesData
+from lightning_distill.data.shapes import CATEGORIES
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.metrics import prompt_diversity
+from tests.callbacks.distillation import PictureDistillation, PictureTraining, Scripted
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+def fit(directory: Path, module: Any, *callbacks: Callback, data: LightningDataModule | None = None, **kwargs: Any) -> Trainer:
+    settings: dict[str, Any] = {"max_epochs": 1, "logger": False, "enable_checkpointing": False} | kwargs
+    ckpt_path = settings.pop("ckpt_path", None)
+    trainer = Trainer(
+        default_root_dir=directory,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **settings,
+    )
+    trainer.fit(module, data or ShapesData(size=8, batch_size=8, prompts_per_category=2), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_figures_for_machines(tmp_path):
+    module = PictureDistillation(strength=1.0)
+    trainer = fit(tmp_path, module, FinalReport(diversity_prompts=3, diversity_seeds=2))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["teacher", "student", "minutes", "categories", "diversity"]
+    assert summary["teacher"] == {"1": 1.0, "2": 1.0, "4": 1.0}
+    assert summary["student"] == {nfe: float(trainer.callback_metrics[f"val/prompt_accuracy/nfe_{nfe}"]) for nfe in "12"}
+    assert set(summary["categories"]["teacher"]) == {"1", "2", "4"}
+    assert summary["categories"]["teacher"]["4"] == dict.fromkeys(CATEGORIES, 1.0)
+    assert set(summary["categories"]["student"]["1"]) == set(CATEGORIES)
+    assert 0 < summary["minutes"] < 1
+
+
+def test_a_student_that_has_not_learned_scores_less_than_its_teacher(tmp_path):
+    fit(tmp_path, PictureDistillation(strength=0.0), FinalReport())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["student"] == {"1": 0.0, "2": 0.0}
+    assert summary["categories"]["student"]["2"] == dict.fromkeys(CATEGORIES, 0.0)
+    assert summary["teacher"]["1"] == 1.0
+
+
+def test_the_noise_is_that_of_validation(tmp_path, monkeypatch):
+    drawn: dict[tuple[str, int], set[Any]] = {}
+    sample = PictureDistillation.sample
+
+    def recorded(self, prompts, nfe, seeds=None, network="student", **kwargs):
+        drawn.setdefault((network, nfe), set()).update(zip(prompts, seeds, strict=True))
+        return sample(self, prompts, nfe, seeds, network, **kwargs)
+
+    module = PictureDistillation(nfe=(1,))
+    trainer = fit(tmp_path, module)
+    monkeypatch.setattr(PictureDistillation, "sample", recorded)
+    report = FinalReport(columns=1, diversity_prompts=0)
+    report.on_train_end(trainer, module)
+    asked = {pair for batch in trainer.val_dataloaders for pair in zip(batch["prompt"], batch["index"].tolist(), strict=True)}
+    assert len(asked) == 12
+    assert drawn[("student", 1)] == drawn[("teacher", 1)] == drawn[("teacher", 4)] == asked
+
+
+def test_diversity_is_that_of_pictures_of_one_prompt(tmp_path):
+    class Restless(PictureDistillation):
+        """Each seed adds a light of its own."""
+
+        def sample(self, prompts, nfe, seeds=None, network="student", **kwargs):
+            light = torch.tensor([(seed % 4) / (8 if network == "student" else 4) for seed in seeds])
+            return light[:, None, None, None].expand(-1, 3, 32, 32)
+
+    fit(tmp_path, Restless(), FinalReport(diversity_prompts=2, diversity_seeds=4))
+    diversity = json.loads((tmp_path / "summary.json").read_text())["diversity"]
+    light = torch.arange(4.0).div(8)[:, None, None, None].expand(-1, 3, 32, 32)
+    expected = float(prompt_diversity(light, ["a circle"] * 4))
+    assert diversity["student"] == pytest.approx({"1": expected, "2": expected}, abs=1e-6)
+    assert diversity["teacher"] == pytest.approx({"4": 2 * expected}, abs=1e-6)
+
+
+def test_table(tmp_path, capsys):
+    fit(tmp_path, PictureDistillation(strength=0.0), FinalReport(diversity_prompts=2, diversity_seeds=2))
+    printed = capsys.readouterr().out
+    assert "Prompt accuracy on the validation prompts, %" in printed
+    rows = {
+        tuple(cells[:2]): cells[2:] for cells in map(str.split, printed.splitlines()) if cells[:1] in (["student"], ["teacher"])
+    }
+    assert list(rows) == [("student", "1"), ("student", "2"), ("teacher", "1"), ("teacher", "2"), ("teacher", "4")]
+    assert rows["teacher", "1"] == ["100.0"] * 7
+    assert rows["teacher", "4"] == ["100.0"] * 7 + ["0.000"]
+    assert rows["student", "2"][:7] == ["0.0"] * 7
+    header = printed[: printed.index("───")].split()
+    assert all(word in header for name in (*CATEGORIES, "overall", "diversity") for word in name.split("_"))  # none is cut
+    assert f"{tmp_path}/pictures.png" in printed.replace("\n", "")
+
+
+def test_pictures(tmp_path):
+    fit(tmp_path, PictureDistillation(strength=0.0), FinalReport(str(tmp_path / "report"), columns=4))
+    grid = np.asarray(Image.open(tmp_path / "report" / "pictures.png"))
+    student, teacher = grid[-196:-104, -396:], grid[-96:, -396:]
+    assert teacher.std() > student.std()  # the student has not learned and draws grey
+    assert (tmp_path / "report" / "summary.json").exists()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_without_a_metric_there_are_pictures_and_a_line(tmp_path, capsys):
+    fit(tmp_path, PictureDistillation(with_metric=False), FinalReport())
+    assert "model.metric is not set" in capsys.readouterr().out
+    assert (tmp_path / "pictures.png").exists()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher"] == summary["student"] == summary["categories"] == {}
+    assert set(summary["diversity"]) == {"student", "teacher"}
+
+
+def test_without_a_teacher(tmp_path, capsys):
+    fit(tmp_path, PictureTraining(strength=1.0), FinalReport())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher"] == {}
+    assert list(summary["diversity"]) == list(summary["categories"]) == ["student"]
+    assert "teacher 1" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_validation_there_is_a_line(tmp_path, capsys):
+    fit(tmp_path, PictureDistillation(), FinalReport(), limit_val_batches=0)
+    assert "no validation prompts" in capsys.readouterr().out
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_several_loaders_and_a_limit(tmp_path):
+    class Two(ShapesData):
+        def val_dataloader(self) -> list[DataLoader[Any]]:
+            return [super().val_dataloader()] * 2
+
+    module = PictureDistillation()
+    module.validation_step = lambda batch, batch_idx, dataloader_idx=0: None
+    module.on_validation_epoch_end = lambda: None
+    report = FinalReport(diversity_prompts=0)
+    data = Two(size=4, batch_size=4, prompts_per_category=2)
+    trainer = fit(tmp_path, module, report, data=data, limit_val_batches=2)
+    assert [len(prompts) for prompts, _ in validation_prompts(trainer, module)] == [4, 4, 4, 4]
+
+
+def test_nothing_is_reported_after_an_exception(tmp_path, capsys):
+    class Breaks(PictureDistillation):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, Breaks(), FinalReport())
+    fit(tmp_path, PictureDistillation(), FinalReport(), fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_minutes_add_up_over_resumes(tmp_path, monkeypatch):
+    class Clock(Callback):
+        """Lets a minute pass at each step."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            now = time.perf_counter() + 60
+            monkeypatch.setattr("lightning_distill.callbacks.report.time.perf_counter", lambda: now)
+
+    module = PictureDistillation()
+    data = ShapesData(size=16, batch_size=8, prompts_per_category=1)
+    trainer = fit(tmp_path, module, FinalReport(diversity_prompts=0), Clock(), data=data, max_epochs=2)
+    assert json.loads((tmp_path / "summary.json").read_text())["minutes"] == pytest.approx(4, abs=0.1)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    again = FinalReport(diversity_prompts=0)
+    settings = {"max_epochs": 3, "ckpt_path": str(tmp_path / "saved.ckpt")}
+    fit(tmp_path, PictureDistillation(), again, Clock(), data=data, **settings)
+    assert json.loads((tmp_path / "summary.json").read_text())["minutes"] == pytest.approx(6, abs=0.1)
+    assert again.state_dict()["seconds"] == pytest.approx(360, abs=6)
+
+
+def test_the_module_is_handed_back_as_it_was(tmp_path):
+    modes = {}
+
+    class Before(Callback):
+        def on_train_end(self, trainer, pl_module):
+            modes.update({name: part.training for name, part in pl_module.named_modules()})
+
+    module = PictureDistillation()
+    fit(tmp_path, module, Before(), FinalReport(diversity_prompts=0))
+    assert modes["student"]
+    assert {name: part.training for name, part in module.named_modules()} == modes
+
+
+@pytest.mark.parametrize("settings", [{"columns": 0}, {"diversity_prompts": -1}, {"diversity_seeds": 1}])
+def test_settings_that_cannot_work(settings):
+    with pytest.raises(ConfigurationError, match=f"FinalReport.{next(iter(settings))}"):
+        FinalReport(**settings)
+
+
+def test_a_method_without_pictures():
+    with pytest.raises(ConfigurationError, match="FinalReport needs a method that draws pictures"):
+        FinalReport().setup(None, Scripted({}), "fit")
+
+
+class Decisions(Callback):
+    """Writes what each process has come to."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        (switch,) = (callback for callback in trainer.callbacks if isinstance(callback, SwitchSolution))
+        found = {"solution": pl_module.solution, "step": switch.state.step, "value": switch.state.value}
+        Path(trainer.default_root_dir, f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+class Torn(PictureDistillation):
+    """The processes measure different errors; only rank zero's passes the threshold."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val/average_velocity_error", 0.25 + self.global_rank)
+
+
+@pytest.mark.slow
+def test_two_processes_decide_and_report_as_one(tmp_path):
+    data = ShapesData(size=16, batch_size=4, prompts_per_category=2)
+    callbacks = (SwitchSolution(threshold=0.3), FinalReport(diversity_prompts=2, diversity_seeds=2), Decisions())
+    fit(tmp_path, Torn(strength=1.0), *callbacks, data=data, strategy="ddp_spawn", devices=2, max_epochs=2)
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1] == {"solution": "differential", "step": 2, "value": 0.25}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher"] == {"1": 1.0, "2": 1.0, "4": 1.0}
+    assert set(summary["categories"]["teacher"]["1"]) == set(CATEGORIES)  # of both processes' prompts

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
+from lightning_distill.callbacks.sanity import StopOnNonFinite
+from lightning_distill.data import ShapesData
+from lightning_distill.errors import NonFiniteError
+from tests.toy import ManualToyModule, ToyModule
+
+
+class BrokenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+class BreaksInBackward(ToyModule):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return BrokenGradient.apply(loss) if self.global_step == 3 else loss
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (ToyModule(break_at=3), "the loss became nan at step 3; .* lower the learning rate"),
+        (ManualToyModule(break_at=3), "the loss became nan at step 3"),
+        (BreaksInBackward(), "the gradient norm became (nan|inf) at step 3"),
+    ],
+)
+def test_the_run_stops_with_good_weights_and_checkpoints(tmp_path, module, message):
+    trainer = Trainer(
+        max_steps=8,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[AtomicCheckpoint(str(tmp_path), every_n_train_steps=1), StopOnNonFinite()],
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.fit(module, ShapesData(size=32, batch_size=8, prompts_per_category=1))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert saved["global_step"] == 3
+    for name, parameter in module.state_dict().items():
+        assert torch.equal(parameter, saved["state_dict"][name])
+        assert parameter.isfinite().all()

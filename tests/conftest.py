@@ -1,0 +1,26 @@
+"""Settings and fixtures of all tests."""
+
+import os
+
+# Before torch is imported: idle threads must not spin beside other workers, and no test may need a network.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    """The same numbers in whatever order tests run, on one thread so that workers do not crowd each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import jump
+from lightning_distill.flow.solvers import SOLVERS, VelocityFn, euler_step, evaluations, heun_step, integrate, midpoint_step
+from tests.gaussian import GaussianTeacher
+
+TEACHER = GaussianTeacher(mean=0.7, std=0.4)
+
+
+@pytest.fixture
+def start() -> tuple[Tensor, Tensor, Tensor]:
+    x_t = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([1.0, 0.9, 0.6, 0.5], dtype=torch.float64)
+    r = torch.tensor([0.0, 0.3, 0.1, 0.4], dtype=torch.float64)
+    return x_t, t, r
+
+
+def observed_orders(velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, exact: Tensor, solver: str) -> Tensor:
+    """Orders (B,) by which the error falls from 128 to 256 steps; each row has an interval of its own."""
+    coarse, fine = ((integrate(velocity, x_t, t, r, steps, solver) - exact).flatten(1).norm(dim=1) for steps in (128, 256))
+    assert (fine < 0.02 * (exact - x_t).flatten(1).norm(dim=1)).all(), "converges, but elsewhere"
+    return torch.log2(coarse / fine)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solver_converges_with_its_order_on_a_nonlinear_flow(start, solver):
+    _, t, r = start
+    x_t = torch.linspace(-0.6, 0.6, 4 * 6, dtype=torch.float64).reshape(4, 6)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return x.square() * torch.cos(2 * t)[:, None]
+
+    exact = 1 / (1 / x_t + (torch.sin(2 * t) - torch.sin(2 * r))[:, None] / 2)
+    orders = observed_orders(velocity, x_t, t, r, exact, solver)
+    assert (orders - SOLVERS[solver].order).abs().max() < 0.05, orders
+
+
+# The midpoint method gains an order here: the leading term of its error vanishes where sigma'' is proportional to
+# sigma ** -3, and sigma_t, the root of a quadratic in t, is of this kind.
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 3)])
+def test_solver_converges_to_the_closed_form_flow_of_gaussian_data(start, solver, order):
+    x_t, t, r = start
+    orders = observed_orders(TEACHER.velocity, x_t, t, r, TEACHER.flow_map(x_t, t, r), solver)
+    assert (orders - order).abs().max() < 0.05, orders
+
+
+@pytest.mark.parametrize("step", [euler_step, heun_step, midpoint_step])
+def test_every_step_is_exact_for_a_constant_velocity(start, step):
+    x_t, t, r = start
+    constant = torch.full_like(x_t, 1.5)
+    torch.testing.assert_close(step(lambda x, t: constant, x_t, t, r), jump(x_t, constant, r, t))
+
+
+@pytest.mark.parametrize("step", [heun_step, midpoint_step])
+def test_second_order_steps_are_exact_for_a_velocity_linear_in_time(start, step):
+    x_t, t, r = start
+    x_r = step(lambda x, t: t.reshape(-1, 1, 1, 1).expand_as(x), x_t, t, r)
+    torch.testing.assert_close(x_r, x_t - ((t**2 - r**2) / 2).reshape(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_velocity_is_asked_as_often_as_stated_and_only_inside_the_interval(start, solver, steps):
+    x_t, t, r = start
+    asked: list[Tensor] = []
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        asked.append(time)
+        return TEACHER.velocity(x, time)
+
+    integrate(velocity, x_t, t, r, steps, solver)
+    assert len(asked) == evaluations(solver, steps)
+    assert all((r <= time).all() and (time <= t).all() for time in asked)
+    assert torch.equal(asked[0], t)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_with_equal_times_stay_as_they_are(start, solver):
+    x_t, t, r = start
+    r = torch.where(torch.tensor([True, False, True, False]), t, r)
+    x_r = integrate(TEACHER.velocity, x_t, t, r, 3, solver)
+    assert torch.equal(x_r[[0, 2]], x_t[[0, 2]])
+    assert not torch.isclose(x_r[[1, 3]], x_t[[1, 3]]).all()
+
+
+def test_euler_in_one_step_is_a_jump_by_the_velocity(start):
+    x_t, t, r = start
+    assert torch.equal(integrate(TEACHER.velocity, x_t, t, r, 1), jump(x_t, TEACHER.velocity(x_t, t), r, t))
+
+
+def test_flow_goes_both_ways(start):
+    x_t, t, r = start
+    x_r = integrate(TEACHER.velocity, x_t, t, r, 200, "heun")
+    torch.testing.assert_close(integrate(TEACHER.velocity, x_r, r, t, 200, "heun"), x_t, rtol=0, atol=1e-3)
+
+
+def test_integration_from_noise_gives_the_data_distribution():
+    noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ones = torch.ones(len(noise), dtype=torch.float64)
+    x0 = integrate(TEACHER.velocity, noise, ones, torch.zeros_like(ones), 50, "midpoint")
+    assert x0.mean().item() == pytest.approx(TEACHER.mean, abs=0.005)
+    assert x0.std().item() == pytest.approx(TEACHER.std, abs=0.005)
+
+
+def test_gradients_pass_through_the_steps():
+    x_t = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    integrate(lambda x, t: x, x_t, one, zero, 4).sum().backward()
+    assert x_t.grad is not None
+    assert x_t.grad.item() == pytest.approx((1 - 1 / 4) ** 4)
+    assert math.exp(-1) == pytest.approx(integrate(lambda x, t: x, x_t, one, zero, 64, "heun").item(), abs=1e-4)
+
+
+def test_unknown_solver_and_no_steps_are_refused(start):
+    x_t, t, r = start
+    with pytest.raises(ConfigurationError, match="unknown solver 'rk45'; choose one of euler, heun, midpoint"):
+        integrate(TEACHER.velocity, x_t, t, r, 1, "rk45")
+    with pytest.raises(ConfigurationError, match="steps"):
+        evaluations("euler", 0)

@@ -1,0 +1,100 @@
+"""A family whose teacher is known in closed form, so that methods can be tested in milliseconds."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.flow.times import step_grid
+from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.smooth_time import SmoothTimeReport
+from tests.gaussian import GaussianTeacher
+
+GAUSSIAN = GaussianTeacher()
+
+
+class ExactTeacher(nn.Module):
+    """The velocity of Gaussian data; captions shift it, so that guidance has something to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(()))
+
+    def forward(self, x: Tensor, r: Tensor | None, t: Tensor, caption: Tensor) -> Tensor:
+        return GAUSSIAN.velocity(x, t) + self.offset + caption[:, None, None, None]
+
+
+class ExactStudent(nn.Module):
+    """The closed-form average velocity, off by a trainable constant that starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, r: Tensor | None, t: Tensor, caption: Tensor) -> Tensor:
+        end = t if r is None else r
+        return GAUSSIAN.average_velocity(x, end, t) + self.bias + caption[:, None, None, None]
+
+
+class SmallNetwork(nn.Module):
+    """A network of x, r, t and the caption that is nobody's solution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
+
+    def forward(self, x: Tensor, r: Tensor | None, t: Tensor, caption: Tensor) -> Tensor:
+        end = t if r is None else r
+        rest = torch.stack([end, t, caption], -1)[:, None, None].expand(*x.shape[:1], *x.shape[2:], 3)
+        return self.layers(torch.cat([x.movedim(1, -1), rest.to(x.dtype)], -1)).movedim(-1, 1)
+
+
+class GaussianAdapter(ModelAdapter):
+    """Pictures are their own latents; a caption is worth its length in hundredths, the empty one nothing."""
+
+    def __init__(self, student: str = "exact", teacher: str = "exact") -> None:
+        super().__init__()
+        self.kinds = {"student": student, "teacher": teacher}
+
+    def check(self) -> None:
+        self.embeds_guidance = False
+
+    def load(self) -> None:
+        pass
+
+    def load_teacher(self) -> nn.Module:
+        network = ExactTeacher() if self.kinds["teacher"] == "exact" else SmallNetwork()
+        return network.requires_grad_(False).eval()
+
+    def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
+        return (ExactStudent() if self.kinds["student"] == "exact" else SmallNetwork()), None
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {}
+
+    def encode_prompt(self, prompts: list[str]) -> Condition:
+        return {"caption": torch.tensor([len(prompt) / 100 for prompt in prompts])}
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return 3, height, width
+
+    def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
+        return step_grid(nfe)
+
+    def velocity(self, network, x_t, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
+        return network(x_t, None, t, condition["caption"])
+
+    def average_velocity(self, student, x_t, r, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
+        return student(x_t, r, t, condition["caption"])
+
+    def save_student(self, student: nn.Module, directory: Path) -> None:
+        torch.save(student.state_dict(), directory / "student.pt")
+
+    def save_teacher(self, network: nn.Module, directory: Path) -> None:
+        torch.save(network.state_dict(), directory / "teacher.pt")

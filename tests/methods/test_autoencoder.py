@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from lightning_distill.data.shapes_datamodule import ShapesData
+from lightning_distill.methods.autoencoder import Autoencoder
+from tests.methods.test_meanflow import trainer
+
+
+def test_writes_an_autoencoder_with_latents_of_unit_scale(tmp_path: Path) -> None:
+    data = ShapesData(size=64, batch_size=16, prompts_per_category=2)
+    small = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 2}
+    module = Autoencoder(str(tmp_path / "vae"), kl_weight=1e-3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5), **small)
+    before = [p.clone() for p in module.vae.parameters()]
+    run = trainer(tmp_path, max_steps=4)
+    run.fit(module, data)
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.vae.parameters(), strict=True))
+    assert {"train/loss", "val/mae"} <= run.callback_metrics.keys()
+
+    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    images = torch.cat([batch["image"] for batch in data.train_dataloader()])
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+    scaled = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    assert scaled.std().item() == pytest.approx(1, abs=0.2)
+    assert scaled.mean().item() == pytest.approx(0, abs=0.2)
+
+
+def test_kl_weight_must_be_positive() -> None:
+    with pytest.raises(ValueError, match=r"model\.kl_weight"):
+        Autoencoder(kl_weight=0.0)

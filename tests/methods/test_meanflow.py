@@ -1,0 +1,383 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.derivative import time_derivative
+from lightning_distill.flow.losses import AdaptiveLoss, PowerLoss
+from lightning_distill.flow.path import expand, interpolate
+from lightning_distill.methods.alignment import TrajectoryAlignment, TrajectoryState
+from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.meanflow import MeanFlow
+from lightning_distill.methods.validation import ValidationOptions
+from tests.gaussian import GaussianTeacher
+from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
+
+VALIDATION = ValidationOptions(nfe=(1, 2), height=4, width=4, samples=8)
+
+
+class Pictures(Dataset[dict[str, Any]]):
+    """Gaussian pictures under the empty caption, so that the teacher is theirs."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        image = GAUSSIAN.mean + GAUSSIAN.std * torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(i))
+        return {"prompt": "", "image": image, "index": i}
+
+
+def loader() -> DataLoader[dict[str, Any]]:
+    return DataLoader(Pictures(), batch_size=8)
+
+
+def method(student: str = "exact", **settings: Any) -> MeanFlow:
+    module = MeanFlow(GaussianAdapter(student), validation=VALIDATION, **settings)
+    module.setup("fit")
+    module.configure_model()
+    return module
+
+
+def trainer(path: Path, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {"max_steps": 4, "accelerator": "cpu", "logger": False, "log_every_n_steps": 1}
+    defaults |= {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(default_root_dir=path, **(defaults | settings))
+
+
+@pytest.fixture
+def points() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    t = torch.linspace(0.2, 1.0, 16)
+    x_t = interpolate(GAUSSIAN.mean + GAUSSIAN.std * torch.randn(16, 3, 4, 4), torch.randn(16, 3, 4, 4), t)
+    return x_t, 0.3 * t, t, {"caption": torch.zeros(16)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"solution": "discrete", "solver": "euler", "solver_steps": 256}, 1e-2),
+        ({"solution": "discrete", "solver": "heun", "solver_steps": 64}, 1e-3),
+        ({"solution": "discrete", "solver": "midpoint", "solver_steps": 64}, 1e-3),
+        ({"solution": "bootstrapped", "bootstrap_step": 1e-3}, 1e-3),
+        ({"solution": "differential"}, 1e-4),
+    ],
+)
+def test_every_target_is_the_exact_average_velocity_for_an_exact_student(settings, tolerance, points) -> None:
+    x_t, r, t, condition = points
+    target, _ = method(**settings).target(x_t, r, t, condition, condition, torch.ones(16))
+    exact = GAUSSIAN.average_velocity(x_t, r, t)
+    assert (target - exact).norm() / exact.norm() < tolerance
+
+
+def test_discrete_target_holds_no_student(points) -> None:
+    x_t, r, t, condition = points
+    module = method(solution="discrete")
+    before, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    module.student.bias.data += 1
+    after, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("solution", ["discrete", "bootstrapped", "differential"])
+def test_at_r_equal_t_every_solution_is_flow_matching_on_the_teacher(solution, points) -> None:
+    x_t, _, t, condition = points
+    target, _ = method("small", solution=solution).target(x_t, t, t, condition, condition, torch.ones(16))
+    torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t))
+
+
+def test_bootstrapped_residual_tends_to_the_differential_one(points) -> None:
+    x_t, r, t, condition = (value.double() if isinstance(value, Tensor) else value for value in points)
+    condition = {"caption": condition["caption"].double()}
+    module = method("small", solution="differential")
+    module.student.double()
+    u = module.adapter.average_velocity(module.student, x_t, r, t, condition)
+    target, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    differential = u - target
+    gaps = []
+    for step in (1e-2, 1e-3):
+        module.solution, module.bootstrap_step = "bootstrapped", step
+        target, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+        bootstrapped = (u - target) * expand(t - r, u) / step
+        gaps.append(((bootstrapped - differential).norm() / differential.norm()).item())
+    assert gaps[1] < 0.15 * gaps[0]
+    assert gaps[1] < 1e-2
+
+
+def test_differential_target_is_the_identity_with_the_derivative_along_the_teacher(points) -> None:
+    x_t, r, t, condition = points
+    module = method("small", solution="differential")
+    v = GAUSSIAN.velocity(x_t, t)
+    _, dudt = time_derivative(lambda x, r, t: module.student(x, r, t, condition["caption"]), x_t, r, t, v)
+    target, logs = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    torch.testing.assert_close(target, v - expand(t - r, x_t) * dudt)
+    torch.testing.assert_close(logs["dudt_norm"], dudt.square().mean().sqrt())
+
+
+def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> None:
+    x_t, r, t, condition = points
+    module = method("small", solution="differential", tangent_warmup_steps=10)
+    target, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t))
+    trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(module, loader())
+    assert module.tangent_weight == 0.5
+
+
+def test_guidance_moves_the_target_away_from_the_null_branch(points) -> None:
+    x_t, _, t, _ = points
+    condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
+    target, _ = method(guidance=Guidance(scale=3.0)).target(x_t, t, t, condition, null, torch.full((16,), 3.0))
+    torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 1.5)
+
+
+def test_guidance_interval_leaves_times_outside_alone(points) -> None:
+    x_t, _, t, _ = points
+    condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
+    module = method(guidance=Guidance(scale=3.0, interval=(0.0, 0.5)))
+    target, _ = module.target(x_t, t, t, condition, null, torch.full((16,), 3.0))
+    guided = torch.where(expand(t <= 0.5, x_t), 1.5, 0.5)
+    torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + guided)
+
+
+def test_improved_guidance_mixes_the_student_in(points) -> None:
+    x_t, _, t, _ = points
+    condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
+    module = method(guidance=Guidance(kind="improved", omega=1.0, kappa=0.5), caption_dropout=0.1)
+    target, _ = module.target(x_t, t, t, condition, null, torch.ones(16))
+    # v_T + 0.5 (u_c - u_null), and the exact student's captions add as the teacher's do
+    torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 0.75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"solution": "exact"}, "model.solution"),
+        ({"equal_fraction": 1.5}, "model.equal_fraction"),
+        ({"solver": "rk4"}, "model.solver"),
+        ({"solver_steps": 0}, "model.solver_steps"),
+        ({"bootstrap_step": 0.0}, "model.bootstrap_step"),
+        ({"tangent_warmup_steps": -1}, "model.tangent_warmup_steps"),
+        ({"caption_dropout": 1.0}, "model.caption_dropout"),
+        ({"ema_decay": 1.0}, "model.ema_decay"),
+        ({"guidance": Guidance(kind="improved")}, "caption_dropout"),
+        ({"guidance": Guidance(kind="embedded")}, "guidance.kind"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(settings, names) -> None:
+    with pytest.raises(ConfigurationError, match=names):
+        method(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"scale": -1.0}, "guidance.scale"),
+        ({"scales": [4.0, 5.0]}, "guidance.scales"),
+        ({"kind": "embedded", "scales": []}, "guidance.scales"),
+        ({"interval": (0.5, 0.5)}, "guidance.interval"),
+        ({"kind": "embedded", "interval": (0.0, 0.5)}, "guidance.interval"),
+        ({"kind": "improved", "kappa": 1.0}, "guidance.kappa"),
+    ],
+)
+def test_guidance_settings_that_contradict_each_other_are_refused(settings, names) -> None:
+    with pytest.raises(ConfigurationError, match=names):
+        Guidance(**settings)
+
+
+def test_embedded_guidance_draws_among_its_scales() -> None:
+    drawn = Guidance(kind="embedded", scales=[4.0, 4.5, 5.0]).draw(200, torch.device("cpu"))
+    assert set(drawn.tolist()) == {4.0, 4.5, 5.0}
+
+
+@pytest.mark.parametrize("loss", [PowerLoss(1.0), PowerLoss(2.0), AdaptiveLoss(0.5), AdaptiveLoss(1.0)])
+@pytest.mark.parametrize("solution", ["discrete", "bootstrapped", "differential"])
+def test_training_corrects_a_student_that_is_off(solution, loss, tmp_path) -> None:
+    module = method(solution=solution, loss=loss, solver_steps=8, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+    module.student.bias.data += 0.5
+    trainer(tmp_path, max_steps=40).fit(module, loader(), loader())
+    assert module.student.bias.abs() < 0.25
+
+
+def test_an_exact_student_has_no_average_velocity_error(tmp_path) -> None:
+    module = method()
+    run = trainer(tmp_path)
+    (exact,) = run.validate(module, loader(), verbose=False)
+    module.student.bias.data += 1
+    (wrong,) = run.validate(module, loader(), verbose=False)
+    assert exact["val/average_velocity_error"] < 1e-3
+    assert wrong["val/average_velocity_error"] > 0.3
+
+
+def test_accumulated_gradients_equal_a_larger_batch(tmp_path) -> None:
+    biases = []
+    for size, accumulate in ((8, 1), (4, 2)):
+        module = method(equal_fraction=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        module.student.bias.data += 0.5
+        data = DataLoader(Pictures(), batch_size=size)
+        trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate, limit_val_batches=0).fit(module, data)
+        biases.append(module.student.bias.item())
+    # At r = t the target is the teacher's velocity wherever it is asked, so noise does not matter.
+    assert biases[0] == pytest.approx(biases[1], abs=1e-6)
+    assert biases[0] < 0.5
+
+
+def test_gradients_are_clipped(tmp_path) -> None:
+    module = method(equal_fraction=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    module.student.bias.data += 0.5
+    trainer(tmp_path, max_steps=1, gradient_clip_val=0.01, limit_val_batches=0).fit(module, loader())
+    assert module.student.bias.item() == pytest.approx(0.49, abs=1e-6)
+
+
+@pytest.mark.parametrize("solution", ["discrete", "bootstrapped", "differential"])
+def test_mixed_precision_trains(solution, tmp_path) -> None:
+    module = method("small", solution=solution)
+    before = [p.clone() for p in module.student.parameters()]
+    trainer(tmp_path, precision="bf16-mixed", limit_val_batches=0).fit(module, loader())
+    after = list(module.student.parameters())
+    assert all(torch.isfinite(p).all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_average_follows_the_student_and_is_what_is_sampled(tmp_path) -> None:
+    module = method(ema_decay=0.5, equal_fraction=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    module.student.bias.data += 0.5
+    history = []
+    module.on_before_zero_grad = lambda optimizer: history.append(module.student.bias.item())
+    trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(module, loader())
+    history.append(module.student.bias.item())
+    average = history[1]  # the first update copies
+    for value in history[2:]:
+        average = 0.5 * average + 0.5 * value
+    assert module.sampling_student.bias.item() == pytest.approx(average, abs=1e-6)
+
+
+def test_checkpoints_leave_the_teacher_out_and_keep_the_phase(tmp_path) -> None:
+    module = method("small", solution="bootstrapped", ema_decay=0.9)
+    run = trainer(tmp_path)
+    run.fit(module, loader(), loader())
+    module.solution = "differential"
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"student", "ema"}
+
+    again = method("small", solution="bootstrapped", ema_decay=0.9, tangent_warmup_steps=8)
+    resumed = trainer(tmp_path, max_steps=6)
+    resumed.fit(again, loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.solution == "differential"
+    assert again.tangent_weight == pytest.approx((6 - 4) / 8)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path) -> None:
+    module = method("small")
+    run = trainer(tmp_path)
+    run.fit(module, loader(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ConfigurationError, match="model settings"):
+        trainer(tmp_path).fit(method("small", ema_decay=0.9), loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_pictures_depend_on_their_own_seed_alone() -> None:
+    module = method()
+    together = module.sample(["a", "b", "c"], nfe=2, seeds=[5, 6, 7])
+    alone = module.sample(["b"], nfe=2, seeds=[6], batch_size=1)
+    torch.testing.assert_close(together[1:2], alone)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_one_step_of_an_exact_student_is_the_teachers_flow_map() -> None:
+    module = method()
+    noise = torch.randn(4, 3, 4, 4)
+    x0 = module.sample_latents(noise, {"caption": torch.zeros(4)}, 1, "student")
+    torch.testing.assert_close(x0, GaussianTeacher().flow_map(noise, torch.ones(4), torch.zeros(4)))
+
+
+class TestAlignment:
+    def test_trains_the_critic_and_the_student_but_not_the_teacher(self, tmp_path) -> None:
+        module = MeanFlow(
+            GaussianAdapter("small", teacher="small"), validation=VALIDATION, alignment=TrajectoryAlignment(critic_lr=1e-2)
+        )
+        module.setup("fit")
+        module.configure_model()
+        networks = {"teacher": module.teacher, "student": module.student, "critic": module.alignment.critic}
+        before = {name: [p.clone() for p in network.parameters()] for name, network in networks.items()}
+        trainer(tmp_path, limit_val_batches=0).fit(module, loader())
+        moved = {
+            name: any(not torch.equal(a, b) for a, b in zip(before[name], network.parameters(), strict=True))
+            for name, network in networks.items()
+        }
+        assert moved == {"teacher": False, "student": True, "critic": True}
+
+    def test_exact_critic_minimises_its_loss_at_every_grid_time(self) -> None:
+        """States on the flow at s are diffused on to the very marginals of the path, whose velocity is the teacher's."""
+        module = method(alignment=TrajectoryAlignment())
+        critic = module.alignment.critic
+        noise, condition = torch.randn(4096, 3, 4, 4), {"caption": torch.zeros(4096)}
+        for s in (0.0, 0.25, 0.5):
+            times = torch.full((4096,), s)
+            x_s = GAUSSIAN.flow_map(noise, torch.ones(4096), times)
+            losses = []
+            for offset in (-0.1, 0.0, 0.1):
+                torch.manual_seed(1)
+                critic.offset.fill_(offset)
+                state = TrajectoryState(x_s, times)
+                losses.append(module.alignment.critic_loss(module, state, condition, torch.ones(4096)).item())
+            slope = (losses[2] - losses[0]) / 0.2
+            curvature = (losses[2] - 2 * losses[1] + losses[0]) / 0.01
+            assert abs(slope / curvature) < 0.01
+
+    def test_a_student_that_follows_the_teacher_feels_nothing(self) -> None:
+        module = method(alignment=TrajectoryAlignment())
+        noise, condition = torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)}
+        state = module.alignment.roll_out(module, noise, condition, torch.ones(64))
+        loss = module.alignment.student_loss(module, state, condition, condition, torch.ones(64))
+        assert loss.max() < 1e-10
+
+    def test_gradient_points_to_the_teacher(self) -> None:
+        """A student that is too bright has a critic that is too bright, and is pulled back."""
+        module = method(alignment=TrajectoryAlignment(nfe=(1,)))
+        module.student.bias.data -= 0.3  # x0 = noise - u is brighter by 0.3
+        module.alignment.critic.offset.fill_(-0.3)
+        noise, condition = torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)}
+        state = module.alignment.roll_out(module, noise, condition, torch.ones(64))
+        module.alignment.student_loss(module, state, condition, condition, torch.ones(64)).mean().backward()
+        assert module.student.bias.grad < 0  # a descent step raises the bias
+
+    def test_only_the_last_segment_carries_gradient(self) -> None:
+        module = method(alignment=TrajectoryAlignment(nfe=(4,)))
+        noise, condition = torch.randn(8, 3, 4, 4), {"caption": torch.zeros(8)}
+        for seed in range(6):
+            torch.manual_seed(seed)
+            state = module.alignment.roll_out(module, noise, condition, torch.ones(8))
+            (gradient,) = torch.autograd.grad(state.x_s.sum(), module.student.bias)
+            # x_s = x - (t - r) (u + bias): a segment of 1/4 and no dependence through earlier ones
+            assert gradient.item() == pytest.approx(-0.25 * noise.numel())
+
+    def test_warm_up_trains_the_critic_alone(self, tmp_path) -> None:
+        alignment = TrajectoryAlignment(critic_lr=1e-2, critic_warmup_steps=100)
+        module = MeanFlow(GaussianAdapter(teacher="small"), validation=VALIDATION, alignment=alignment)
+        module.setup("fit")
+        module.configure_model()
+        module.trainer = trainer(tmp_path)
+        before = [p.clone() for p in alignment.critic.parameters()]
+        null = {"caption": torch.zeros(8)}
+        loss, logs = alignment(module, torch.randn(8, 3, 4, 4), null, null, torch.ones(8))
+        assert loss.tolist() == [0.0] * 8
+        assert set(logs) == {"critic_loss"}
+        assert any(not torch.equal(a, b) for a, b in zip(before, alignment.critic.parameters(), strict=True))
+
+    @pytest.mark.parametrize(
+        ("settings", "names"),
+        [
+            ({"weight": 0.0}, "alignment.weight"),
+            ({"nfe": ()}, "alignment.nfe"),
+            ({"critic_updates": 0}, "alignment.critic_updates"),
+            ({"critic_lr": 0.0}, "alignment.critic_lr"),
+            ({"start_step": -1}, "alignment.start_step"),
+        ],
+    )
+    def test_settings_out_of_range_are_refused(self, settings, names) -> None:
+        with pytest.raises(ConfigurationError, match=names):
+            TrajectoryAlignment(**settings)

@@ -1,0 +1,147 @@
+"""Every config that ships: that it parses, prints and says what it means; and the run of the one for FLUX.1-dev."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from lightning_distill.cli import main
+from lightning_distill.configuration import config_directory, flatten, shipped_configs
+from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, save_tiny_pipeline
+
+FLUX = "flux_meanflow.yaml"
+NO_GPU = not torch.cuda.is_available() and not torch.backends.mps.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch) -> None:
+    """A working directory without configs, and a hub cache without models."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Twelve captioned pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for i in range(12):
+        Image.new("RGB", (40, 36), (20 * i, 100, 255 - 20 * i)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % len(PROMPTS)]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def printed(capsys, name: str, *further: str) -> dict:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", name, *further, "--print_config"])
+    output = capsys.readouterr()
+    assert end.value.code == 0, output.err
+    return yaml.safe_load(output.out)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line on stderr of a command that ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", FLUX, *arguments])
+    errors = capsys.readouterr().err
+    assert end.value.code == 2, errors
+    assert "Traceback" not in errors
+    sentence = errors[errors.index("error: ") :]
+    assert sentence.count("\n") == 1
+    return sentence
+
+
+def test_configs_are_shipped():
+    assert FLUX in shipped_configs()
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_it_parses_and_prints(capsys, name):
+    config = printed(capsys, name)
+    assert config["model"]["class_path"].startswith("lightning_distill.methods.")
+    assert config["data"]["class_path"].startswith("lightning_distill.data.")
+    own = yaml.safe_load((config_directory() / name).read_text())
+    given = {path: value for path, value in flatten(own).items() if path.startswith("trainer.") and "callbacks" not in path}
+    found = flatten(config)
+    assert {path: found[path] for path in given if not path.endswith("class_path")} == {
+        path: value for path, value in given.items() if not path.endswith("class_path")
+    }
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_it_begins_by_saying_what_it_is_for(name):
+    first = (config_directory() / name).read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 40
+
+
+def test_every_setting_for_flux_has_a_comment():
+    lines = [line.strip().removeprefix("- ") for line in (config_directory() / FLUX).read_text().splitlines()]
+    settings = [line for line in lines if line and not line.startswith("#")]
+    sections = ("init_args:", "model:", "data:", "trainer:", "logger:", "callbacks:")
+    silent = [line for line in settings if line not in sections and " # " not in line]
+    assert len(settings) > 50
+    assert not silent
+
+
+def test_the_size_of_pictures_is_set_once(capsys):
+    config = printed(capsys, FLUX, "--model.validation.height=256", "--model.validation.width=384")
+    assert config["data"]["init_args"]["height"] == 256
+    assert config["data"]["init_args"]["width"] == 384
+
+
+def test_without_its_weights(capsys, pictures):
+    start = time.monotonic()
+    sentence = refused(capsys, "--trainer.accelerator=cpu", f"--data.directory={pictures}")
+    assert time.monotonic() - start < 30
+    assert "adapter.pretrained is 'black-forest-labs/FLUX.1-dev', which is not in the local cache" in sentence
+
+
+def test_without_its_pictures(capsys, tmp_path):
+    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True)
+    sentence = refused(capsys, "--trainer.accelerator=cpu", f"--model.adapter.pretrained={teacher}")
+    assert "data.directory is 'data/pictures', which is not a directory" in sentence
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+def test_without_a_gpu(capsys, pictures):
+    start = time.monotonic()
+    sentence = refused(capsys, f"--data.directory={pictures}")
+    assert time.monotonic() - start < 30
+    assert "trainer.accelerator is 'gpu'" in sentence
+
+
+def test_two_steps_on_the_cpu(tmp_path, pictures):
+    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+    main(
+        [
+            *("fit", "--config", FLUX, "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+            *(f"--model.adapter.pretrained={teacher}", "--model.validation.height=32", "--model.validation.width=32"),
+            *(f"--data.directory={pictures}", "--data.validation_share=0.25", "--data.batch_size=4", "--data.num_workers=0"),
+        ]
+    )
+    run = tmp_path / "runs" / "flux_meanflow"
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert checkpoint["meanflow"]["solution"] == "discrete"
+    assert not [name for name in checkpoint["state_dict"] if name.startswith(("teacher.", "adapter."))]
+    assert (run / "pictures.png").is_file()
+    assert json.loads((run / "summary.json").read_text())["diversity"].keys() == {"student", "teacher"}
+
+    (weights,) = (run / "student" / "transformer").glob("*.safetensors")
+    before = load_file(next((Path(teacher) / "transformer").glob("*.safetensors")))
+    after = load_file(weights)
+    matrices = [name for name in before if "blocks." in name and before[name].ndim == 2]
+    moved = [name for name in matrices if (after[name].float() != before[name].to(torch.bfloat16).float()).any()]
+    assert moved == matrices
+
+    pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
+    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1

@@ -1,0 +1,85 @@
+"""The pipelines that ship with the package, and the shapes configs that use and make them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, FluxPipeline
+
+from lightning_distill.cli import main
+from lightning_distill.data.shapes import CATEGORIES
+from lightning_distill.data.shapes_datamodule import evaluation_prompts
+from lightning_distill.metrics import prompt_accuracy
+from lightning_distill.models import resolve_pretrained
+
+TEACHER = Path(resolve_pretrained("shapes-teacher"))
+FEW = [
+    *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"),
+    *("--data.init_args.size=64", "--data.init_args.batch_size=8", "--data.init_args.prompts_per_category=1"),
+    *("--trainer.log_every_n_steps=1", "--model.init_args.lr_scheduler.init_args.warmup_steps=1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_teacher_is_a_small_stock_pipeline() -> None:
+    files = [path for path in TEACHER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    assert type(FluxPipeline.from_pretrained(TEACHER)) is FluxPipeline
+
+
+def test_teacher_has_flux_geometry() -> None:
+    pipeline = FluxPipeline.from_pretrained(TEACHER)
+    assert pipeline.vae.config.latent_channels == 16
+    assert pipeline.transformer.config.in_channels == 64
+    assert len(pipeline.transformer.transformer_blocks) > 0
+    assert len(pipeline.transformer.single_transformer_blocks) > 0
+
+
+def test_teacher_draws_what_its_card_says() -> None:
+    """By the stock pipeline, with guidance: within sampling error of the accuracy in the model card."""
+    card = (TEACHER / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| val/prompt_accuracy/nfe_32 |")]
+    stated = float(line.split("|")[2])
+    pipeline = FluxPipeline.from_pretrained(TEACHER)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [prompt.text for prompt in evaluation_prompts(16, held_out=False)]
+    images = pipeline(
+        prompts,
+        negative_prompt=[""] * len(prompts),
+        true_cfg_scale=2.0,
+        num_inference_steps=32,
+        height=32,
+        width=32,
+        max_sequence_length=8,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    measured = prompt_accuracy(images, prompts)
+    assert set(CATEGORIES) < set(measured)
+    spread = (stated * (1 - stated) / len(prompts)) ** 0.5
+    assert measured["overall"].item() == pytest.approx(stated, abs=4 * spread + 0.02)
+
+
+@pytest.mark.parametrize("name", ["shapes_meanflow.yaml", "shapes_meanflow_full.yaml"])
+def test_students_train(name: str) -> None:
+    run = ["--trainer.default_root_dir=run", "--trainer.logger.init_args.save_dir=run"]
+    main(["fit", "--config", name, *FEW, *run])
+    summary = yaml.safe_load(Path("run/summary.json").read_text())
+    assert set(summary["teacher"]) == {"1", "2", "4", "8", "32"}
+    assert set(summary["student"]) == {"1", "2", "4", "8"}
+    assert Path("run/pictures.png").is_file()
+
+
+def test_a_teacher_is_made_from_nothing() -> None:
+    small = ["--model.init_args.block_out_channels=[4,4,4]", "--model.init_args.norm_num_groups=2"]
+    main(["fit", "--config", "shapes_vae.yaml", *FEW, *small])
+    assert AutoencoderKL.from_pretrained("runs/shapes_vae/vae").config.scaling_factor != 0.18215
+    one_process = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
+    main(["fit", "--config", "shapes_teacher.yaml", *FEW, *one_process, "--model.init_args.validation.nfe=[1,2]"])
+    assert type(FluxPipeline.from_pretrained("runs/shapes_teacher/teacher")) is FluxPipeline

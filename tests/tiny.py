@@ -1,0 +1,90 @@
+"""A FLUX pipeline so small that a test can afford it: random weights, the real one's geometry."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from lightning_distill.flow.path import jump
+from lightning_distill.models.embedded import build_flux_pipeline
+from lightning_distill.models.flux import FluxAdapter
+
+WORDS = ["a", "red", "green", "circle", "square"]
+PROMPTS = ["a red circle", "a green square", "a circle"]
+FLUX_DEV_SHIFT = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+"""Of FLUX.1-dev's scheduler_config.json."""
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Pictures of 32 x 32 to latents of 16 x 8 x 8."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.5,
+        shift_factor=0.1,
+    )
+
+
+def tiny_pipeline(
+    guidance_embeds: bool = False, scheduler: dict[str, Any] | None = None, num_attention_heads: int = 2
+) -> FluxPipeline:
+    """Drawn from torch's global generator."""
+    pipeline = build_flux_pipeline(
+        tiny_vae(), WORDS, num_layers=1, num_single_layers=1, num_attention_heads=num_attention_heads, text_width=16
+    )
+    if guidance_embeds:
+        config = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
+        pipeline.transformer = FluxTransformer2DModel(**{**config, "guidance_embeds": True})
+    if scheduler:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_tiny_pipeline(directory: Path, **options: Any) -> str:
+    """Write a `tiny_pipeline` and return where."""
+    tiny_pipeline(**options).save_pretrained(directory)
+    return str(directory)
+
+
+def load_adapter(directory: str, **options: Any) -> FluxAdapter:
+    """A loaded adapter of a directory."""
+    adapter = FluxAdapter(directory, **options)
+    adapter.check()
+    adapter.load()
+    return adapter
+
+
+def noise(count: int, first_seed: int = 0) -> Tensor:
+    """Latents (count, 16, 8, 8) of noise, one seed a sample."""
+    return torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(first_seed + i)) for i in range(count)])
+
+
+@torch.no_grad()
+def draw(
+    adapter: FluxAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
+) -> Tensor:
+    """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`."""
+    condition, x = adapter.encode_prompt(prompts), noise(len(prompts))
+    grid = adapter.time_grid(nfe, (16, 8, 8))
+    for t, r in itertools.pairwise(grid):
+        start, end = t.expand(len(x)), r.expand(len(x))
+        x = jump(x, adapter.average_velocity(student, x, end, start, condition, guidance_scale), end, start)
+    return (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
+
+
+def train_a_little(network: torch.nn.Module) -> torch.nn.Module:
+    """Move every weight, the zeros of the interval embedder included, so that r matters."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return network
