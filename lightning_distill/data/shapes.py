@@ -39,7 +39,7 @@ WORDS = (
 
 RADII = {"small": 3.7, "large": 5.4}
 """Radius in pixels of the circle whose area the shapes of a size approximate."""
-BACKGROUNDS = (0.1, 0.35, 0.6, 0.85)
+BACKGROUNDS = (0.1, 0.6)
 """Grey levels. They are neutral, so the chroma (max - min over RGB) of a pixel is the objects' coverage of it."""
 BOXES = {
     "circle": (1.0, 1.0, 1.0),
@@ -48,10 +48,10 @@ BOXES = {
     "cross": (1.15, 1.15, 1.15),
 }
 """How far a shape reaches from its centre, in radii: to either side, upwards, downwards."""
-LATTICE = 4
-"""Object centres lie on multiples of this many pixels, `MARGIN` to `IMAGE_SIZE - MARGIN`."""
+LATTICE = 8
+"""Object centres lie on multiples of this many pixels, `MARGIN` to `IMAGE_SIZE - MARGIN`: the corners of image tokens."""
 MARGIN = 8
-GAP = 1.5
+GAP = 1.0
 """Least distance in pixels between the bounding boxes of two objects, so that antialiased borders never touch."""
 
 

@@ -58,6 +58,7 @@ class Autoencoder(LightningModule):
             layers_per_block=layers_per_block,
             latent_channels=latent_channels,
             norm_num_groups=norm_num_groups,
+            mid_block_add_attention=False,  # latents stay local, which a small teacher learns sooner
             use_quant_conv=False,
             use_post_quant_conv=False,
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class FluxAdapter(ModelAdapter):
             that train, are float32 in any case.
         max_sequence_length: Text tokens of the T5 encoder, or None for what the checkpoint's tokenizer was made for.
         attention_backend: Name of a diffusers attention backend for teacher and student ("native", "_native_math", "flash"),
-            or None for diffusers' choice. For the short sequences of a laptop the math backend is the fastest on CPUs.
+            or None for diffusers' choice, which an exported pipeline uses in any case.
     """
 
     vae: nn.Module
@@ -93,6 +93,13 @@ class FluxAdapter(ModelAdapter):
                 f"adapter.attention_backend is {self.attention_backend!r}; choose one of {', '.join(known)}, or null"
             )
 
+    def _use_attention_backend(self, transformer: TwoTimeFluxTransformer2DModel) -> None:
+        if self.attention_backend is None:
+            return
+        # diffusers would make it the default of all models in the process; the context takes that back.
+        with attention_backend(self.attention_backend):
+            transformer.set_attention_backend(self.attention_backend)
+
     def _reach_hub(self, name: str) -> None:
         from huggingface_hub import HfApi
 
@@ -144,8 +151,7 @@ class FluxAdapter(ModelAdapter):
         """Note whether a transformer embeds the guidance scale, and freeze it."""
         transformer = _flux(network)
         self.embeds_guidance = bool(transformer.config.guidance_embeds)
-        if self.attention_backend is not None:
-            transformer.set_attention_backend(self.attention_backend)
+        self._use_attention_backend(transformer)
         return network.requires_grad_(False).eval()
 
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
@@ -165,8 +171,7 @@ class FluxAdapter(ModelAdapter):
             raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
         report = self._refit(teacher, student, options) if smooth else None
         student.reset_interval_embedding()
-        if self.attention_backend is not None:
-            student.set_attention_backend(self.attention_backend)
+        self._use_attention_backend(student)
         if options.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         return student.requires_grad_(True).train(), report

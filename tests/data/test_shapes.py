@@ -143,7 +143,7 @@ def test_what_captions_leave_open_varies() -> None:
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
     for name, values in (("color", set(COLORS)), ("radius", set(RADII.values()))):
         assert {getattr(scene.objects[0], name) for scene in drawn} == values
-    assert len({(scene.objects[0].x, scene.objects[0].y) for scene in drawn}) == 25
+    assert len({(scene.objects[0].x, scene.objects[0].y) for scene in drawn}) == 9
 
 
 def test_scenes_are_deterministic() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from lightning_distill.errors import ConfigurationError
@@ -238,6 +239,14 @@ def test_the_attention_backend_is_both_networks(teacher_directory: str) -> None:
     torch.testing.assert_close(
         adapter.velocity(teacher, x, t, condition), default.velocity(default.load_teacher(), x, t, condition)
     )
+
+
+def test_the_attention_backend_is_not_that_of_other_models(teacher_directory: str) -> None:
+    before = _AttentionBackendRegistry.get_active_backend()
+    adapter = FluxAdapter(teacher_directory, attention_backend="_native_math")
+    adapter.load()
+    adapter.build_student(adapter.load_teacher(), StudentOptions())
+    assert _AttentionBackendRegistry.get_active_backend() == before
 
 
 def test_an_unknown_attention_backend_is_refused(teacher_directory: str) -> None:
