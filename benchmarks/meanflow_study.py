@@ -34,6 +34,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "switched_aligned": {"switch_at": None, "time_embedding": "smooth", "aligned": True},
 }
 """Of each variant: the step of the switch (None is the demo's own rule), the time embedder, and the alignment."""
+ALIGNMENT = {
+    "class_path": "lightning_distill.methods.TrajectoryAlignment",
+    "init_args": {"weight": 0.3, "nfe": [1, 2]},
+}
+"""Starts after a third of the training; for a tenth of the training the critic runs ahead alone."""
 
 
 def full_config(name: str) -> dict[str, Any]:
@@ -50,8 +55,11 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     settings["data"]["init_args"]["seed"] = seed
     model, trainer = settings["model"]["init_args"], settings["trainer"]
     model["student"]["time_embedding"] = choice["time_embedding"]
-    if not choice["aligned"]:
-        model["alignment"] = None
+    model["alignment"] = None
+    if choice["aligned"]:
+        model["alignment"] = copy.deepcopy(ALIGNMENT)
+        third = trainer["max_steps"] // 3
+        model["alignment"]["init_args"] |= {"start_step": third, "critic_warmup_steps": trainer["max_steps"] // 10}
     trainer["default_root_dir"] = str(directory)
     trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
     callbacks = []

@@ -52,7 +52,7 @@ def test_teacher_draws_what_its_card_says() -> None:
     images = pipeline(
         prompts,
         negative_prompt=[""] * len(prompts),
-        true_cfg_scale=2.0,
+        true_cfg_scale=3.0,
         num_inference_steps=32,
         height=32,
         width=32,

@@ -1,8 +1,9 @@
 """Shapes: a text-to-image world small enough to learn on a laptop and exact enough to check.
 
 Pictures are 32 x 32 RGB, one to four geometric objects on a neutral background. The six categories of prompt mirror
-GenEval (arXiv 2310.11513): what a caption leaves open (position, size, background, sometimes color) stays random, so that
-the distribution of pictures for one prompt has many modes and an average of them is not one of them.
+GenEval (arXiv 2310.11513): what a caption leaves open (position, size, background) stays random, so that the distribution of
+pictures for one prompt has many modes and an average of them is not one of them. An object whose color is not named has
+the usual one of its shape.
 """
 
 import itertools
@@ -25,6 +26,8 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "magenta": (1.0, 0.0, 1.0),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+USUAL_COLORS = {"circle": "red", "square": "blue", "triangle": "green", "cross": "yellow"}
+"""What color an object is drawn in where the caption does not name one. The checker accepts any."""
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -149,12 +152,10 @@ def parse_prompt(text: str) -> Prompt:
 
 
 def sample_scene(prompt: Prompt, rng: random.Random) -> Scene:
-    """Draw what the prompt leaves open: positions, sizes, background and, where not named, colors."""
-    size_names = list(RADII)
-    counted = prompt.category == "counting"
-    radii = [RADII["small"] if counted else RADII[rng.choice(size_names)] for _ in prompt.shapes]
-    shared = rng.choice(list(COLORS))  # counted objects share one color
-    colors = [named or (shared if counted else rng.choice(list(COLORS))) for named in prompt.colors]
+    """Draw what the prompt leaves open: positions, sizes and background. Colors are named, or `USUAL_COLORS`."""
+    sizes = ["small"] if prompt.category == "counting" else list(RADII)
+    radii = [RADII[rng.choice(sizes)] for _ in prompt.shapes]
+    colors = [named or USUAL_COLORS[shape] for shape, named in zip(prompt.shapes, prompt.colors, strict=True)]
     while True:
         objects = [
             SceneObject(shape, color, _coordinate(rng), _coordinate(rng), radius)

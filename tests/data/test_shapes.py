@@ -15,6 +15,7 @@ from lightning_distill.data.shapes import (
     MARGIN,
     RADII,
     SHAPES,
+    USUAL_COLORS,
     WORDS,
     Prompt,
     Scene,
@@ -141,9 +142,17 @@ def test_relations_hold(relation: str, x: int, y: int) -> None:
 def test_what_captions_leave_open_varies() -> None:
     drawn = [sample_scene(parse_prompt("a circle"), random.Random(seed)) for seed in range(300)]
     assert {scene.background for scene in drawn} == set(BACKGROUNDS)
-    for name, values in (("color", set(COLORS)), ("radius", set(RADII.values()))):
-        assert {getattr(scene.objects[0], name) for scene in drawn} == values
+    assert {scene.objects[0].radius for scene in drawn} == set(RADII.values())
     assert len({(scene.objects[0].x, scene.objects[0].y) for scene in drawn}) == 9
+
+
+def test_colors_are_the_named_ones_or_the_usual_ones_of_the_shapes() -> None:
+    assert set(USUAL_COLORS) == set(SHAPES)
+    assert len(set(USUAL_COLORS.values())) == len(SHAPES)
+    for category in CATEGORIES:
+        for prompt, scene in scenes(category):
+            for shape, named, item in zip(prompt.shapes, prompt.colors, scene.objects, strict=True):
+                assert item.color == (named or USUAL_COLORS[shape])
 
 
 def test_scenes_are_deterministic() -> None:
