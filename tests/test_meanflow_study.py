@@ -1,0 +1,66 @@
+"""The settings of the study's runs; the runs themselves take hours."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_distill.cli import main
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "meanflow_study.py"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("meanflow_study", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo(study: ModuleType) -> dict[str, Any]:
+    return study.full_config("shapes_meanflow.yaml")
+
+
+def parsed(settings: dict[str, Any], path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(path), "--print_config"])
+    output = capsys.readouterr()
+    assert end.value.code == 0, output.err
+    return yaml.safe_load(output.out)
+
+
+@pytest.mark.parametrize(
+    ("variant", "time_embedding", "latest_step", "aligned"),
+    [
+        ("differential_original_time", "original", 0, False),
+        ("differential", "smooth", 0, False),
+        ("discrete", "smooth", 10**9, False),
+        ("switched", "smooth", None, False),
+        ("switched_aligned", "smooth", None, True),
+    ],
+)
+def test_variants_differ_as_they_say(study, demo, tmp_path, capsys, variant, time_embedding, latest_step, aligned) -> None:
+    settings = parsed(study.variant_config(demo, variant, 2, tmp_path), tmp_path / "config.yaml", capsys)
+    model = settings["model"]["init_args"]
+    (switch,) = [c["init_args"] for c in settings["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
+    (asked,) = [c["init_args"] for c in demo["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
+    assert settings["seed_everything"] == settings["data"]["init_args"]["seed"] == 2
+    assert settings["trainer"]["max_steps"] == demo["trainer"]["max_steps"]
+    assert model["student"]["time_embedding"] == time_embedding
+    assert (model["alignment"] is not None) == aligned
+    if latest_step is None:
+        assert switch == asked
+    else:
+        assert (switch["latest_step"], switch["threshold"], switch["guard_factor"]) == (latest_step, None, None)
+
+
+def test_all_variants_are_tested(study: ModuleType) -> None:
+    assert list(study.VARIANTS) == ["differential_original_time", "differential", "discrete", "switched", "switched_aligned"]
