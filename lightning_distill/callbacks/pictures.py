@@ -1,12 +1,13 @@
 """Pictures of the student beside its teacher's, in TensorBoard."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
@@ -60,9 +61,10 @@ class LogPictures(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the prompts from the first batch."""
+        """Take the prompts from the first batch of all processes."""
         if self.prompts is None:
-            self.prompts = different_prompts(batch["prompt"], self.columns)
+            pairs = zip(batch["index"].tolist(), batch["prompt"], strict=True)
+            self.prompts = different_prompts(prompts_in_order(pairs), self.columns)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw and log the grid."""
@@ -119,6 +121,19 @@ def evaluating(trainer: Trainer, module: TeacherStudentBase) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def prompts_in_order(pairs: Iterable[tuple[int, str]]) -> list[str]:
+    """The prompts of all processes in the order of the data set, whose places are dealt out among them.
+
+    Args:
+        pairs: Places and captions that this process has; every process must ask.
+    """
+    shares: list[list[tuple[int, str]]] = [list(pairs)]
+    if dist.is_available() and dist.is_initialized():
+        own, shares = shares[0], [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, own)
+    return [prompt for _, prompt in sorted(pair for share in shares for pair in share)]
 
 
 def different_prompts(prompts: Sequence[str], count: int) -> list[str]:

@@ -22,6 +22,7 @@ from lightning_distill.callbacks.pictures import (
     drawing_method,
     evaluating,
     picture_grid,
+    prompts_in_order,
     student_rows,
     teacher_row,
 )
@@ -30,8 +31,8 @@ from lightning_distill.methods.base import TeacherStudentBase, metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
 
 Network = Literal["student", "teacher"]
-PromptBatch = tuple[list[str], list[int]]
-"""Captions and noise seeds, one seed a caption."""
+PromptBatch = tuple[list[int], list[str]]
+"""Places in the data set, and the captions there."""
 
 
 @dataclass
@@ -57,11 +58,14 @@ class FinalReport(Callback):
     """Measures student and teacher on the validation prompts once training has ended, and reports.
 
     A table is printed; `summary.json` (see `Summary`) and `pictures.png` are written. The student is measured at the validated
-    numbers of steps, the teacher at those and at `teacher_nfe`, from the same noise. Processes share the work. A run
-    that ends by an exception, or a `fast_dev_run`, is not reported.
+    numbers of steps, the teacher at those and at `teacher_nfe`, from the same noise, which is not that of the validations: what
+    was tuned by them is reported on fresh noise. Processes share the work. A run that ends by an exception, or a
+    `fast_dev_run`, is not reported.
 
     Args:
         directory: Where the files go; None is the trainer's `default_root_dir`.
+        noises: Pictures of each validation prompt that are measured, each from a noise of its own, at least 1.
+        seed: First noise seed, far from those of validation, which count from `validation.seed`.
         columns: Different prompts in the grid of pictures, at least 1.
         diversity_prompts: Different prompts of which diversity is measured; 0 leaves it out.
         diversity_seeds: Pictures of each of these, at least 2.
@@ -71,8 +75,16 @@ class FinalReport(Callback):
     """
 
     def __init__(
-        self, directory: str | None = None, columns: int = 12, diversity_prompts: int = 12, diversity_seeds: int = 8
+        self,
+        directory: str | None = None,
+        noises: int = 1,
+        seed: int = 1_000_000,
+        columns: int = 12,
+        diversity_prompts: int = 12,
+        diversity_seeds: int = 8,
     ) -> None:
+        if noises < 1:
+            raise ConfigurationError(f"FinalReport.noises is {noises}; each prompt needs at least 1")
         if columns < 1:
             raise ConfigurationError(f"FinalReport.columns is {columns}; the grid of pictures needs at least 1")
         if diversity_prompts < 0:
@@ -80,6 +92,8 @@ class FinalReport(Callback):
         if diversity_seeds < 2:
             raise ConfigurationError(f"FinalReport.diversity_seeds is {diversity_seeds}; pictures differ from 2 upwards")
         self.directory = directory
+        self.noises = noises
+        self.seed = seed
         self.columns = columns
         self.diversity_prompts = diversity_prompts
         self.diversity_seeds = diversity_seeds
@@ -101,19 +115,20 @@ class FinalReport(Callback):
             return
         module = drawing_method(self, pl_module)
         directory = Path(self.directory or trainer.default_root_dir)
-        batches = list(validation_prompts(trainer, module))
-        prompts = different_prompts([prompt for captions, _ in batches for prompt in captions], self.columns)
+        batches = list(validation_prompts(trainer))
+        prompts = prompts_in_order(pair for batch in batches for pair in zip(*batch, strict=True))
         if not prompts:
             self._print(trainer, "Final report: there are no validation prompts, so nothing was measured.")
             return
         with evaluating(trainer, module):
-            summary = self._measure(module, batches)
-            seeds = range(len(prompts))
-            rows = student_rows(module, prompts, seeds) | teacher_row(module, prompts, seeds)
+            summary = self._measure(module, batches, prompts)
+            columns = different_prompts(prompts, self.columns)
+            seeds = range(self.seed, self.seed + len(columns))
+            rows = student_rows(module, columns, seeds) | teacher_row(module, columns, seeds)
         if trainer.is_global_zero:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-            picture_grid(rows, prompts).save(directory / "pictures.png")
+            picture_grid(rows, columns).save(directory / "pictures.png")
         if module.metrics:
             self._print(trainer, report_table(summary, _title(module)))
         else:
@@ -131,7 +146,7 @@ class FinalReport(Callback):
     def _elapsed(self) -> float:
         return self._seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
-    def _measure(self, module: TeacherStudentBase, batches: Sequence[PromptBatch]) -> Summary:
+    def _measure(self, module: TeacherStudentBase, batches: Sequence[PromptBatch], prompts: Sequence[str]) -> Summary:
         summary = Summary(minutes=round(self._seconds / 60, 3))
         nfe, teacher_nfe = module.validation.nfe, module.validation.teacher_nfe
         steps: dict[Network, list[int]] = {"student": list(nfe)}
@@ -139,22 +154,35 @@ class FinalReport(Callback):
             steps["teacher"] = sorted({*nfe, teacher_nfe})
         if module.metrics:
             for network, counts in steps.items():
-                measured = {str(n): measure(module, batches, n, network) for n in counts}
+                measured = {str(n): self._accuracy(module, batches, n, network) for n in counts}
                 overall = {n: values.pop("overall") for n, values in measured.items()}
                 summary.categories[network] = measured
                 setattr(summary, network, overall)
         if self.diversity_prompts:
-            prompts = different_prompts([prompt for captions, _ in batches for prompt in captions], self.diversity_prompts)
+            prompts = different_prompts(prompts, self.diversity_prompts)
             summary.diversity["student"] = {str(n): self._diversity(module, prompts, n, "student") for n in nfe}
             if module.has_teacher:
                 summary.diversity["teacher"] = {str(teacher_nfe): self._diversity(module, prompts, teacher_nfe, "teacher")}
         return summary
 
+    def _accuracy(
+        self, module: TeacherStudentBase, batches: Sequence[PromptBatch], nfe: int, network: Network
+    ) -> dict[str, float]:
+        """The module's metric of a network's pictures at a number of steps, over the batches of all processes."""
+        metric = copy.deepcopy(next(iter(module.metrics.values())))
+        assert isinstance(metric, Metric)
+        metric.reset()
+        for places, prompts in batches:
+            repeated = [prompt for prompt in prompts for _ in range(self.noises)]
+            seeds = [self.seed + place * self.noises + i for place in places for i in range(self.noises)]
+            metric.update(module.sample(repeated, nfe, seeds, network), repeated)
+        return {name: float(value) for name, value in metric.compute().items()}
+
     def _diversity(self, module: TeacherStudentBase, prompts: Sequence[str], nfe: int, network: Network) -> float:
-        # Each process measures its own prompts, and rank zero's figure counts: merged, seeds would occur twice.
+        # Every process draws all of them, since sharded networks need all, and its own figure counts.
         metric = PromptDiversity(sync_on_compute=False).to(module.device)
         for i, prompt in enumerate(prompts):
-            seeds = range(i * self.diversity_seeds, (i + 1) * self.diversity_seeds)
+            seeds = range(self.seed + i * self.diversity_seeds, self.seed + (i + 1) * self.diversity_seeds)
             metric.update(module.sample([prompt] * len(seeds), nfe, seeds, network), [prompt] * len(seeds))
         return float(metric.compute())
 
@@ -163,24 +191,14 @@ class FinalReport(Callback):
             rich.get_console().print(content)
 
 
-def validation_prompts(trainer: Trainer, module: TeacherStudentBase) -> Iterator[PromptBatch]:
-    """This process's share of the prompts that validation has used, with the noise seeds that it used."""
+def validation_prompts(trainer: Trainer) -> Iterator[PromptBatch]:
+    """This process's share of the prompts that validation has used."""
     if trainer.val_dataloaders is None:
         return
     loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
     for loader, limit in zip(loaders, trainer.num_val_batches, strict=True):
         for batch in islice(loader, None if math.isinf(limit) else int(limit)):
-            yield list(batch["prompt"]), [module.validation.seed + place for place in batch["index"].tolist()]
-
-
-def measure(module: TeacherStudentBase, batches: Sequence[PromptBatch], nfe: int, network: Network) -> dict[str, float]:
-    """The module's metric of a network's pictures at a number of steps, over the batches of all processes."""
-    metric = copy.deepcopy(next(iter(module.metrics.values())))
-    assert isinstance(metric, Metric)
-    metric.reset()
-    for prompts, seeds in batches:
-        metric.update(module.sample(prompts, nfe, seeds, network), prompts)
-    return {name: float(value) for name, value in metric.compute().items()}
+            yield batch["index"].tolist(), list(batch["prompt"])
 
 
 def report_table(summary: Summary, title: str) -> Table:

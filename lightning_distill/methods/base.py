@@ -363,7 +363,8 @@ class TeacherStudentBase(LightningModule, ABC):
             key = f"{stage}/{metric_name(metric)}/nfe_{nfe}"
             for name, value in metric.compute().items():
                 overall = name == "overall"
-                self.log(key if overall else f"{key}/{name}", value, prog_bar=overall and prog_bar)
+                # torchmetrics has synchronized the value; the flag keeps Lightning from warning that nobody has
+                self.log(key if overall else f"{key}/{name}", value, prog_bar=overall and prog_bar, sync_dist=True)
             metric.reset()
 
     def _log_average_velocity_error(self, batch: Batch) -> None:

@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lightning_distill.callbacks.pictures import different_prompts, prompts_in_order
 from lightning_distill.callbacks.report import FinalReport, validation_prompts
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.data import ShapesData
-from lightning_distill.data.shapes import CATEGORIES
+from lightning_distill.data.shapes import CATEGORIES, parse_prompt
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.metrics import prompt_diversity
 from tests.callbacks.distillation import PictureDistillation, PictureTraining, Scripted
@@ -40,11 +41,11 @@ def fit(directory: Path, module: Any, *callbacks: Callback, data: LightningDataM
 
 def test_figures_for_machines(tmp_path):
     module = PictureDistillation(strength=1.0)
-    trainer = fit(tmp_path, module, FinalReport(diversity_prompts=3, diversity_seeds=2))
+    fit(tmp_path, module, FinalReport(diversity_prompts=3, diversity_seeds=2))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == ["teacher", "student", "minutes", "categories", "diversity"]
     assert summary["teacher"] == {"1": 1.0, "2": 1.0, "4": 1.0}
-    assert summary["student"] == {nfe: float(trainer.callback_metrics[f"val/prompt_accuracy/nfe_{nfe}"]) for nfe in "12"}
+    assert summary["student"] == {"1": 1.0, "2": 1.0}
     assert set(summary["categories"]["teacher"]) == {"1", "2", "4"}
     assert summary["categories"]["teacher"]["4"] == dict.fromkeys(CATEGORIES, 1.0)
     assert set(summary["categories"]["student"]["1"]) == set(CATEGORIES)
@@ -59,7 +60,7 @@ def test_a_student_that_has_not_learned_scores_less_than_its_teacher(tmp_path):
     assert summary["teacher"]["1"] == 1.0
 
 
-def test_the_noise_is_that_of_validation(tmp_path, monkeypatch):
+def test_every_prompt_is_drawn_from_fresh_noises_that_both_networks_share(tmp_path, monkeypatch):
     drawn: dict[tuple[str, int], set[Any]] = {}
     sample = PictureDistillation.sample
 
@@ -70,11 +71,14 @@ def test_the_noise_is_that_of_validation(tmp_path, monkeypatch):
     module = PictureDistillation(nfe=(1,))
     trainer = fit(tmp_path, module)
     monkeypatch.setattr(PictureDistillation, "sample", recorded)
-    report = FinalReport(columns=1, diversity_prompts=0)
+    report = FinalReport(noises=3, seed=1000, columns=1, diversity_prompts=0)
     report.on_train_end(trainer, module)
-    asked = {pair for batch in trainer.val_dataloaders for pair in zip(batch["prompt"], batch["index"].tolist(), strict=True)}
-    assert len(asked) == 12
-    assert drawn[("student", 1)] == drawn[("teacher", 1)] == drawn[("teacher", 4)] == asked
+    pairs = [pair for batch in validation_prompts(trainer) for pair in zip(*batch, strict=True)]
+    prompts = dict(pairs)
+    assert sorted(prompts) == list(range(12))
+    asked = {(prompts[i // 3], 1000 + i) for i in range(36)}
+    assert drawn[("student", 1)] == drawn[("teacher", 1)] == asked
+    assert drawn[("teacher", 4)] == asked
 
 
 def test_diversity_is_that_of_pictures_of_one_prompt(tmp_path):
@@ -152,7 +156,7 @@ def test_several_loaders_and_a_limit(tmp_path):
     report = FinalReport(diversity_prompts=0)
     data = Two(size=4, batch_size=4, prompts_per_category=2)
     trainer = fit(tmp_path, module, report, data=data, limit_val_batches=2)
-    assert [len(prompts) for prompts, _ in validation_prompts(trainer, module)] == [4, 4, 4, 4]
+    assert [len(prompts) for _, prompts in validation_prompts(trainer)] == [4, 4, 4, 4]
 
 
 def test_nothing_is_reported_after_an_exception(tmp_path, capsys):
@@ -200,7 +204,7 @@ def test_the_module_is_handed_back_as_it_was(tmp_path):
     assert {name: part.training for name, part in module.named_modules()} == modes
 
 
-@pytest.mark.parametrize("settings", [{"columns": 0}, {"diversity_prompts": -1}, {"diversity_seeds": 1}])
+@pytest.mark.parametrize("settings", [{"noises": 0}, {"columns": 0}, {"diversity_prompts": -1}, {"diversity_seeds": 1}])
 def test_settings_that_cannot_work(settings):
     with pytest.raises(ConfigurationError, match=f"FinalReport.{next(iter(settings))}"):
         FinalReport(**settings)
@@ -218,6 +222,9 @@ class Decisions(Callback):
         (switch,) = (callback for callback in trainer.callbacks if isinstance(callback, SwitchSolution))
         found = {"solution": pl_module.solution, "step": switch.state.step, "value": switch.state.value}
         Path(trainer.default_root_dir, f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+        pairs = [pair for batch in validation_prompts(trainer) for pair in zip(*batch, strict=True)]
+        columns = different_prompts(prompts_in_order(pairs), 6)
+        Path(trainer.default_root_dir, f"columns{trainer.global_rank}.json").write_text(json.dumps(columns))
 
 
 class Torn(PictureDistillation):
@@ -231,10 +238,14 @@ class Torn(PictureDistillation):
 @pytest.mark.slow
 def test_two_processes_decide_and_report_as_one(tmp_path):
     data = ShapesData(size=16, batch_size=4, prompts_per_category=2)
-    callbacks = (SwitchSolution(threshold=0.3), FinalReport(diversity_prompts=2, diversity_seeds=2), Decisions())
+    report = FinalReport(columns=6, diversity_prompts=2, diversity_seeds=2)
+    callbacks = (SwitchSolution(threshold=0.3), report, Decisions())
     fit(tmp_path, Torn(strength=1.0), *callbacks, data=data, strategy="ddp_spawn", devices=2, max_epochs=2)
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert found[0] == found[1] == {"solution": "differential", "step": 2, "value": 0.25}
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["teacher"] == {"1": 1.0, "2": 1.0, "4": 1.0}
     assert set(summary["categories"]["teacher"]["1"]) == set(CATEGORIES)  # of both processes' prompts
+    grids = [json.loads((tmp_path / f"columns{rank}.json").read_text()) for rank in range(2)]
+    assert grids[0] == grids[1]
+    assert [parse_prompt(text).category for text in grids[0]] == list(CATEGORIES)  # not every other one, as a process has
