@@ -19,9 +19,11 @@ from lightning_distill.flow.times import (
     LogitNormal,
     TimeSampler,
     Uniform,
+    move_on_grid,
     sample_interval,
     shift_times,
     step_grid,
+    substeps,
 )
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "interpolate",
     "jump",
     "midpoint_step",
+    "move_on_grid",
     "power_loss",
     "predict_noise",
     "predict_x0",
@@ -53,5 +56,6 @@ __all__ = [
     "sample_interval",
     "shift_times",
     "step_grid",
+    "substeps",
     "time_derivative",
 ]

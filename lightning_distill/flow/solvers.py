@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
+from lightning_distill.flow.times import substeps
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 """`velocity(x, t)`: (B, ...) and (B,) to (B, ...)."""
@@ -71,8 +71,10 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def integrate(velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, steps: int, solver: str = "euler") -> Tensor:
-    """Follow the flow from t to r in even sub-steps.
+def integrate(
+    velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, steps: int, solver: str = "euler", shift: float = 1.0
+) -> Tensor:
+    """Follow the flow from t to r in sub-steps that are even on the sampling grid.
 
     Args:
         velocity: Field of the flow; a teacher's is called without gradient if the caller says so.
@@ -81,6 +83,7 @@ def integrate(velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, steps: in
         r: End, (B,); where `r = t` the state stays as it is.
         steps: Number of sub-steps, at least 1.
         solver: A name in `SOLVERS`.
+        shift: Of the grid (`flow.step_grid`), above 0; 1 makes the sub-steps even in t.
 
     Returns:
         x_r, (B, ...).
@@ -89,10 +92,8 @@ def integrate(velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, steps: in
         ConfigurationError: If the solver is unknown or steps is less than 1.
     """
     step = _named(solver, steps).step
-    # lerp is exact at both ends, so the last sub-step ends at r itself
-    times = [torch.lerp(t, r, k / steps) for k in range(steps + 1)]
     x = x_t
-    for start, end in pairwise(times):
+    for start, end in pairwise(substeps(t, r, steps, shift)):
         x = step(velocity, x, start, end)
     return x
 

@@ -150,6 +150,39 @@ def shift_times(t: TimesT, shift: float) -> TimesT:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def move_on_grid(t: Tensor, step: float, shift: float = 1.0) -> Tensor:
+    """Go a stretch of the sampling grid toward data; a step of 1 is the whole way from noise, and 0 is never passed.
+
+    Args:
+        t: Times in [0, 1], of any shape.
+        step: Length in the grid's own, evenly spaced coordinate, at least 0; 1/8 is one of eight sampling steps.
+        shift: The grid's, as in `shift_times`.
+
+    Returns:
+        Times shaped like t, at most t.
+    """
+    even = shift_times(t, 1 / shift)  # the inverse of a shift is the shift by its reciprocal
+    return shift_times((even - step).clamp_min(0), shift)
+
+
+def substeps(t: Tensor, r: Tensor, steps: int, shift: float = 1.0) -> list[Tensor]:
+    """Times from t to r in sub-steps that are even on the sampling grid.
+
+    Args:
+        t: Starts, (B,), in [0, 1].
+        r: Ends, (B,), in [0, 1].
+        steps: Number of sub-steps, at least 1.
+        shift: The grid's, as in `shift_times`.
+
+    Returns:
+        steps + 1 tensors (B,), the first t itself and the last r itself.
+    """
+    start, end = shift_times(t, 1 / shift), shift_times(r, 1 / shift)
+    inner = [shift_times(torch.lerp(start, end, k / steps), shift) for k in range(1, steps)]
+    # rounding must not lead out of the interval, nor move a row with t = r
+    return [t, *(torch.clamp(time, torch.minimum(t, r), torch.maximum(t, r)) for time in inner), r]
+
+
 def step_grid(nfe: int, shift: float = 1.0) -> Tensor:
     """Times of few-step sampling, evenly spaced and then shifted.
 

@@ -1,5 +1,6 @@
 """MeanFlow distillation: discrete solution first, then the differential one."""
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from lightning_distill.flow.guidance import improved_mix
 from lightning_distill.flow.losses import Loss, PowerLoss
 from lightning_distill.flow.path import expand, interpolate, jump
 from lightning_distill.flow.solvers import SOLVERS, integrate
-from lightning_distill.flow.times import LogitNormal, TimeSampler, sample_interval
+from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid, sample_interval, substeps
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.condition import null_rows, select
@@ -28,8 +29,8 @@ class MeanFlow(TeacherStudentBase):
     The student regresses :math:`\| u(x_t, r, t) - u^* \|` onto one of three targets, with :math:`\tilde v` the guided teacher:
 
     - discrete: the teacher integrated in sub-steps, :math:`u^* = (x_t - x_r) / (t - r)`. No student is in the target.
-    - bootstrapped: one teacher step of a set length to s, then the student's own jump,
-      :math:`u^* = [(t - s) \tilde v + (s - r) \, \mathrm{sg} \, u(x_s, r, s)] / (t - r)`.
+    - bootstrapped: one teacher step of a set length to s, then the student's own jump to
+      :math:`x_r = x_s - (s - r) \, \mathrm{sg} \, u(x_s, r, s)`, and again :math:`u^* = (x_t - x_r) / (t - r)`.
     - differential: the MeanFlow identity (arXiv 2505.13447, Eq. 6),
       :math:`u^* = \mathrm{sg}[\tilde v - \lambda (t - r) \, du/dt]`, with an exact derivative.
 
@@ -40,9 +41,14 @@ class MeanFlow(TeacherStudentBase):
         solution: The target that training starts with.
         time_sampler: Distribution of the two times of an interval.
         equal_fraction: Share of samples with r = t, in [0, 1].
-        solver: Of the discrete solution: "euler", "heun" or "midpoint".
-        solver_steps: Its sub-steps over an interval.
-        bootstrap_step: Length t - s of the teacher's step in the bootstrapped solution, in (0, 1].
+        solver: Of the teacher's steps in the discrete and the bootstrapped solution: "euler", "heun" or "midpoint".
+        solver_steps: Sub-steps of the discrete solution over an interval, even on the sampling grid.
+        bootstrap_step: Length of the teacher's step in the bootstrapped solution, in (0, 1], measured on the sampling grid:
+            1/8 is one of eight sampling steps.
+        trajectory_fraction: Share of the training states that are not noised data but states of the student's own
+            trajectory, in [0, 1]: noise, moved to t by up to `trajectory_jumps` jumps. It is there that sampling asks the
+            student (backward distillation, arXiv 2405.05224).
+        trajectory_jumps: Most jumps of such a trajectory; the number is drawn for each batch.
         tangent_warmup_steps: Optimizer steps over which lambda rises from 0 to 1, from the first differential one.
         loss: Of the regression.
         caption_dropout: Share of captions replaced by the empty prompt, in [0, 1); guidance of kind "improved" needs it.
@@ -61,7 +67,9 @@ class MeanFlow(TeacherStudentBase):
         equal_fraction: float = 0.25,
         solver: str = "euler",
         solver_steps: int = 4,
-        bootstrap_step: float = 0.1,
+        bootstrap_step: float = 0.125,
+        trajectory_fraction: float = 0.0,
+        trajectory_jumps: int = 3,
         tangent_warmup_steps: int = 0,
         loss: Loss = PowerLoss(),
         caption_dropout: float = 0.0,
@@ -76,7 +84,11 @@ class MeanFlow(TeacherStudentBase):
         if solver_steps < 1:
             raise ConfigurationError(f"model.solver_steps is {solver_steps}; take at least 1")
         if not 0 < bootstrap_step <= 1:
-            raise ConfigurationError(f"model.bootstrap_step is {bootstrap_step}; choose a length in (0, 1], 0.1 is usual")
+            raise ConfigurationError(f"model.bootstrap_step is {bootstrap_step}; choose a length in (0, 1], 0.125 is usual")
+        if not 0 <= trajectory_fraction <= 1:
+            raise ConfigurationError(f"model.trajectory_fraction is {trajectory_fraction}; choose a share in [0, 1], 0 is none")
+        if trajectory_jumps < 1:
+            raise ConfigurationError(f"model.trajectory_jumps is {trajectory_jumps}; take at least 1")
         if tangent_warmup_steps < 0:
             raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
         if not 0 <= caption_dropout < 1:
@@ -91,6 +103,8 @@ class MeanFlow(TeacherStudentBase):
         self.solver = solver
         self.solver_steps = solver_steps
         self.bootstrap_step = bootstrap_step
+        self.trajectory_fraction = trajectory_fraction
+        self.trajectory_jumps = trajectory_jumps
         self.tangent_warmup_steps = tangent_warmup_steps
         self.loss = loss
         self.caption_dropout = caption_dropout
@@ -129,10 +143,13 @@ class MeanFlow(TeacherStudentBase):
         interval = sample_interval(self.time_sampler, len(x0), self.equal_fraction, x0.device)
         r, t = interval.r, interval.t
         noise = torch.randn_like(x0)
-        x_t = interpolate(x0, noise, t)
         null = self.null_condition(len(x0))
         condition = null_rows(condition, null, self.caption_dropout)
         scale = self.guidance.draw(len(x0), x0.device)
+        x_t = interpolate(x0, noise, t)
+        if self.trajectory_fraction > 0:
+            rows = (torch.rand(len(x0), device=x0.device) < self.trajectory_fraction).nonzero()[:, 0]
+            x_t[rows] = self.roll_out(noise[rows], t[rows], select(rows, condition), scale[rows])
 
         target, logs = self.target(x_t, r, t, condition, null, scale)
         u = self.adapter.average_velocity(self.student, x_t, r, t, condition, scale)
@@ -145,6 +162,15 @@ class MeanFlow(TeacherStudentBase):
         return Objective(loss, t, logs)
 
     @torch.no_grad()
+    def roll_out(self, noise: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
+        """States (B, C, h, w) that the student itself reaches at t (B,) from noise, in a random number of jumps."""
+        jumps = int(torch.randint(1, self.trajectory_jumps + 1, ()))
+        x = noise
+        for start, end in pairwise(substeps(torch.ones_like(t), t, jumps, self._shift(noise))):
+            x = jump(x, self._evaluate(x, end, start, condition, scale), end, start)
+        return x
+
+    @torch.no_grad()
     def target(
         self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,42 +178,41 @@ class MeanFlow(TeacherStudentBase):
 
         Where r = t, it is the guided velocity in every solution, and costs no integration and no derivative.
         """
-        wide = t > r
-        if self.solution == "discrete":
-            target = torch.empty_like(x_t)
-            rows = (~wide).nonzero()[:, 0]
-            if len(rows):
-                parts = select(rows, condition), select(rows, null)
-                target[rows] = self._velocity(x_t[rows], t[rows], *parts, scale[rows])
-            rows = wide.nonzero()[:, 0]
-            if len(rows):
-                parts = select(rows, condition), select(rows, null)
-                target[rows] = self._discrete(x_t[rows], r[rows], t[rows], *parts, scale[rows])
-            return target, {}
-        target = self._velocity(x_t, t, condition, null, scale)
-        rows = wide.nonzero()[:, 0]
-        if not len(rows):
-            return target, {}
-        part = x_t[rows], r[rows], t[rows], target[rows], select(rows, condition), scale[rows]
-        if self.solution == "bootstrapped":
-            target[rows] = self._bootstrapped(*part)
-            return target, {}
-        target[rows], dudt = self._differential(*part)
-        return target, {"dudt_norm": rms(dudt)}
+        narrow, wide = (t <= r).nonzero()[:, 0], (t > r).nonzero()[:, 0]
+        if self.solution == "differential":
+            target = self._velocity(x_t, t, condition, null, scale)
+            if not len(wide):
+                return target, {}
+            part = x_t[wide], r[wide], t[wide], target[wide], select(wide, condition), scale[wide]
+            target[wide], dudt = self._differential(*part)
+            return target, {"dudt_norm": rms(dudt)}
+        target = torch.empty_like(x_t)
+        if len(narrow):
+            parts = select(narrow, condition), select(narrow, null), scale[narrow]
+            target[narrow] = self._velocity(x_t[narrow], t[narrow], *parts)
+        if len(wide):
+            solve = self._discrete if self.solution == "discrete" else self._bootstrapped
+            parts = select(wide, condition), select(wide, null), scale[wide]
+            target[wide] = solve(x_t[wide], r[wide], t[wide], *parts)
+        return target, {}
 
     def _discrete(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+        x_r = self._integrate(x_t, r, t, self.solver_steps, condition, null, scale)
+        return (x_t - x_r) / expand(t - r, x_t)
+
+    def _bootstrapped(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+        s = torch.maximum(move_on_grid(t, self.bootstrap_step, self._shift(x_t)), r)
+        x_s = self._integrate(x_t, s, t, 1, condition, null, scale)
+        x_r = jump(x_s, self._evaluate(x_s, r, s, condition, scale), r, s)
+        return (x_t - x_r) / expand(t - r, x_t)
+
+    def _integrate(
+        self, x_t: Tensor, r: Tensor, t: Tensor, steps: int, condition: Condition, null: Condition, scale: Tensor
+    ) -> Tensor:
         def velocity(x: Tensor, s: Tensor) -> Tensor:
             return self._velocity(x, s, condition, null, scale)
 
-        x_r = integrate(velocity, x_t, t, r, self.solver_steps, self.solver)
-        return (x_t - x_r) / expand(t - r, x_t)
-
-    def _bootstrapped(self, x_t: Tensor, r: Tensor, t: Tensor, v: Tensor, condition: Condition, scale: Tensor) -> Tensor:
-        s = torch.maximum(t - self.bootstrap_step, r)
-        x_s = jump(x_t, v, s, t)
-        u_s = self._evaluate(x_s, r, s, condition, scale)
-        teacher_share = expand((t - s) / (t - r), x_t)
-        return teacher_share * v + (1 - teacher_share) * u_s
+        return integrate(velocity, x_t, t, r, steps, self.solver, self._shift(x_t))
 
     def _differential(
         self, x_t: Tensor, r: Tensor, t: Tensor, v: Tensor, condition: Condition, scale: Tensor
@@ -197,6 +222,9 @@ class MeanFlow(TeacherStudentBase):
 
         _, dudt = time_derivative(average_velocity, x_t, r, t, v)
         return v - self.tangent_weight * expand(t - r, x_t) * dudt, dudt
+
+    def _shift(self, x: Tensor) -> float:
+        return self.adapter.time_shift(tuple(x.shape[1:]))
 
     def _velocity(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
         """The guided velocity v~ that the student learns."""

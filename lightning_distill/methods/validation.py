@@ -29,7 +29,7 @@ class ValidationOptions:
         seed: Offset of the noise seeds; picture i of the validation set starts from seed + i.
         average_velocity: Whether to measure `val/average_velocity_error`.
         intervals: The (r, t) at which it is measured.
-        solver_steps: Heun steps of the teacher's reference solution over an interval.
+        solver_steps: Heun steps of the teacher's reference solution over an interval, even on the sampling grid.
         samples: Pictures of the first validation batch that the error is measured on.
     """
 
@@ -79,7 +79,8 @@ class AverageVelocityReference:
         for end, start in options.intervals:
             r, t = torch.full((len(x0),), end, device=x0.device), torch.full((len(x0),), start, device=x0.device)
             x_t = interpolate(x0, noise, t)
-            x_r = integrate(teacher_velocity, x_t, t, r, options.solver_steps, solver="heun")
+            shift = module.adapter.time_shift(tuple(x_t.shape[1:]))
+            x_r = integrate(teacher_velocity, x_t, t, r, options.solver_steps, "heun", shift)
             result.x_t.append(x_t)
             result.r.append(r)
             result.t.append(t)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.flow.guidance import classifier_free, inside_interval
+from lightning_distill.flow.times import step_grid
 from lightning_distill.models.smooth_time import SmoothTimeReport
 
 Condition = dict[str, Tensor]
@@ -90,8 +91,12 @@ class ModelAdapter(nn.Module, ABC):
         """Shape (C, h, w) of the latents of an image of H x W pixels."""
 
     @abstractmethod
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        """Shift of the family's sampling grid for latents (C, h, w), as in `flow.shift_times`; it may depend on their size."""
+
     def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
-        """Times (nfe + 1,) from 1 down to 0, float32 on the CPU, with the family's resolution-dependent shift."""
+        """Times (nfe + 1,) of sampling, from 1 down to 0, float32 on the CPU."""
+        return step_grid(nfe, self.time_shift(latent_shape))
 
     @abstractmethod
     def velocity(
@@ -144,8 +149,10 @@ class ModelAdapter(nn.Module, ABC):
             return self.velocity(network, x_t, t, condition, guidance_scale)
         if isinstance(guidance_scale, float | int) and guidance_scale == 1:
             return self.velocity(network, x_t, t, condition)
-        both = {name: torch.cat([value, null_condition[name]]) for name, value in condition.items()}
-        v_cond, v_null = self.velocity(network, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32)
-        scale = torch.where(inside_interval(t, guidance_interval), scale, torch.ones_like(t))
-        return classifier_free(v_cond, v_null, scale)
+        # The second branch is computed for the rows that are guided only.
+        rows = inside_interval(t, guidance_interval).nonzero()[:, 0]
+        both = {name: torch.cat([value, null_condition[name][rows]]) for name, value in condition.items()}
+        v = self.velocity(network, torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
+        v_cond, v_null = v.split([len(x_t), len(rows)])
+        scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))[rows]
+        return v_cond.index_copy(0, rows, classifier_free(v_cond[rows], v_null, scale))

@@ -11,7 +11,6 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.times import step_grid
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.flux_directory import save_flux_pipeline, save_two_time_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
@@ -224,16 +223,16 @@ class FluxAdapter(ModelAdapter):
             raise ConfigurationError(f"images of {height} x {width} do not fit; use multiples of {2 * factor} pixels")
         return self.pipeline.vae.config.latent_channels, height // factor, width // factor
 
-    def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
-        """Times (nfe + 1,) from 1 to 0 under the scheduler's shift, which for FLUX.1-dev grows with the resolution."""
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        """The scheduler's shift, which for FLUX.1-dev grows with the resolution."""
         config = self.pipeline.scheduler.config
         if config.use_dynamic_shifting:
             tokens = latent_shape[-2] * latent_shape[-1] // 4
             mu = calculate_shift(
                 tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
             )
-            return step_grid(nfe, math.exp(mu))
-        return step_grid(nfe, config.shift)
+            return math.exp(mu)
+        return float(config.shift)
 
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None

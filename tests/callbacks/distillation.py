@@ -72,8 +72,8 @@ class PictureAdapter(ModelAdapter):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return 3, height, width
 
-    def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
-        return torch.linspace(1, 0, nfe + 1)
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        return 1.0
 
     def save_student(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
 from lightning_distill.flow.solvers import SOLVERS, VelocityFn, euler_step, evaluations, heun_step, integrate, midpoint_step
+from lightning_distill.flow.times import step_grid, substeps
 from tests.gaussian import GaussianTeacher
 
 TEACHER = GaussianTeacher(mean=0.7, std=0.4)
@@ -86,6 +88,30 @@ def test_rows_with_equal_times_stay_as_they_are(start, solver):
     x_r = integrate(TEACHER.velocity, x_t, t, r, 3, solver)
     assert torch.equal(x_r[[0, 2]], x_t[[0, 2]])
     assert not torch.isclose(x_r[[1, 3]], x_t[[1, 3]]).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_substeps_are_those_of_the_sampling_grid(shift):
+    times = substeps(torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 6, shift)
+    torch.testing.assert_close(torch.stack(times)[:, 0].float(), step_grid(6, shift))
+
+
+def test_substeps_stay_inside_the_interval_and_meet_its_ends():
+    t, r = torch.rand(1000).sort(descending=True).values, torch.zeros(1000)
+    r[::2] = t[::2]
+    times = substeps(t, r, 7, 3.0)
+    assert torch.equal(times[0], t)
+    assert torch.equal(times[-1], r)
+    assert all((a >= b).all() for a, b in itertools.pairwise(times))
+    assert all(torch.equal(time[::2], t[::2]) for time in times)
+
+
+def test_a_shifted_grid_is_finer_where_the_flow_starts(start):
+    x_t, _, _ = start
+    one = torch.ones(4, dtype=torch.float64)
+    asked: list[Tensor] = []
+    integrate(lambda x, t: asked.append(t) or x, x_t, one, 0 * one, 4, "euler", shift=3.0)
+    torch.testing.assert_close(torch.stack(asked)[:, 0].float(), step_grid(4, 3.0)[:-1])
 
 
 def test_euler_in_one_step_is_a_jump_by_the_velocity(start):

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.times import LogitNormal, TimeSampler, Uniform, sample_interval, shift_times, step_grid
+from lightning_distill.flow.times import (
+    LogitNormal,
+    TimeSampler,
+    Uniform,
+    move_on_grid,
+    sample_interval,
+    shift_times,
+    step_grid,
+)
 
 SAMPLERS = [LogitNormal(), LogitNormal(mean=0.5, std=2.0), Uniform(), Uniform(low=0.2, high=0.7)]
 SIZE = 100_000
@@ -144,3 +152,9 @@ def test_even_grid_of_four_steps():
 def test_grid_refuses_settings_that_make_no_grid(nfe, shift, name):
     with pytest.raises(ConfigurationError, match=name):
         step_grid(nfe, shift)
+
+
+def test_moving_on_the_grid_takes_its_steps():
+    grid = step_grid(8, 3.0)
+    torch.testing.assert_close(move_on_grid(grid, 1 / 8, 3.0), torch.cat([grid[1:], grid[-1:]]))
+    torch.testing.assert_close(move_on_grid(torch.tensor([0.5]), 0.1), torch.tensor([0.4]))

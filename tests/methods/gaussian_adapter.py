@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.flow.times import step_grid
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from tests.gaussian import GaussianTeacher
@@ -84,8 +83,8 @@ class GaussianAdapter(ModelAdapter):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return 3, height, width
 
-    def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
-        return step_grid(nfe)
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        return 1.0
 
     def velocity(self, network, x_t, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
         return network(x_t, None, t, condition["caption"])

@@ -62,7 +62,8 @@ def points() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         ({"solution": "discrete", "solver": "euler", "solver_steps": 256}, 1e-2),
         ({"solution": "discrete", "solver": "heun", "solver_steps": 64}, 1e-3),
         ({"solution": "discrete", "solver": "midpoint", "solver_steps": 64}, 1e-3),
-        ({"solution": "bootstrapped", "bootstrap_step": 1e-3}, 1e-3),
+        ({"solution": "bootstrapped", "solver": "euler", "bootstrap_step": 1e-3}, 1e-3),
+        ({"solution": "bootstrapped", "solver": "heun", "bootstrap_step": 0.05}, 1e-3),
         ({"solution": "differential"}, 1e-4),
     ],
 )
@@ -117,6 +118,33 @@ def test_differential_target_is_the_identity_with_the_derivative_along_the_teach
     torch.testing.assert_close(logs["dudt_norm"], dudt.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("jumps", [1, 3])
+def test_states_of_an_exact_students_trajectory_are_the_teachers(jumps) -> None:
+    module = method(trajectory_jumps=jumps)
+    noise, t, condition = torch.randn(16, 3, 4, 4), torch.linspace(0, 1, 16), {"caption": torch.zeros(16)}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x_t = module.roll_out(noise, t, condition, torch.ones(16))
+        torch.testing.assert_close(x_t, GAUSSIAN.flow_map(noise, torch.ones(16), t), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_a_share_of_the_training_states_is_the_students_own(fraction, monkeypatch) -> None:
+    module = method("small", trajectory_fraction=fraction, trajectory_jumps=1)
+    seen = {}
+
+    def target(x_t, r, t, condition, null, scale):
+        seen.update(x_t=x_t.clone(), t=t)
+        return torch.zeros_like(x_t), {}
+
+    monkeypatch.setattr(module, "target", target)
+    monkeypatch.setattr(MeanFlow, "global_step", 0)
+    x0 = torch.full((512, 3, 4, 4), 1e4)  # nothing that starts from noise gets there
+    module.objective(x0, {"caption": torch.zeros(512)})
+    from_data = seen["x_t"].flatten(1).mean(1) > 1e4 * (1 - seen["t"]) / 2
+    assert 1 - from_data.float().mean() == pytest.approx(fraction, abs=0.1)
+
+
 def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> None:
     x_t, r, t, condition = points
     module = method("small", solution="differential", tangent_warmup_steps=10)
@@ -142,6 +170,15 @@ def test_guidance_interval_leaves_times_outside_alone(points) -> None:
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + guided)
 
 
+def test_the_second_branch_of_guidance_is_computed_for_guided_rows_alone(points, monkeypatch) -> None:
+    x_t, _, t, condition = points
+    module = method(guidance=Guidance(scale=3.0, interval=(0.0, 0.5)))
+    rows = []
+    monkeypatch.setattr(GaussianTeacher, "velocity", lambda self, x, t: rows.append(len(x)) or torch.zeros_like(x))
+    module.target(x_t, t, t, condition, condition, torch.full((16,), 3.0))
+    assert rows == [16 + int((t <= 0.5).sum())]
+
+
 def test_improved_guidance_mixes_the_student_in(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
@@ -159,6 +196,8 @@ def test_improved_guidance_mixes_the_student_in(points) -> None:
         ({"solver": "rk4"}, "model.solver"),
         ({"solver_steps": 0}, "model.solver_steps"),
         ({"bootstrap_step": 0.0}, "model.bootstrap_step"),
+        ({"trajectory_fraction": 1.1}, "model.trajectory_fraction"),
+        ({"trajectory_jumps": 0}, "model.trajectory_jumps"),
         ({"tangent_warmup_steps": -1}, "model.tangent_warmup_steps"),
         ({"caption_dropout": 1.0}, "model.caption_dropout"),
         ({"ema_decay": 1.0}, "model.ema_decay"),
