@@ -1,8 +1,9 @@
 """What the parts of the MeanFlow recipe are worth: five variants at the demo's budget, over seeds, and the full recipe once.
 
 `python benchmarks/meanflow_study.py` trains every variant through the command line, from the demo's config with a few settings
-changed, reads each run's `summary.json`, and writes `benchmarks/results/meanflow_study.json`, a table and a plot. Runs that are
-there already are not repeated, so an interrupted study goes on where it stopped.
+changed, reads each run's `summary.json`, and writes `benchmarks/results/meanflow_study.json`, a table and plots, anew after
+every run. Runs that are there already are not repeated, so an interrupted study goes on where it stopped. "Discrete" is the
+demo's bootstrapped discrete solution throughout.
 """
 
 import argparse
@@ -14,11 +15,13 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,9 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Of each variant: the step of the switch (None is the demo's own rule), the time embedder, and the alignment."""
 ALIGNMENT = {
     "class_path": "lightning_distill.methods.TrajectoryAlignment",
-    "init_args": {"weight": 0.3, "nfe": [1, 2]},
+    "init_args": {"weight": 1.0, "nfe": [1, 2], "critic_lr": 1.0e-3},
 }
 """Starts after a third of the training; for a tenth of the training the critic runs ahead alone."""
+ALIGNED_SHARE = 0.65
+"""Steps of an aligned run, of the demo's: each takes longer, and all variants are to have the same minutes."""
 
 
 def full_config(name: str) -> dict[str, Any]:
@@ -56,10 +61,13 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     model, trainer = settings["model"]["init_args"], settings["trainer"]
     model["student"]["time_embedding"] = choice["time_embedding"]
     model["alignment"] = None
+    share = 1.0
     if choice["aligned"]:
+        share = ALIGNED_SHARE
+        steps = trainer["max_steps"] = round(share * trainer["max_steps"])
+        model["lr_scheduler"]["init_args"]["total_steps"] = steps
         model["alignment"] = copy.deepcopy(ALIGNMENT)
-        third = trainer["max_steps"] // 3
-        model["alignment"]["init_args"] |= {"start_step": third, "critic_warmup_steps": trainer["max_steps"] // 10}
+        model["alignment"]["init_args"] |= {"start_step": steps // 3, "critic_warmup_steps": steps // 10}
     trainer["default_root_dir"] = str(directory)
     trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
     callbacks = []
@@ -70,6 +78,8 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
         if name == "SwitchSolution" and choice["switch_at"] is not None:
             # The ablations have no way back: a collapse is to be seen.
             callback["init_args"] |= {"threshold": None, "latest_step": choice["switch_at"], "guard_factor": None}
+        elif name == "SwitchSolution":
+            callback["init_args"]["latest_step"] = round(share * callback["init_args"]["latest_step"])
         callbacks.append(callback)
     trainer |= {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": False}
     return settings
@@ -83,7 +93,7 @@ def run(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
         (directory / "config.yaml").write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
         with (directory / "log.txt").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+            subprocess.run(command, check=True, stdout=log, stderr=log)
     found: dict[str, Any] = json.loads(summary.read_text())
     return found
 
@@ -133,16 +143,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
-def curves(directory: Path, variants: list[str], seeds: list[int], path: Path) -> None:
-    """Validation accuracy at one step over training, a line a variant, averaged over seeds."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def curves(directory: Path, variants: Mapping[str, Iterable[int]], path: Path) -> None:
+    """Validation accuracy at one step and average velocity error over training, averaged over each variant's seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     tags = {"val/prompt_accuracy/nfe_1": "prompt accuracy, 1 step", "val/average_velocity_error": "average velocity error"}
     for axes, (tag, label) in zip(panels, tags.items(), strict=True):
-        for variant in variants:
+        for variant, seeds in variants.items():
             found: dict[int, list[float]] = {}
             for seed in seeds:
                 for log in sorted((directory / variant / str(seed) / "logs").glob("version_*")):
@@ -156,6 +165,7 @@ def curves(directory: Path, variants: list[str], seeds: list[int], path: Path) -
     panels[1].set_yscale("log")
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -164,37 +174,46 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="variants to run")
     parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go and are looked for")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
     parser.add_argument("--no-full", action="store_true", help="leave the full recipe out")
     arguments = parser.parse_args()
-    demo, seeds = full_config("shapes_meanflow.yaml"), list(range(arguments.seeds))
-    summaries: dict[str, list[dict[str, Any]]] = {}
-    for seed in seeds:  # seeds outside, so that an interrupted study compares all variants
-        for variant in arguments.variants:
-            directory = arguments.runs / variant / str(seed)
-            summaries.setdefault(variant, []).append(run(variant_config(demo, variant, seed, directory), directory))
-            print(variant, seed, summaries[variant][-1]["student"], flush=True)
-    full = {}
+    demo, runs = full_config("shapes_meanflow.yaml"), arguments.runs
+    seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
     if not arguments.no_full:
         settings = full_config("shapes_meanflow_full.yaml")
-        settings["trainer"]["default_root_dir"] = str(arguments.runs / "full")
-        full = merge([run(settings, arguments.runs / "full")])
-    first = summaries[arguments.variants[0]][0]
+        settings["trainer"]["default_root_dir"] = str(runs / "full")
+        print("full", run(settings, runs / "full")["student"], flush=True)
+    for seed in seeds:  # seeds outside, so that an interrupted study compares all variants
+        for variant in arguments.variants:
+            directory = runs / variant / str(seed)
+            print(variant, seed, run(variant_config(demo, variant, seed, directory), directory)["student"], flush=True)
+            write(runs, arguments.machine)
+
+
+def write(runs: Path, machine: str) -> None:
+    """Write what the runs that are there have come to."""
+    found = {
+        v: {int(p.parent.name): json.loads(p.read_text()) for p in sorted((runs / v).glob("*/summary.json"))} for v in VARIANTS
+    }
+    found = {variant: summaries for variant, summaries in found.items() if summaries}
+    full = runs / "full" / "summary.json"
+    first = next(iter(next(iter(found.values())).values()))
     result = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "machine": arguments.machine,
-        "seeds": seeds,
+        "machine": machine,
+        "seeds": sorted({seed for summaries in found.values() for seed in summaries}),
         "teacher": first["teacher"],
         "teacher_diversity": first["diversity"]["teacher"]["32"],
-        "variants": {variant: merge(found) for variant, found in summaries.items()},
-        "full": full,
+        "variants": {variant: merge(list(summaries.values())) for variant, summaries in found.items()},
+        "full": merge([json.loads(full.read_text())]) if full.is_file() else {},
+        "each_seed": {v: {seed: summary["student"] for seed, summary in summaries.items()} for v, summaries in found.items()},
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "meanflow_study.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "meanflow_study.md").write_text(table(result))
+    (RESULTS / "meanflow_study.md").write_text(f"{result['date']}, {machine}; seeds {result['seeds']}\n\n{table(result)}")
     plot(result, RESULTS / "meanflow_study.png")
-    curves(arguments.runs, arguments.variants, seeds, RESULTS / "meanflow_study_curves.png")
-    print(table(result))
+    curves(runs, found, RESULTS / "meanflow_study_curves.png")
 
 
 if __name__ == "__main__":

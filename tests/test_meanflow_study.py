@@ -53,11 +53,13 @@ def test_variants_differ_as_they_say(study, demo, tmp_path, capsys, variant, tim
     (switch,) = [c["init_args"] for c in settings["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
     (asked,) = [c["init_args"] for c in demo["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
     assert settings["seed_everything"] == settings["data"]["init_args"]["seed"] == 2
-    assert settings["trainer"]["max_steps"] == demo["trainer"]["max_steps"]
+    share = study.ALIGNED_SHARE if aligned else 1.0  # an aligned step takes longer
+    assert settings["trainer"]["max_steps"] == round(share * demo["trainer"]["max_steps"])
+    assert model["lr_scheduler"]["init_args"]["total_steps"] == settings["trainer"]["max_steps"]
     assert model["student"]["time_embedding"] == time_embedding
     assert (model["alignment"] is not None) == aligned
     if latest_step is None:
-        assert switch == asked
+        assert switch == {**asked, "latest_step": round(share * asked["latest_step"])}
     else:
         assert (switch["latest_step"], switch["threshold"], switch["guard_factor"]) == (latest_step, None, None)
 

@@ -47,7 +47,9 @@ class TrajectoryAlignment(nn.Module):
 
     Args:
         weight: Of the loss beside the regression, above 0.
-        nfe: Numbers of steps of the grids; one is drawn for each batch.
+        nfe: Numbers of steps of the grids; one is drawn for each batch, so that one listed twice is drawn twice as often.
+        guidance_scale: Guidance scale of the teacher here, at least 0; None is the one that the student learns. The scores that
+            distributions are matched by may be guided more than the trajectories that are regressed.
         critic_updates: Critic updates for each student update, at least 1.
         critic_lr: Learning rate of the critic's AdamW.
         critic_clip: Largest norm of the critic's gradients.
@@ -62,6 +64,7 @@ class TrajectoryAlignment(nn.Module):
         self,
         weight: float = 1.0,
         nfe: Sequence[int] = (1, 2, 4),
+        guidance_scale: float | None = None,
         critic_updates: int = 1,
         critic_lr: float = 5e-4,
         critic_clip: float = 1.0,
@@ -73,6 +76,10 @@ class TrajectoryAlignment(nn.Module):
             raise ConfigurationError(f"alignment.weight is {weight}; set it above 0, or alignment to null for none")
         if not nfe or min(nfe) < 1:
             raise ConfigurationError(f"alignment.nfe is {list(nfe)}; give numbers of steps of at least 1")
+        if guidance_scale is not None and not guidance_scale >= 0:
+            raise ConfigurationError(
+                f"alignment.guidance_scale is {guidance_scale}; set it to 0 or more, or null for the student's"
+            )
         if critic_updates < 1:
             raise ConfigurationError(f"alignment.critic_updates is {critic_updates}; the critic needs at least 1")
         if not critic_lr > 0 or not critic_clip > 0:
@@ -81,6 +88,7 @@ class TrajectoryAlignment(nn.Module):
             raise ConfigurationError("alignment.start_step and alignment.critic_warmup_steps must not be negative")
         self.weight = weight
         self.nfe = tuple(nfe)
+        self.guidance_scale = guidance_scale
         self.critic_updates = critic_updates
         self.critic_lr = critic_lr
         self.critic_clip = critic_clip
@@ -146,8 +154,9 @@ class TrajectoryAlignment(nn.Module):
             x_s = state.x_s.detach()
             tau, x_tau, _ = diffuse(x_s, state.s)
             v_student = module.adapter.velocity(self.critic, x_tau, tau, condition, scale)
+            guidance = scale if self.guidance_scale is None else torch.full_like(scale, self.guidance_scale)
             v_teacher = module.adapter.guided_velocity(
-                module.teacher, x_tau, tau, condition, null, scale, module.guidance.interval
+                module.teacher, x_tau, tau, condition, null, guidance, module.guidance.interval
             )
             x0_teacher = predict_x0(x_tau, v_teacher, tau)
             gradient = predict_x0(x_tau, v_student, tau) - x0_teacher

@@ -374,6 +374,20 @@ class TestAlignment:
         loss = module.alignment.student_loss(module, state, condition, condition, torch.ones(64))
         assert loss.max() < 1e-10
 
+    def test_its_teacher_may_be_guided_more(self) -> None:
+        """A student that has learned guidance 2 is pulled on by captions, by as much as guidance 3 adds."""
+        condition, null = {"caption": torch.full((64,), 0.5)}, {"caption": torch.zeros(64)}
+        losses = []
+        for guidance_scale in (None, 2.0, 3.0):
+            module = method(guidance=Guidance(scale=2.0), alignment=TrajectoryAlignment(guidance_scale=guidance_scale))
+            module.alignment.critic.offset.fill_(0.5)  # of the captions, which add to the velocity once more under guidance 2
+            state = TrajectoryState(torch.randn(64, 3, 4, 4), torch.zeros(64))
+            torch.manual_seed(0)
+            loss = module.alignment.student_loss(module, state, condition, null, torch.full((64,), 2.0))
+            losses.append(loss.max().item())
+        assert losses[0] == losses[1] == pytest.approx(0, abs=1e-10)
+        assert losses[2] > 1e-3
+
     def test_gradient_points_to_the_teacher(self) -> None:
         """A student that is too bright has a critic that is too bright, and is pulled back."""
         module = method(alignment=TrajectoryAlignment(nfe=(1,)))
@@ -412,6 +426,7 @@ class TestAlignment:
         [
             ({"weight": 0.0}, "alignment.weight"),
             ({"nfe": ()}, "alignment.nfe"),
+            ({"guidance_scale": -1.0}, "alignment.guidance_scale"),
             ({"critic_updates": 0}, "alignment.critic_updates"),
             ({"critic_lr": 0.0}, "alignment.critic_lr"),
             ({"start_step": -1}, "alignment.start_step"),

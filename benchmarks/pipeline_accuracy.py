@@ -1,0 +1,124 @@
+"""How many pictures of a Shapes pipeline show their prompts, by number of steps and category.
+
+`python benchmarks/pipeline_accuracy.py` draws with the shipped teacher, by diffusers' own pipeline, and writes
+`benchmarks/results/shapes-teacher.json` and `.md`. The guidance scale is chosen on the first noise; the figures are of the
+others, on which nothing was chosen. `--pipeline shapes-student --guidance 1` measures a student.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+
+from lightning_distill.data.shapes import CATEGORIES
+from lightning_distill.data.shapes_datamodule import evaluation_prompts
+from lightning_distill.metrics import PromptAccuracy, PromptDiversity
+from lightning_distill.sampling import guidance_arguments, load_pipeline
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BATCH = 60
+DIVERSITY = (12, 8)
+"""Prompts, and pictures of each."""
+
+
+def draw(pipeline: FluxPipeline, prompts: list[str], seeds: list[int], nfe: int, guidance: float) -> torch.Tensor:
+    """Pictures (B, 3, 32, 32) in [0, 1], each from the noise of its own seed."""
+    images = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        images.append(
+            pipeline(
+                batch,
+                num_inference_steps=nfe,
+                height=32,
+                width=32,
+                max_sequence_length=pipeline.tokenizer_2.model_max_length,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]],
+                output_type="pt",
+                **guidance_arguments(pipeline, guidance, len(batch)),
+            ).images
+        )
+    return torch.cat(images)
+
+
+def accuracy(pipeline: FluxPipeline, prompts: list[str], noise: int, nfe: int, guidance: float) -> dict[str, float]:
+    """Of one set of noises, by category and overall."""
+    metric = PromptAccuracy()
+    seeds = [10**7 * (noise + 1) + i for i in range(len(prompts))]
+    metric.update(draw(pipeline, prompts, seeds, nfe, guidance), prompts)
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def diversity(pipeline: FluxPipeline, prompts: list[str], nfe: int, guidance: float) -> float:
+    """Of several pictures of each of a few prompts."""
+    count, pictures = DIVERSITY
+    chosen = [prompt for prompt in dict.fromkeys(prompts)][:count]
+    repeated = [prompt for prompt in chosen for _ in range(pictures)]
+    metric = PromptDiversity()
+    metric.update(draw(pipeline, repeated, [10**9 + i for i in range(len(repeated))], nfe, guidance), repeated)
+    return metric.compute().item()
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a row for each number of steps."""
+    names = ("overall", *CATEGORIES)
+    rows = [f"| steps | {' | '.join(names)} | diversity |", "|---:|" + "---:|" * (len(names) + 1)]
+    for nfe, found in result["accuracy"].items():
+        cells = " | ".join(f"{100 * found[name]:.1f}" for name in names)
+        rows.append(f"| {nfe} | {cells} | {result['diversity'][nfe]:.3f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", default="shapes-teacher", help="shipped name or directory")
+    parser.add_argument("--name", help="of the result files; the pipeline's by default")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of steps")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, 3.0, 4.0, 5.0], help="scales to choose from")
+    parser.add_argument("--per-category", type=int, default=100, help="prompts of each category")
+    parser.add_argument("--noises", type=int, default=3, help="noises of each prompt that are measured")
+    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    arguments = parser.parse_args()
+    pipeline = load_pipeline(arguments.pipeline, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [prompt.text for prompt in evaluation_prompts(arguments.per_category, held_out=False)]
+    most = max(arguments.steps)
+    chosen, choice = arguments.guidance[0], {}
+    if len(arguments.guidance) > 1:
+        choice = {f"{g:g}": accuracy(pipeline, prompts, 0, most, g)["overall"] for g in arguments.guidance}
+        chosen = float(max(choice, key=lambda g: choice[g]))
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "machine": arguments.machine,
+        "pipeline": arguments.pipeline,
+        "prompts": len(prompts),
+        "noises": arguments.noises,
+        "guidance_scale": chosen,
+        "chosen_on_another_noise": choice,
+        "accuracy": {},
+        "each_noise": {},
+        "diversity": {},
+    }
+    for nfe in arguments.steps:
+        found = [accuracy(pipeline, prompts, 1 + i, nfe, chosen) for i in range(arguments.noises)]
+        result["accuracy"][str(nfe)] = {name: statistics.mean(one[name] for one in found) for name in found[0]}
+        result["each_noise"][str(nfe)] = [one["overall"] for one in found]
+        result["diversity"][str(nfe)] = diversity(pipeline, prompts, nfe, chosen)
+    RESULTS.mkdir(exist_ok=True)
+    name = arguments.name or Path(arguments.pipeline).name
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    heading = f"{result['date']}, {arguments.machine}; guidance {chosen:g}, {len(prompts)} prompts x {arguments.noises} noises"
+    (RESULTS / f"{name}.md").write_text(f"{heading}\n\n{table(result)}\n")
+    print(f"{heading}\n\n{table(result)}")
+
+
+if __name__ == "__main__":
+    main()
