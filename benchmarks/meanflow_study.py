@@ -1,9 +1,9 @@
 """What the parts of the MeanFlow recipe are worth: five variants at the demo's budget, over seeds, and the full recipe once.
 
 `python benchmarks/meanflow_study.py` trains every variant through the command line, from the demo's config with a few settings
-changed, reads each run's `summary.json`, and writes `benchmarks/results/meanflow_study.json`, a table and plots, anew after
-every run. Runs that are there already are not repeated, so an interrupted study goes on where it stopped. "Discrete" is the
-demo's bootstrapped discrete solution throughout.
+changed, records each run's figures and curves in `benchmarks/results/meanflow_study/`, and writes `meanflow_study.json`, a
+table and plots beside that folder, anew after every run. Runs on record are not repeated, so an interrupted study goes on where
+it stopped; remove the records after a change to the recipe. "Discrete" is the demo's bootstrapped discrete solution throughout.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
+RECORDS = RESULTS / "meanflow_study"
+CURVES = {"val/prompt_accuracy/nfe_1": "prompt accuracy, 1 step", "val/average_velocity_error": "average velocity error"}
 NEVER = 10**9
 STEPS = ("1", "2", "4", "8")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Of each variant: the step of the switch (None is the demo's own rule), the time embedder, and the alignment."""
 ALIGNMENT = {
     "class_path": "lightning_distill.methods.TrajectoryAlignment",
-    "init_args": {"weight": 1.0, "nfe": [1, 2], "critic_lr": 1.0e-3},
+    "init_args": {"weight": 3.0, "nfe": [1, 1, 2, 4], "guidance_scale": 4.0, "critic_lr": 1.0e-3},
 }
 """Starts after a third of the training; for a tenth of the training the critic runs ahead alone."""
 ALIGNED_SHARE = 0.65
@@ -85,17 +87,29 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     return settings
 
 
-def run(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Train, unless it was done before, and return the run's summary."""
-    summary = directory / "summary.json"
-    if not summary.is_file():
+def run(settings: dict[str, Any], name: str, directory: Path) -> dict[str, Any]:
+    """Train, unless the run is on record, and return its summary."""
+    record = RECORDS / f"{name}.json"
+    if not record.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
         with (directory / "log.txt").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log)
-    found: dict[str, Any] = json.loads(summary.read_text())
-    return found
+        summary = json.loads((directory / "summary.json").read_text())
+        logger = settings["trainer"]["logger"]["init_args"]
+        found = {"summary": summary, "curves": read_curves(Path(logger["save_dir"]) / logger["name"])}
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(found, indent=1) + "\n")
+    recorded: dict[str, Any] = json.loads(record.read_text())
+    return recorded["summary"]
+
+
+def read_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of the curves in the newest version of a TensorBoard directory."""
+    newest = max(logs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    events = EventAccumulator(str(newest)).Reload()
+    return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in CURVES}
 
 
 def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,21 +160,19 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def curves(directory: Path, variants: Mapping[str, Iterable[int]], path: Path) -> None:
+def plot_curves(variants: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     """Validation accuracy at one step and average velocity error over training, averaged over each variant's seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    tags = {"val/prompt_accuracy/nfe_1": "prompt accuracy, 1 step", "val/average_velocity_error": "average velocity error"}
-    for axes, (tag, label) in zip(panels, tags.items(), strict=True):
-        for variant, seeds in variants.items():
+    for axes, (tag, label) in zip(panels, CURVES.items(), strict=True):
+        for variant, records in variants.items():
             found: dict[int, list[float]] = {}
-            for seed in seeds:
-                for log in sorted((directory / variant / str(seed) / "logs").glob("version_*")):
-                    events = EventAccumulator(str(log)).Reload()
-                    for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else []:
-                        found.setdefault(event.step, []).append(event.value)
-            steps = sorted(found)
-            axes.plot(steps, [statistics.mean(found[step]) for step in steps], marker=".", label=variant.replace("_", " "))
-        axes.set(xlabel="batches", ylabel=label)
+            for record in records:
+                for step, value in record["curves"][tag]:
+                    found.setdefault(step, []).append(value)
+            axes.plot(
+                found, [statistics.mean(values) for values in found.values()], marker=".", label=variant.replace("_", " ")
+            )
+        axes.set(xlabel="optimizer steps", ylabel=label)
         axes.grid(alpha=0.3)
     panels[1].set_yscale("log")
     panels[0].legend(fontsize=8)
@@ -173,47 +185,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="variants to run")
-    parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go and are looked for")
+    parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
     parser.add_argument("--no-full", action="store_true", help="leave the full recipe out")
     arguments = parser.parse_args()
     demo, runs = full_config("shapes_meanflow.yaml"), arguments.runs
     seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
-    if not arguments.no_full:
-        settings = full_config("shapes_meanflow_full.yaml")
-        settings["trainer"]["default_root_dir"] = str(runs / "full")
-        print("full", run(settings, runs / "full")["student"], flush=True)
     for seed in seeds:  # seeds outside, so that an interrupted study compares all variants
         for variant in arguments.variants:
             directory = runs / variant / str(seed)
-            print(variant, seed, run(variant_config(demo, variant, seed, directory), directory)["student"], flush=True)
-            write(runs, arguments.machine)
+            settings = variant_config(demo, variant, seed, directory)
+            print(variant, seed, run(settings, f"{variant}-{seed}", directory)["student"], flush=True)
+            write(arguments.machine)
+    if not arguments.no_full:
+        settings = full_config("shapes_meanflow_full.yaml")
+        print("full", run(settings, "full", Path(settings["trainer"]["default_root_dir"]))["student"], flush=True)
+        write(arguments.machine)
 
 
-def write(runs: Path, machine: str) -> None:
-    """Write what the runs that are there have come to."""
-    found = {
-        v: {int(p.parent.name): json.loads(p.read_text()) for p in sorted((runs / v).glob("*/summary.json"))} for v in VARIANTS
-    }
-    found = {variant: summaries for variant, summaries in found.items() if summaries}
-    full = runs / "full" / "summary.json"
-    first = next(iter(next(iter(found.values())).values()))
+def write(machine: str) -> None:
+    """Write what the runs on record have come to."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for variant in VARIANTS:
+        for path in sorted(RECORDS.glob(f"{variant}-*.json")):
+            found.setdefault(variant, {})[int(path.stem.rpartition("-")[2])] = json.loads(path.read_text())
+    summaries = {variant: {seed: one["summary"] for seed, one in records.items()} for variant, records in found.items()}
+    full = RECORDS / "full.json"
+    first = next(iter(next(iter(summaries.values())).values()))
     result = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "machine": machine,
-        "seeds": sorted({seed for summaries in found.values() for seed in summaries}),
+        "seeds": sorted({seed for records in found.values() for seed in records}),
         "teacher": first["teacher"],
         "teacher_diversity": first["diversity"]["teacher"]["32"],
-        "variants": {variant: merge(list(summaries.values())) for variant, summaries in found.items()},
-        "full": merge([json.loads(full.read_text())]) if full.is_file() else {},
-        "each_seed": {v: {seed: summary["student"] for seed, summary in summaries.items()} for v, summaries in found.items()},
+        "variants": {variant: merge(list(each.values())) for variant, each in summaries.items()},
+        "full": merge([json.loads(full.read_text())["summary"]]) if full.is_file() else {},
+        "each_seed": {v: {seed: summary["student"] for seed, summary in each.items()} for v, each in summaries.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "meanflow_study.json").write_text(json.dumps(result, indent=2) + "\n")
     (RESULTS / "meanflow_study.md").write_text(f"{result['date']}, {machine}; seeds {result['seeds']}\n\n{table(result)}")
     plot(result, RESULTS / "meanflow_study.png")
-    curves(runs, found, RESULTS / "meanflow_study_curves.png")
+    plot_curves({variant: list(records.values()) for variant, records in found.items()}, RESULTS / "meanflow_study_curves.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The settings of the study's runs; the runs themselves take hours."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,3 +67,27 @@ def test_variants_differ_as_they_say(study, demo, tmp_path, capsys, variant, tim
 
 def test_all_variants_are_tested(study: ModuleType) -> None:
     assert list(study.VARIANTS) == ["differential_original_time", "differential", "discrete", "switched", "switched_aligned"]
+
+
+def test_results_are_those_of_the_runs_on_record(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(study, "RECORDS", tmp_path / "meanflow_study")
+    (tmp_path / "meanflow_study").mkdir()
+    teacher = {"1": 0.0, "2": 0.1, "4": 0.7, "8": 0.8, "32": 0.9}
+    for name, accuracy in {"discrete-0": 0.25, "discrete-1": 0.75, "switched-0": 0.5, "full": 0.875}.items():
+        figures = dict.fromkeys(study.STEPS, accuracy)
+        summary = {"teacher": teacher, "student": figures, "minutes": 3.0}
+        summary["diversity"] = {"student": dict.fromkeys(study.STEPS, 0.3), "teacher": {"32": 0.4}}
+        record = {"summary": summary, "curves": {tag: [[9, 0.5], [19, accuracy]] for tag in study.CURVES}}
+        (tmp_path / "meanflow_study" / f"{name}.json").write_text(json.dumps(record))
+        assert study.run({}, name, tmp_path) == summary  # on record, so it is not repeated
+    study.write("a machine")
+    result = json.loads((tmp_path / "meanflow_study.json").read_text())
+    assert (result["machine"], result["seeds"], result["teacher"]) == ("a machine", [0, 1], teacher)
+    assert set(result["variants"]) == {"discrete", "switched"}
+    assert result["variants"]["discrete"]["accuracy"] == dict.fromkeys(study.STEPS, 0.5)
+    assert result["variants"]["discrete"]["std"]["1"] == pytest.approx(0.5 / 2**0.5)
+    assert result["full"]["accuracy"]["1"] == 0.875
+    assert "| discrete | 50.0 ± 35.4 |" in (tmp_path / "meanflow_study.md").read_text()
+    assert (tmp_path / "meanflow_study.png").is_file()
+    assert (tmp_path / "meanflow_study_curves.png").is_file()

@@ -1,11 +1,12 @@
 """The pipelines that ship with the package, and the shapes configs that use and make them."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 
 from lightning_distill.cli import main
 from lightning_distill.data.shapes import CATEGORIES
@@ -13,12 +14,13 @@ from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import prompt_accuracy
 from lightning_distill.models import resolve_pretrained
 
-TEACHER = Path(resolve_pretrained("shapes-teacher"))
+TEACHER, STUDENT = Path(resolve_pretrained("shapes-teacher")), Path(resolve_pretrained("shapes-student"))
 FEW = [
     *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"),
     *("--data.init_args.size=64", "--data.init_args.batch_size=8", "--data.init_args.prompts_per_category=1"),
     *("--trainer.log_every_n_steps=1", "--model.init_args.lr_scheduler.init_args.warmup_steps=1"),
 ]
+ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +68,27 @@ def test_teacher_draws_what_its_card_says() -> None:
     assert measured["overall"].item() == pytest.approx(stated, abs=4 * spread + 0.02)
 
 
+def test_student_draws_in_few_steps_what_its_card_says() -> None:
+    """Loaded as anyone loads it, with the code in its directory."""
+    stated = {
+        int(n): float(v)
+        for n, v in re.findall(r"val/prompt_accuracy/nfe_(\d+) \| ([\d.]+)", (STUDENT / "README.md").read_text())
+    }
+    assert set(stated) == {1, 2, 4, 8}
+    pipeline = DiffusionPipeline.from_pretrained(STUDENT, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [prompt.text for prompt in evaluation_prompts(16, held_out=False)]
+    for nfe in (1, 4):
+        noise = torch.Generator().manual_seed(0)
+        images = pipeline(prompts, num_inference_steps=nfe, height=32, width=32, generator=noise, output_type="pt").images
+        spread = (stated[nfe] * (1 - stated[nfe]) / len(prompts)) ** 0.5
+        assert prompt_accuracy(images, prompts)["overall"].item() == pytest.approx(stated[nfe], abs=4 * spread + 0.02)
+
+
 @pytest.mark.parametrize("name", ["shapes_meanflow.yaml", "shapes_meanflow_full.yaml"])
 def test_students_train(name: str) -> None:
     run = ["--trainer.default_root_dir=run", "--trainer.logger.init_args.save_dir=run"]
-    main(["fit", "--config", name, *FEW, *run])
+    main(["fit", "--config", name, *FEW, *ONE_PROCESS, *run])
     summary = yaml.safe_load(Path("run/summary.json").read_text())
     assert set(summary["teacher"]) == {"1", "2", "4", "8", "32"}
     assert set(summary["student"]) == {"1", "2", "4", "8"}
@@ -80,6 +99,5 @@ def test_a_teacher_is_made_from_nothing() -> None:
     small = ["--model.init_args.block_out_channels=[4,4,4]", "--model.init_args.norm_num_groups=2"]
     main(["fit", "--config", "shapes_vae.yaml", *FEW, *small])
     assert AutoencoderKL.from_pretrained("runs/shapes_vae/vae").config.scaling_factor != 0.18215
-    one_process = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
-    main(["fit", "--config", "shapes_teacher.yaml", *FEW, *one_process, "--model.init_args.validation.nfe=[1,2]"])
+    main(["fit", "--config", "shapes_teacher.yaml", *FEW, *ONE_PROCESS, "--model.init_args.validation.nfe=[1,2]"])
     assert type(FluxPipeline.from_pretrained("runs/shapes_teacher/teacher")) is FluxPipeline

@@ -168,15 +168,16 @@ class TrajectoryAlignment(nn.Module):
         r"""Flow matching of the critic on the student's states.
 
         The velocity at :math:`x_\tau` with the conditional score :math:`-(x_\tau - a x_s) / b^2` is
-        :math:`(\tau \, \text{noise}' / b - x_\tau) / (1 - \tau)`. The square is weighted by :math:`b^2 / \tau^2`, which is 1
-        at s = 0, where this is plain flow matching, and keeps the target finite where tau is close to s.
+        :math:`(\tau \, \text{noise}' / b - x_\tau) / (1 - \tau)`. The square is weighted by :math:`(1 - s)^2 b^2 / \tau^2`,
+        which is 1 at s = 0, where this is plain flow matching. It keeps the target finite where tau is close to s, and the loss
+        of one size for all s: the noise within :math:`x_s` is worth :math:`s / (1 - s)` in the target.
         """
         x_s = state.x_s.detach()
         tau, x_tau, noise = diffuse(x_s, state.s)
         b = diffusion_std(state.s, tau)
         target = (expand(tau / b, x_s) * noise - x_tau) / expand(1 - tau, x_s)
         v = module.adapter.velocity(self.critic, x_tau, tau, condition, scale)
-        return ((b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
+        return (((1 - state.s) * b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
 
     def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:
         optimizer = self.optimizer()
