@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, jump, predict_x0, renoise
-from lightning_distill.models.base import Condition
+from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import TeacherStudentBase
@@ -36,13 +35,15 @@ class TrajectoryAlignment(nn.Module):
     r"""Matches the distributions along the student's own few-step trajectory to the teacher's.
 
     The student is rolled from noise over a few-step grid to a state :math:`x_s`, with gradient through the last segment.
-    It is diffused on, :math:`x_\tau = a x_s + b \, \text{noise}'`. A critic :math:`v_F`, trained by flow matching on these
-    states, estimates the student's score, the teacher gives the real one, and the gradient of the divergence between the
-    two (DMD2, arXiv 2405.14867; Trajectory Distribution Matching, arXiv 2503.06674),
+    It is diffused on, :math:`x_\tau = a x_s + b \, \text{noise}'`. A critic :math:`v_F(x_\tau, s, \tau)`, trained by flow
+    matching on these states, estimates the student's score, the teacher gives the real one, and the gradient of the
+    divergence between the two (DMD2, arXiv 2405.14867; Trajectory Distribution Matching, arXiv 2503.06674),
 
     .. math:: g = \frac{\hat x_0^F(x_\tau) - \hat x_0^T(x_\tau)}{\mathrm{mean} \, |x_s - \hat x_0^T|},
 
-    is applied as :math:`\frac12 \| x_s - \mathrm{sg}(x_s - g) \|^2`. It is the auxiliary loss of arXiv 2605.17834 in this
+    is applied as :math:`\frac12 \| x_s - \mathrm{sg}(x_s - g) \|^2`. The critic is a network of two times that starts as the
+    teacher: until the student is exact, states of different s have different distributions at the same tau, and with one
+    score for all the gradient would not vanish where each is right. It is the auxiliary loss of arXiv 2605.17834 in this
     project's reading: its formulas are not public.
 
     Args:
@@ -99,9 +100,9 @@ class TrajectoryAlignment(nn.Module):
 
     critic: nn.Module
 
-    def build(self, teacher: nn.Module) -> None:
-        """The critic starts as the teacher: at first both scores agree on the teacher's own samples."""
-        self.critic = copy.deepcopy(teacher).requires_grad_(True).train()
+    def build(self, adapter: ModelAdapter, teacher: nn.Module) -> None:
+        """The critic starts as the teacher, whatever s: at first both scores agree on the teacher's own samples."""
+        self.critic, _ = adapter.build_student(teacher, StudentOptions(time_embedding="original"))
 
     def active(self, step: int) -> bool:
         """Whether the alignment takes part at an optimizer step."""
@@ -153,7 +154,7 @@ class TrajectoryAlignment(nn.Module):
         with torch.no_grad():
             x_s = state.x_s.detach()
             tau, x_tau, _ = diffuse(x_s, state.s)
-            v_student = module.adapter.velocity(self.critic, x_tau, tau, condition, scale)
+            v_student = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, condition, scale)
             guidance = scale if self.guidance_scale is None else torch.full_like(scale, self.guidance_scale)
             v_teacher = module.adapter.guided_velocity(
                 module.teacher, x_tau, tau, condition, null, guidance, module.guidance.interval
@@ -176,7 +177,7 @@ class TrajectoryAlignment(nn.Module):
         tau, x_tau, noise = diffuse(x_s, state.s)
         b = diffusion_std(state.s, tau)
         target = (expand(tau / b, x_s) * noise - x_tau) / expand(1 - tau, x_s)
-        v = module.adapter.velocity(self.critic, x_tau, tau, condition, scale)
+        v = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, condition, scale)
         return (((1 - state.s) * b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
 
     def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:

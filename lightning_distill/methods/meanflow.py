@@ -249,7 +249,7 @@ class MeanFlow(TeacherStudentBase):
         """Teacher and student, and the critic of the alignment."""
         super().build_networks()
         if self.alignment is not None:
-            self.alignment.build(self.teacher)
+            self.alignment.build(self.adapter, self.teacher)
             # The critic has an optimizer of its own and averages its own gradients.
             critic = [f"alignment.{name}" for name, _ in self.alignment.named_parameters()]
             self._ddp_params_and_buffers_to_ignore = critic

@@ -16,7 +16,7 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.validation import ValidationOptions
 from tests.gaussian import GaussianTeacher
-from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
+from tests.methods.gaussian_adapter import GAUSSIAN, ExactTeacher, GaussianAdapter
 
 VALIDATION = ValidationOptions(nfe=(1, 2), height=4, width=4, samples=8)
 
@@ -333,6 +333,14 @@ def test_one_step_of_an_exact_student_is_the_teachers_flow_map() -> None:
     torch.testing.assert_close(x0, GaussianTeacher().flow_map(noise, torch.ones(4), torch.zeros(4)))
 
 
+def aligned(**settings: Any) -> MeanFlow:
+    """A method whose critic is the exact velocity for every s, plus an offset."""
+    module = method(**settings)
+    assert module.alignment is not None
+    module.alignment.critic = ExactTeacher()
+    return module
+
+
 class TestAlignment:
     def test_trains_the_critic_and_the_student_but_not_the_teacher(self, tmp_path) -> None:
         module = MeanFlow(
@@ -351,7 +359,7 @@ class TestAlignment:
 
     def test_exact_critic_minimises_its_loss_at_every_grid_time(self) -> None:
         """States on the flow at s are diffused on to the very marginals of the path, whose velocity is the teacher's."""
-        module = method(alignment=TrajectoryAlignment())
+        module = aligned(alignment=TrajectoryAlignment())
         critic = module.alignment.critic
         noise, condition = torch.randn(4096, 3, 4, 4), {"caption": torch.zeros(4096)}
         for s in (0.0, 0.25, 0.5):
@@ -367,19 +375,47 @@ class TestAlignment:
             curvature = (losses[2] - 2 * losses[1] + losses[0]) / 0.01
             assert abs(slope / curvature) < 0.01
 
+    def test_critic_loss_is_of_one_size_along_the_trajectory(self) -> None:
+        module = aligned(alignment=TrajectoryAlignment())
+        noise, condition = torch.randn(2048, 3, 4, 4), {"caption": torch.zeros(2048)}
+        losses = []
+        for s in (0.0, 0.5, 0.9):
+            times = torch.full((2048,), s)
+            state = TrajectoryState(GAUSSIAN.flow_map(noise, torch.ones(2048), times), times)
+            losses.append(module.alignment.critic_loss(module, state, condition, torch.ones(2048)).item())
+        assert max(losses) < 3 * min(losses)
+
     def test_a_student_that_follows_the_teacher_feels_nothing(self) -> None:
-        module = method(alignment=TrajectoryAlignment())
+        module = aligned(alignment=TrajectoryAlignment())
         noise, condition = torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)}
         state = module.alignment.roll_out(module, noise, condition, torch.ones(64))
         loss = module.alignment.student_loss(module, state, condition, condition, torch.ones(64))
         assert loss.max() < 1e-10
+
+    def test_critic_is_told_the_grid_time_of_the_states(self) -> None:
+        """Else one score would have to serve states of different distributions."""
+        asked = []
+
+        class Critic(ExactTeacher):
+            def forward(self, x, r, t, caption):
+                asked.append((r, t))
+                return super().forward(x, r, t, caption)
+
+        module = method(alignment=TrajectoryAlignment())
+        module.alignment.critic = Critic()
+        condition, s = {"caption": torch.zeros(8)}, torch.full((8,), 0.5)
+        state = TrajectoryState(torch.randn(8, 3, 4, 4), s)
+        module.alignment.critic_loss(module, state, condition, torch.ones(8))
+        module.alignment.student_loss(module, state, condition, condition, torch.ones(8))
+        assert len(asked) == 2
+        assert all(torch.equal(r, s) and (t > s).all() and (t < 1).all() for r, t in asked)
 
     def test_its_teacher_may_be_guided_more(self) -> None:
         """A student that has learned guidance 2 is pulled on by captions, by as much as guidance 3 adds."""
         condition, null = {"caption": torch.full((64,), 0.5)}, {"caption": torch.zeros(64)}
         losses = []
         for guidance_scale in (None, 2.0, 3.0):
-            module = method(guidance=Guidance(scale=2.0), alignment=TrajectoryAlignment(guidance_scale=guidance_scale))
+            module = aligned(guidance=Guidance(scale=2.0), alignment=TrajectoryAlignment(guidance_scale=guidance_scale))
             module.alignment.critic.offset.fill_(0.5)  # of the captions, which add to the velocity once more under guidance 2
             state = TrajectoryState(torch.randn(64, 3, 4, 4), torch.zeros(64))
             torch.manual_seed(0)
@@ -390,7 +426,7 @@ class TestAlignment:
 
     def test_gradient_points_to_the_teacher(self) -> None:
         """A student that is too bright has a critic that is too bright, and is pulled back."""
-        module = method(alignment=TrajectoryAlignment(nfe=(1,)))
+        module = aligned(alignment=TrajectoryAlignment(nfe=(1,)))
         module.student.bias.data -= 0.3  # x0 = noise - u is brighter by 0.3
         module.alignment.critic.offset.fill_(-0.3)
         noise, condition = torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)}
@@ -399,7 +435,7 @@ class TestAlignment:
         assert module.student.bias.grad < 0  # a descent step raises the bias
 
     def test_only_the_last_segment_carries_gradient(self) -> None:
-        module = method(alignment=TrajectoryAlignment(nfe=(4,)))
+        module = aligned(alignment=TrajectoryAlignment(nfe=(4,)))
         noise, condition = torch.randn(8, 3, 4, 4), {"caption": torch.zeros(8)}
         for seed in range(6):
             torch.manual_seed(seed)
