@@ -44,7 +44,7 @@ ALIGNMENT = {
     "init_args": {"weight": 3.0, "nfe": [1, 1, 2, 4], "guidance_scale": 4.0, "critic_lr": 1.0e-3},
 }
 """Starts after a third of the training; for a tenth of the training the critic runs ahead alone."""
-ALIGNED_SHARE = 0.65
+ALIGNED_SHARE = 0.5
 """Steps of an aligned run, of the demo's: each takes longer, and all variants are to have the same minutes."""
 
 
@@ -79,9 +79,11 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
             continue  # of no use to the study
         if name == "SwitchSolution" and choice["switch_at"] is not None:
             # The ablations have no way back: a collapse is to be seen.
-            callback["init_args"] |= {"threshold": None, "latest_step": choice["switch_at"], "guard_factor": None}
+            at = choice["switch_at"]
+            callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
         elif name == "SwitchSolution":
-            callback["init_args"]["latest_step"] = round(share * callback["init_args"]["latest_step"])
+            for key in ("earliest_step", "latest_step"):
+                callback["init_args"][key] = round(share * callback["init_args"][key])
         callbacks.append(callback)
     trainer |= {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": False}
     return settings
@@ -170,7 +172,7 @@ def plot_curves(variants: Mapping[str, list[dict[str, Any]]], path: Path) -> Non
                 for step, value in record["curves"][tag]:
                     found.setdefault(step, []).append(value)
             axes.plot(
-                found, [statistics.mean(values) for values in found.values()], marker=".", label=variant.replace("_", " ")
+                list(found), [statistics.mean(values) for values in found.values()], marker=".", label=variant.replace("_", " ")
             )
         axes.set(xlabel="optimizer steps", ylabel=label)
         axes.grid(alpha=0.3)

@@ -60,7 +60,7 @@ def test_variants_differ_as_they_say(study, demo, tmp_path, capsys, variant, tim
     assert model["student"]["time_embedding"] == time_embedding
     assert (model["alignment"] is not None) == aligned
     if latest_step is None:
-        assert switch == {**asked, "latest_step": round(share * asked["latest_step"])}
+        assert switch == asked | {key: round(share * asked[key]) for key in ("earliest_step", "latest_step")}
     else:
         assert (switch["latest_step"], switch["threshold"], switch["guard_factor"]) == (latest_step, None, None)
 

@@ -13,6 +13,7 @@ from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import prompt_accuracy
 from lightning_distill.models import resolve_pretrained
+from lightning_distill.sampling import is_own_code
 
 TEACHER, STUDENT = Path(resolve_pretrained("shapes-teacher")), Path(resolve_pretrained("shapes-student"))
 FEW = [
@@ -83,6 +84,12 @@ def test_student_draws_in_few_steps_what_its_card_says() -> None:
         images = pipeline(prompts, num_inference_steps=nfe, height=32, width=32, generator=noise, output_type="pt").images
         spread = (stated[nfe] * (1 - stated[nfe]) / len(prompts)) ** 0.5
         assert prompt_accuracy(images, prompts)["overall"].item() == pytest.approx(stated[nfe], abs=4 * spread + 0.02)
+
+
+def test_student_brings_this_packages_code() -> None:
+    files = list(STUDENT.rglob("*.py"))
+    assert len(files) == 3
+    assert all(is_own_code(file) for file in files)
 
 
 @pytest.mark.parametrize("name", ["shapes_meanflow.yaml", "shapes_meanflow_full.yaml"])

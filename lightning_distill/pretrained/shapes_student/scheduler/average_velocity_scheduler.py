@@ -1,0 +1,103 @@
+"""The scheduler of few-step students: jumps along average velocities.
+
+This file imports torch and diffusers only: it travels with every exported student and must run without this package.
+"""
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+
+class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
+    r"""Steps of a network that predicts average velocities (MeanFlow, arXiv 2505.13447, Eq. 12).
+
+    .. math:: x_r = x_t - (t - r) \, u(x_t, r, t).
+
+    Times lie in [0, 1] and 1 is noise; the network is told them as they are, not times 1000.
+
+    Args:
+        shift: Shift of the grid of times toward noise; 1 is an evenly spaced grid.
+        use_dynamic_shifting: Whether the shift grows with the resolution, as `exp(mu)` with FLUX's mu.
+        base_shift: mu at `base_image_seq_len` tokens.
+        max_shift: mu at `max_image_seq_len` tokens.
+        base_image_seq_len: Image tokens of the smallest resolution.
+        max_image_seq_len: Image tokens of the largest resolution.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+    ) -> None:
+        self.times = torch.tensor([1.0, 0.0])
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Start of each step (N,), falling from 1."""
+        return self.times[:-1]
+
+    @property
+    def intervals(self) -> list[tuple[Tensor, Tensor]]:
+        """Start t and end r of each step, each a float32 scalar."""
+        return list(zip(self.times[:-1].unbind(), self.times[1:].unbind(), strict=True))
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None, mu: float | None = None
+    ) -> None:
+        """Lay out the grid of times.
+
+        The grid is computed in float64 on the CPU and rounded once: bit for bit the grid that the student was trained with.
+
+        Args:
+            num_inference_steps: Number of steps, at least 1.
+            device: Where the times are kept.
+            mu: Logarithm of the shift; needed under `use_dynamic_shifting`, and unused otherwise.
+
+        Raises:
+            ValueError: If there are no steps, or mu is missing.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; give at least 1")
+        if self.config.use_dynamic_shifting and mu is None:
+            raise ValueError("this scheduler shifts its times with the resolution; pass mu")
+        shift = math.exp(mu) if self.config.use_dynamic_shifting and mu is not None else self.config.shift
+        even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")
+        self.times = (shift * even / (1 + (shift - 1) * even)).to(torch.float32).to(device)
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at the end of the step that starts at `timestep`.
+
+        Args:
+            model_output: Average velocity u over the step, (B, ...).
+            timestep: Start t of the step, one of `timesteps`.
+            sample: State x_t, (B, ...).
+            return_dict: Whether to wrap the result.
+
+        Returns:
+            x_r, float32, as `prev_sample` or in a tuple.
+
+        Raises:
+            ValueError: If no step of the grid starts at `timestep`.
+        """
+        places = (self.timesteps == torch.as_tensor(timestep, device=self.times.device)).nonzero()
+        if not len(places):
+            raise ValueError(f"no step starts at timestep {float(timestep)}; take one of {self.timesteps.tolist()}")
+        t, r = self.intervals[places[0]]
+        # In bfloat16 the result would lose jumps of 1/32 and below.
+        x_r = sample.float() - (t - r) * model_output.float()
+        return SchedulerOutput(prev_sample=x_r) if return_dict else (x_r,)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
