@@ -149,7 +149,8 @@ class MeanFlow(TeacherStudentBase):
         x_t = interpolate(x0, noise, t)
         if self.trajectory_fraction > 0:
             rows = (torch.rand(len(x0), device=x0.device) < self.trajectory_fraction).nonzero()[:, 0]
-            x_t[rows] = self.roll_out(noise[rows], t[rows], select(rows, condition), scale[rows])
+            if len(rows):  # a network cannot be asked for nothing
+                x_t[rows] = self.roll_out(noise[rows], t[rows], select(rows, condition), scale[rows])
 
         target, logs = self.target(x_t, r, t, condition, null, scale)
         u = self.adapter.average_velocity(self.student, x_t, r, t, condition, scale)

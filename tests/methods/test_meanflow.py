@@ -145,6 +145,18 @@ def test_a_share_of_the_training_states_is_the_students_own(fraction, monkeypatc
     assert 1 - from_data.float().mean() == pytest.approx(fraction, abs=0.1)
 
 
+def test_a_small_batch_without_such_a_state_does_not_ask_the_network(monkeypatch) -> None:
+    module = method("small", trajectory_fraction=0.5)
+    monkeypatch.setattr(MeanFlow, "global_step", 0)
+    asked = []
+    monkeypatch.setattr(module, "roll_out", lambda noise, *_: asked.append(len(noise)) or noise)
+    for seed in range(16):
+        torch.manual_seed(seed)
+        module.objective(torch.randn(1, 3, 4, 4), {"caption": torch.zeros(1)})
+    assert set(asked) == {1}
+    assert 0 < len(asked) < 16
+
+
 def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> None:
     x_t, r, t, condition = points
     module = method("small", solution="differential", tangent_warmup_steps=10)
