@@ -185,12 +185,13 @@ class TrajectoryAlignment(nn.Module):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         with torch.enable_grad():
             loss = self.critic_loss(module, state, condition, scale)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        if dist.is_available() and dist.is_initialized():
+            whole = torch.cat([gradient.flatten() for gradient in gradients])  # one message; each has its latency
+            dist.all_reduce(whole)
+            gradients = (whole / dist.get_world_size()).split([parameter.numel() for parameter in parameters])
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-            if gradient is not None and dist.is_available() and dist.is_initialized():
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
+            parameter.grad = gradient.view_as(parameter)
         nn.utils.clip_grad_norm_(parameters, self.critic_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
