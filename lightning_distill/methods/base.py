@@ -72,6 +72,8 @@ class TeacherStudentBase(LightningModule, ABC):
     """Whether the method distils; plain training has a network and no teacher."""
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("teacher.", "adapter.", "metrics.")
     """Modules that are never saved."""
+    train_text_encoders: bool = False
+    """Whether the text encoders train along; else the empty prompt is encoded once."""
 
     teacher: nn.Module
     student: nn.Module
@@ -107,6 +109,7 @@ class TeacherStudentBase(LightningModule, ABC):
         self.ema: AveragedModel | None = None
         self.smooth_time_report: SmoothTimeReport | None = None
         self._latent_cache: dict[int, Tensor] = {}
+        self._null_condition: Condition | None = None
         self._reference: AverageVelocityReference | None = None
         self._clock = (0.0, 0)
 
@@ -182,8 +185,12 @@ class TeacherStudentBase(LightningModule, ABC):
 
     def null_condition(self, batch_size: int) -> Condition:
         """Condition of the empty prompt, in B rows."""
-        one = self.encode_prompt([""])
-        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in one.items()}
+        known = self._null_condition
+        if known is None or self.train_text_encoders or next(iter(known.values())).device != self.device:
+            # The same whoever asks first: validation would make it in inference mode, mixed precision in lower precision.
+            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+                known = self._null_condition = self.encode_prompt([""])
+        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in known.items()}
 
     # Training
 

@@ -262,6 +262,21 @@ def test_an_exact_student_has_no_average_velocity_error(tmp_path) -> None:
     assert wrong["val/average_velocity_error"] > 0.3
 
 
+def test_the_empty_prompt_is_encoded_once_and_fit_for_training(monkeypatch) -> None:
+    module = method()
+    asked = []
+    monkeypatch.setattr(module, "encode_prompt", lambda prompts: asked.append(prompts) or {"caption": torch.ones(1)})
+    with torch.inference_mode():
+        module.null_condition(2)
+    null = module.null_condition(3)["caption"]
+    assert asked == [[""]]
+    assert null.shape == (3,)
+    assert not null.is_inference()
+    module.train_text_encoders = True
+    module.null_condition(3)
+    assert len(asked) == 2
+
+
 def test_accumulated_gradients_equal_a_larger_batch(tmp_path) -> None:
     biases = []
     for size, accumulate in ((8, 1), (4, 2)):
