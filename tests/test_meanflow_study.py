@@ -54,11 +54,17 @@ def test_variants_differ_as_they_say(study, demo, tmp_path, capsys, variant, tim
     (switch,) = [c["init_args"] for c in settings["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
     (asked,) = [c["init_args"] for c in demo["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
     assert settings["seed_everything"] == settings["data"]["init_args"]["seed"] == 2
-    share = study.ALIGNED_SHARE if aligned else 1.0  # an aligned step takes longer
+    share = 1.0 if aligned else study.UNALIGNED_STEPS  # an aligned step takes longer
     assert settings["trainer"]["max_steps"] == round(share * demo["trainer"]["max_steps"])
     assert model["lr_scheduler"]["init_args"]["total_steps"] == settings["trainer"]["max_steps"]
     assert model["student"]["time_embedding"] == time_embedding
-    assert (model["alignment"] is not None) == aligned
+    own = {
+        "lr": demo["model"]["init_args"]["optimizer"]["init_args"]["lr"],
+        "p": demo["model"]["init_args"]["loss"]["init_args"]["p"],
+    }
+    expected = study.FROM_THE_START if variant.startswith("differential") else own
+    assert {"lr": model["optimizer"]["init_args"]["lr"], "p": model["loss"]["init_args"]["p"]} == expected
+    assert model["alignment"] == (demo["model"]["init_args"]["alignment"] if aligned else None)
     if latest_step is None:
         assert switch == asked | {key: round(share * asked[key]) for key in ("earliest_step", "latest_step")}
     else:
