@@ -32,15 +32,14 @@ CURVES = {"val/prompt_accuracy/nfe_1": "prompt accuracy, 1 step", "val/average_v
 NEVER = 10**9
 STEPS = ("1", "2", "4", "8")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "differential_original_time": {"switch_at": 0, "time_embedding": "original", "aligned": False},
-    "differential": {"switch_at": 0, "time_embedding": "smooth", "aligned": False},
-    "discrete": {"switch_at": NEVER, "time_embedding": "smooth", "aligned": False},
-    "switched": {"switch_at": None, "time_embedding": "smooth", "aligned": False},
-    "switched_aligned": {"switch_at": None, "time_embedding": "smooth", "aligned": True},
+    "differential_original_time": {"switch_at": 0, "time_embedding": "original", "aligned": False, "steps": 1.6},
+    "differential": {"switch_at": 0, "time_embedding": "smooth", "aligned": False, "steps": 1.6},
+    "discrete": {"switch_at": NEVER, "time_embedding": "smooth", "aligned": False, "steps": 1.8},
+    "switched": {"switch_at": None, "time_embedding": "smooth", "aligned": False, "steps": 1.8},
+    "switched_aligned": {"switch_at": None, "time_embedding": "smooth", "aligned": True, "steps": 1.0},
 }
-"""Of each variant: the step of the switch (None is the demo's own rule), the time embedder, and the alignment."""
-UNALIGNED_STEPS = 1.4
-"""Steps of a run without alignment, of the demo's: each is cheaper, and all variants are to have the same minutes."""
+"""Of each variant: the step of the switch (None is the demo's own rule), the time embedder, the alignment, and the number of
+steps in units of the demo's: those without alignment are cheaper, and all variants are to have the same minutes."""
 FROM_THE_START = {"lr": 5.0e-4, "p": 1.0}
 """Of the runs that are differential from the start: at the demo's learning rate of 2e-3, or with its p of 0.5, they
 collapse, also with the refitted time embedder."""
@@ -60,9 +59,9 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     settings["data"]["init_args"]["seed"] = seed
     model, trainer = settings["model"]["init_args"], settings["trainer"]
     model["student"]["time_embedding"] = choice["time_embedding"]
-    share = 1.0
+    share = choice["steps"]
     if not choice["aligned"]:
-        share, model["alignment"] = UNALIGNED_STEPS, None
+        model["alignment"] = None
     if choice["switch_at"] == 0:
         model["optimizer"]["init_args"]["lr"] = FROM_THE_START["lr"]
         model["loss"]["init_args"]["p"] = FROM_THE_START["p"]
