@@ -1,6 +1,12 @@
 """The mathematics every method shares: pure functions of tensors, without networks and without Lightning."""
 
-from lightning_distill.flow.derivative import AverageVelocityFn, time_derivative
+from lightning_distill.flow.derivative import (
+    AverageVelocityFn,
+    difference_step,
+    finite_difference,
+    time_derivative,
+    value_and_time_derivative,
+)
 from lightning_distill.flow.guidance import classifier_free, improved_mix, inside_interval
 from lightning_distill.flow.losses import adaptive_loss, power_loss
 from lightning_distill.flow.path import conditional_velocity, expand, interpolate, jump, predict_noise, predict_x0, renoise
@@ -38,9 +44,11 @@ __all__ = [
     "adaptive_loss",
     "classifier_free",
     "conditional_velocity",
+    "difference_step",
     "euler_step",
     "evaluations",
     "expand",
+    "finite_difference",
     "heun_step",
     "improved_mix",
     "inside_interval",
@@ -58,4 +66,5 @@ __all__ = [
     "step_grid",
     "substeps",
     "time_derivative",
+    "value_and_time_derivative",
 ]

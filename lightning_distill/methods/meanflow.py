@@ -4,10 +4,16 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.derivative import time_derivative
+from lightning_distill.flow.derivative import (
+    AverageVelocityFn,
+    difference_step,
+    finite_difference,
+    value_and_time_derivative,
+)
 from lightning_distill.flow.guidance import improved_mix
 from lightning_distill.flow.losses import Loss, PowerLoss
 from lightning_distill.flow.path import expand, interpolate, jump
@@ -16,6 +22,7 @@ from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid,
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.condition import null_rows, select
+from lightning_distill.methods.derivative_check import check_derivative, precision
 from lightning_distill.models.base import Condition
 
 Solution = Literal["discrete", "bootstrapped", "differential"]
@@ -49,6 +56,8 @@ class MeanFlow(TeacherStudentBase):
             trajectory, in [0, 1]: noise, moved to t by up to `trajectory_jumps` jumps. It is there that sampling asks the
             student (backward distillation, arXiv 2405.05224).
         trajectory_jumps: Most jumps of such a trajectory; the number is drawn for each batch.
+        derivative: Of the differential solution: "exact", by dual numbers, or "finite_difference", for a student with an
+            operation that has no forward-mode rule, at the cost of two more forward passes.
         tangent_warmup_steps: Optimizer steps over which lambda rises from 0 to 1, from the first differential one.
         loss: Of the regression.
         caption_dropout: Share of captions replaced by the empty prompt, in [0, 1); guidance of kind "improved" needs it.
@@ -70,6 +79,7 @@ class MeanFlow(TeacherStudentBase):
         bootstrap_step: float = 0.125,
         trajectory_fraction: float = 0.0,
         trajectory_jumps: int = 3,
+        derivative: Literal["exact", "finite_difference"] = "exact",
         tangent_warmup_steps: int = 0,
         loss: Loss = PowerLoss(),
         caption_dropout: float = 0.0,
@@ -89,6 +99,8 @@ class MeanFlow(TeacherStudentBase):
             raise ConfigurationError(f"model.trajectory_fraction is {trajectory_fraction}; choose a share in [0, 1], 0 is none")
         if trajectory_jumps < 1:
             raise ConfigurationError(f"model.trajectory_jumps is {trajectory_jumps}; take at least 1")
+        if derivative not in ("exact", "finite_difference"):
+            raise ConfigurationError(f"model.derivative is {derivative!r}; choose exact or finite_difference")
         if tangent_warmup_steps < 0:
             raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
         if not 0 <= caption_dropout < 1:
@@ -105,6 +117,7 @@ class MeanFlow(TeacherStudentBase):
         self.bootstrap_step = bootstrap_step
         self.trajectory_fraction = trajectory_fraction
         self.trajectory_jumps = trajectory_jumps
+        self.derivative = derivative
         self.tangent_warmup_steps = tangent_warmup_steps
         self.loss = loss
         self.caption_dropout = caption_dropout
@@ -152,8 +165,7 @@ class MeanFlow(TeacherStudentBase):
             if len(rows):  # a network cannot be asked for nothing
                 x_t[rows] = self.roll_out(noise[rows], t[rows], select(rows, condition), scale[rows])
 
-        target, logs = self.target(x_t, r, t, condition, null, scale)
-        u = self.adapter.average_velocity(self.student, x_t, r, t, condition, scale)
+        u, target, logs = self.regression(x_t, r, t, condition, null, scale)
         loss = self.loss(u, target)
         logs |= {"u_norm": rms(u.detach()), "phase": torch.tensor(float(PHASES[self.solution]))}
         if self.alignment is not None and self.alignment.active(self.global_step):
@@ -171,23 +183,28 @@ class MeanFlow(TeacherStudentBase):
             x = jump(x, self._evaluate(x, end, start, condition, scale), end, start)
         return x
 
-    @torch.no_grad()
-    def target(
+    def regression(
         self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The regression target u* (B, C, h, w) of the present solution, and scalars to log.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The student's u, its target u* in the present solution, (B, C, h, w) each, and scalars to log.
 
-        Where r = t, it is the guided velocity in every solution, and costs no integration and no derivative.
+        Where r = t, the target is the guided velocity in every solution, and costs no integration and no derivative.
         """
-        narrow, wide = (t <= r).nonzero()[:, 0], (t > r).nonzero()[:, 0]
         if self.solution == "differential":
-            target = self._velocity(x_t, t, condition, null, scale)
-            if not len(wide):
-                return target, {}
-            part = x_t[wide], r[wide], t[wide], target[wide], select(wide, condition), scale[wide]
-            target[wide], dudt = self._differential(*part)
-            return target, {"dudt_norm": rms(dudt)}
+            return self._differential(x_t, r, t, condition, null, scale)
+        target = self._integrated(x_t, r, t, condition, null, scale)
+        return self.adapter.average_velocity(self.student, x_t, r, t, condition, scale), target, {}
+
+    def difference(self, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """Of an average velocity along (v, 0, 1), by a central difference with a step that suits the precision."""
+        return finite_difference(
+            fn, x, r, t, v, difference_step(self.adapter.time_frequency(self.student_options), precision(self))
+        )
+
+    @torch.no_grad()
+    def _integrated(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
         target = torch.empty_like(x_t)
+        narrow, wide = (t <= r).nonzero()[:, 0], (t > r).nonzero()[:, 0]
         if len(narrow):
             parts = select(narrow, condition), select(narrow, null), scale[narrow]
             target[narrow] = self._velocity(x_t[narrow], t[narrow], *parts)
@@ -195,7 +212,33 @@ class MeanFlow(TeacherStudentBase):
             solve = self._discrete if self.solution == "discrete" else self._bootstrapped
             parts = select(wide, condition), select(wide, null), scale[wide]
             target[wide] = solve(x_t[wide], r[wide], t[wide], *parts)
-        return target, {}
+        return target
+
+    def _differential(
+        self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            v = self._velocity(x_t, t, condition, null, scale)
+
+        def network(rows: Tensor) -> AverageVelocityFn:
+            conditions, scales = select(rows, condition), scale[rows]
+            return lambda x, r, t: self.adapter.average_velocity(self.student, x, r, t, conditions, scales)
+
+        narrow, wide = (t <= r).nonzero()[:, 0], (t > r).nonzero()[:, 0]
+        target, u, logs = v.clone(), [], {}
+        if len(narrow):  # a network cannot be asked for nothing
+            u.append(network(narrow)(x_t[narrow], r[narrow], t[narrow]))
+        if len(wide):
+            point = x_t[wide], r[wide], t[wide]
+            if self.derivative == "exact":
+                value, dudt = value_and_time_derivative(network(wide), *point, v[wide])
+            else:
+                value, dudt = network(wide)(*point), self.difference(network(wide), *point, v[wide])
+            u.append(value)
+            target[wide] -= self.tangent_weight * expand(t - r, v)[wide] * dudt
+            logs["dudt_norm"] = rms(dudt)
+        order = torch.cat([narrow, wide]).argsort()
+        return torch.cat(u)[order], target, logs
 
     def _discrete(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
         x_r = self._integrate(x_t, r, t, self.solver_steps, condition, null, scale)
@@ -214,15 +257,6 @@ class MeanFlow(TeacherStudentBase):
             return self._velocity(x, s, condition, null, scale)
 
         return integrate(velocity, x_t, t, r, steps, self.solver, self._shift(x_t))
-
-    def _differential(
-        self, x_t: Tensor, r: Tensor, t: Tensor, v: Tensor, condition: Condition, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-            return self.adapter.average_velocity(self.student, x, r, t, condition, scale)
-
-        _, dudt = time_derivative(average_velocity, x_t, r, t, v)
-        return v - self.tangent_weight * expand(t - r, x_t) * dudt, dudt
 
     def _shift(self, x: Tensor) -> float:
         return self.adapter.time_shift(tuple(x.shape[1:]))
@@ -245,6 +279,17 @@ class MeanFlow(TeacherStudentBase):
         return u
 
     # Networks and checkpoints
+
+    def on_fit_start(self) -> None:
+        """Look at the derivative, if this run may need it, before the first step relies on it."""
+        super().on_fit_start()
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+        if "differential" in (self.solution, *(getattr(callback, "to", None) for callback in callbacks)):
+            report = check_derivative(self)
+            rank_zero_info(str(report))
+            if report.difference is not None:
+                for logger in self.loggers:
+                    logger.log_metrics({"derivative/difference": report.difference}, step=0)
 
     def build_networks(self) -> None:
         """Teacher and student, and the critic of the alignment."""

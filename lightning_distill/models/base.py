@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class ModelAdapter(nn.Module, ABC):
 
     embeds_guidance: bool = False
     """Whether the checkpoint takes the guidance scale as an input; otherwise guidance costs a second branch."""
+
+    teacher_time_frequency: ClassVar[float] = 1000.0
+    """Largest angular frequency of the teacher's own features of t, in rad per unit of t."""
+
+    def time_frequency(self, options: StudentOptions) -> float:
+        """Of the student's features of t, in rad per unit of t: what a difference in time must resolve."""
+        return options.frequency_bound if options.time_embedding == "smooth" else self.teacher_time_frequency
 
     @abstractmethod
     def check(self) -> None:

@@ -69,7 +69,7 @@ def points() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
 )
 def test_every_target_is_the_exact_average_velocity_for_an_exact_student(settings, tolerance, points) -> None:
     x_t, r, t, condition = points
-    target, _ = method(**settings).target(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, _ = method(**settings).regression(x_t, r, t, condition, condition, torch.ones(16))
     exact = GAUSSIAN.average_velocity(x_t, r, t)
     assert (target - exact).norm() / exact.norm() < tolerance
 
@@ -77,16 +77,16 @@ def test_every_target_is_the_exact_average_velocity_for_an_exact_student(setting
 def test_discrete_target_holds_no_student(points) -> None:
     x_t, r, t, condition = points
     module = method(solution="discrete")
-    before, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    _, before, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
     module.student.bias.data += 1
-    after, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    _, after, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
     assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("solution", ["discrete", "bootstrapped", "differential"])
 def test_at_r_equal_t_every_solution_is_flow_matching_on_the_teacher(solution, points) -> None:
     x_t, _, t, condition = points
-    target, _ = method("small", solution=solution).target(x_t, t, t, condition, condition, torch.ones(16))
+    _, target, _ = method("small", solution=solution).regression(x_t, t, t, condition, condition, torch.ones(16))
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t))
 
 
@@ -96,12 +96,12 @@ def test_bootstrapped_residual_tends_to_the_differential_one(points) -> None:
     module = method("small", solution="differential")
     module.student.double()
     u = module.adapter.average_velocity(module.student, x_t, r, t, condition)
-    target, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
     differential = u - target
     gaps = []
     for step in (1e-2, 1e-3):
         module.solution, module.bootstrap_step = "bootstrapped", step
-        target, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+        _, target, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
         bootstrapped = (u - target) * expand(t - r, u) / step
         gaps.append(((bootstrapped - differential).norm() / differential.norm()).item())
     assert gaps[1] < 0.15 * gaps[0]
@@ -113,7 +113,7 @@ def test_differential_target_is_the_identity_with_the_derivative_along_the_teach
     module = method("small", solution="differential")
     v = GAUSSIAN.velocity(x_t, t)
     _, dudt = time_derivative(lambda x, r, t: module.student(x, r, t, condition["caption"]), x_t, r, t, v)
-    target, logs = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, logs = module.regression(x_t, r, t, condition, condition, torch.ones(16))
     torch.testing.assert_close(target, v - expand(t - r, x_t) * dudt)
     torch.testing.assert_close(logs["dudt_norm"], dudt.square().mean().sqrt())
 
@@ -133,11 +133,11 @@ def test_a_share_of_the_training_states_is_the_students_own(fraction, monkeypatc
     module = method("small", trajectory_fraction=fraction, trajectory_jumps=1)
     seen = {}
 
-    def target(x_t, r, t, condition, null, scale):
+    def regression(x_t, r, t, condition, null, scale):
         seen.update(x_t=x_t.clone(), t=t)
-        return torch.zeros_like(x_t), {}
+        return torch.zeros_like(x_t), torch.zeros_like(x_t), {}
 
-    monkeypatch.setattr(module, "target", target)
+    monkeypatch.setattr(module, "regression", regression)
     monkeypatch.setattr(MeanFlow, "global_step", 0)
     x0 = torch.full((512, 3, 4, 4), 1e4)  # nothing that starts from noise gets there
     module.objective(x0, {"caption": torch.zeros(512)})
@@ -160,7 +160,7 @@ def test_a_small_batch_without_such_a_state_does_not_ask_the_network(monkeypatch
 def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> None:
     x_t, r, t, condition = points
     module = method("small", solution="differential", tangent_warmup_steps=10)
-    target, _ = module.target(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t))
     trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(module, loader())
     assert module.tangent_weight == 0.5
@@ -169,7 +169,7 @@ def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> Non
 def test_guidance_moves_the_target_away_from_the_null_branch(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
-    target, _ = method(guidance=Guidance(scale=3.0)).target(x_t, t, t, condition, null, torch.full((16,), 3.0))
+    _, target, _ = method(guidance=Guidance(scale=3.0)).regression(x_t, t, t, condition, null, torch.full((16,), 3.0))
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 1.5)
 
 
@@ -177,7 +177,7 @@ def test_guidance_interval_leaves_times_outside_alone(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
     module = method(guidance=Guidance(scale=3.0, interval=(0.0, 0.5)))
-    target, _ = module.target(x_t, t, t, condition, null, torch.full((16,), 3.0))
+    _, target, _ = module.regression(x_t, t, t, condition, null, torch.full((16,), 3.0))
     guided = torch.where(expand(t <= 0.5, x_t), 1.5, 0.5)
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + guided)
 
@@ -187,7 +187,7 @@ def test_the_second_branch_of_guidance_is_computed_for_guided_rows_alone(points,
     module = method(guidance=Guidance(scale=3.0, interval=(0.0, 0.5)))
     rows = []
     monkeypatch.setattr(GaussianTeacher, "velocity", lambda self, x, t: rows.append(len(x)) or torch.zeros_like(x))
-    module.target(x_t, t, t, condition, condition, torch.full((16,), 3.0))
+    module.regression(x_t, t, t, condition, condition, torch.full((16,), 3.0))
     assert rows == [16 + int((t <= 0.5).sum())]
 
 
@@ -195,7 +195,7 @@ def test_improved_guidance_mixes_the_student_in(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
     module = method(guidance=Guidance(kind="improved", omega=1.0, kappa=0.5), caption_dropout=0.1)
-    target, _ = module.target(x_t, t, t, condition, null, torch.ones(16))
+    _, target, _ = module.regression(x_t, t, t, condition, null, torch.ones(16))
     # v_T + 0.5 (u_c - u_null), and the exact student's captions add as the teacher's do
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 0.75)
 

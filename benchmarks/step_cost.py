@@ -1,0 +1,300 @@
+"""What a MeanFlow training step costs: the differential solution in one pass against the usual two, and against other steps.
+
+`python benchmarks/step_cost.py` trains a small and a medium FLUX with random weights for a few steps at several sequence
+lengths, and writes `benchmarks/results/step_cost_<machine>.json`, a table and a plot. Variants:
+
+- A: a derivative by `torch.func.jvp` on the math attention, without gradients, then a forward pass with gradients;
+- B: A, with the forward pass checkpointed;
+- C: `value_and_time_derivative`, with and without checkpointing;
+- D: flow matching;
+- E: the discrete solution, four Euler steps of the teacher.
+
+"forwards" counts the multiplications of linear layers, in units of one forward pass. Times are medians over rounds in which all
+variants take turns; the peak memory is that of a process which takes one step. `--device cuda` measures in bfloat16, by default
+at the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` ends within a minute.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_distill.flow.derivative import value_and_time_derivative
+from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SMALL_HEADS = {
+    "attention_head_dim": 64,
+    "axes_dims_rope": (16, 24, 24),
+    "joint_attention_dim": 256,
+    "pooled_projection_dim": 64,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "small": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 4, **SMALL_HEADS},
+    "medium": {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8, **SMALL_HEADS},
+    "flux-lite": {"num_layers": 8, "num_single_layers": 38},
+    "flux-dev": {"num_layers": 19, "num_single_layers": 38},
+}
+VARIANTS = [("A", False), ("B", True), ("C", False), ("C", True), ("D", False), ("D", True), ("E", False)]
+"""Each with whether it is checkpointed."""
+LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
+LABELS = {"A": "two passes", "B": "two passes, checkpointed", "C": "one pass", "D": "flow matching", "E": "discrete"}
+
+
+@dataclasses.dataclass
+class Setting:
+    """A model and a batch of one sample."""
+
+    network: TwoTimeFluxTransformer2DModel
+    inputs: dict[str, Tensor]
+    x: Tensor
+    v: Tensor
+    r: Tensor
+    t: Tensor
+
+    def __call__(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        """The average velocity."""
+        (u,) = self.network(hidden_states=x, timestep=t, timestep_r=r, return_dict=False, **self.inputs)
+        return u
+
+
+def build(model: str, tokens: int, device: str) -> Setting:
+    """A sequence of `tokens`, an eighth of them text."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        network = TwoTimeFluxTransformer2DModel(
+            interval_embedding="zero", time_frequency_bound=2 * torch.pi, **MODELS[model]
+        ).train()
+        torch.set_default_dtype(torch.float32)
+        network.set_attention_backend("native")
+        text, image = tokens // 8, tokens - tokens // 8
+        config = network.config
+        inputs = {
+            "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, dtype=dtype),
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim, dtype=dtype),
+            "img_ids": torch.stack([torch.zeros(image), torch.arange(image) // 64, torch.arange(image) % 64], -1),
+            "txt_ids": torch.zeros(text, 3),
+        }
+        x, v = torch.randn(2, 1, image, config.in_channels, dtype=dtype)
+        return Setting(network, inputs, x, v, torch.tensor([0.2]), torch.tensor([0.8]))
+
+
+def step(setting: Setting, variant: str) -> None:
+    """Forward and backward pass of one training step."""
+    x, v, r, t = setting.x, setting.v, setting.r, setting.t
+    if variant in ("A", "B"):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            _, dudt = torch.func.jvp(setting, (x, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+        u, target = setting(x, r, t), v - (t - r) * dudt
+    elif variant == "C":
+        u, dudt = value_and_time_derivative(setting, x, r, t, v)
+        target = v - (t - r) * dudt
+    elif variant == "D":
+        u, target = setting(x, t, t), v
+    else:
+        with torch.no_grad():
+            x_s, times = x, torch.lerp(t, r, torch.linspace(0, 1, 5, device=t.device)[:, None]).unbind()
+            for start, end in pairwise(times):
+                x_s = x_s - (start - end).to(x.dtype) * setting(x_s, start, start)
+            target = ((x - x_s).float() / (t - r)).to(x.dtype)
+        u = setting(x, r, t)
+    (u - target.to(u.dtype)).float().square().mean().backward()
+    setting.network.zero_grad(set_to_none=False)
+
+
+def prepare(setting: Setting, checkpointing: bool) -> None:
+    """Turn checkpointing on or off."""
+    (setting.network.enable_gradient_checkpointing if checkpointing else setting.network.disable_gradient_checkpointing)()
+
+
+def forwards(setting: Setting, variant: str) -> float:
+    """Multiplications of linear layers, in units of one forward pass."""
+
+    def count(run: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(count for operation, count in counts.items() if operation in LINEAR)
+
+    with torch.no_grad():
+        one = count(lambda: setting(setting.x, setting.r, setting.t))
+    return count(lambda: step(setting, variant)) / one
+
+
+def peak(model: str, tokens: int, variant: str, checkpointing: bool, device: str) -> float:
+    """MiB that one step takes beside the weights and their gradients; measured in a process of its own on a CPU."""
+    if device == "cuda":
+        setting = build(model, tokens, device)
+        prepare(setting, checkpointing)
+        step(setting, variant)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(setting, variant)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    command = [sys.executable, __file__, "--peak", model, str(tokens), variant, str(int(checkpointing))]
+    # Freed memory goes back at once, so that the peak is of what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
+
+
+def peak_of_this_process(model: str, tokens: int, variant: str, checkpointing: bool) -> float:
+    """Of a first step, in MiB; a step at the shortest sequence comes before, for what libraries set up."""
+    step(build("small", 64, "cpu"), variant)
+    setting = build(model, tokens, "cpu")
+    prepare(setting, checkpointing)
+    for parameter in setting.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gc.collect()
+    before = resident()
+    step(setting, variant)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def resident() -> float:
+    """MiB of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def seconds(setting: Setting, rounds: int, variants: list[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
+    """Times of all variants, which take turns, so that a slow moment of the machine meets them alike."""
+    times: dict[tuple[str, bool], list[float]] = {variant: [] for variant in variants}
+    for i in range(rounds + 1):
+        for variant, checkpointing in variants:
+            prepare(setting, checkpointing)
+            start = time.perf_counter()
+            step(setting, variant)
+            if setting.x.is_cuda:
+                torch.cuda.synchronize()
+            if i > 0:  # the first round warms up
+                times[variant, checkpointing].append(time.perf_counter() - start)
+    return times
+
+
+def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> list[dict[str, Any]]:
+    """The rows of one model at one sequence length."""
+    setting = build(model, tokens, device)
+    times = seconds(setting, rounds, VARIANTS)
+    counts = {}
+    for variant, checkpointing in VARIANTS:
+        prepare(setting, checkpointing)
+        counts[variant, checkpointing] = forwards(setting, variant)
+    del setting
+    peaks = {key: peak(model, tokens, *key, device) for key in VARIANTS}
+    median = {key: statistics.median(values) for key, values in times.items()}
+    rows = []
+    for key in VARIANTS:
+        quartiles = statistics.quantiles(times[key], n=4) if rounds > 1 else [median[key]] * 3
+        rows.append(
+            {
+                "model": model,
+                "tokens": tokens,
+                "variant": key[0],
+                "checkpointing": key[1],
+                "forwards": round(counts[key], 3),
+                "seconds": median[key],
+                "seconds_quartiles": [quartiles[0], quartiles[2]],
+                "peak_mib": round(peaks[key], 1),
+                "seconds_over_A": median[key] / median["A", False],
+                "memory_over_A": peaks[key] / peaks["A", False],
+                "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+                "machine": machine,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| model | tokens | step | forwards | seconds | of A's | peak MiB | of A's |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        name = f"{row['variant']}: {LABELS[row['variant']]}"
+        if row["checkpointing"] and row["variant"] != "B":
+            name += ", checkpointed"
+        lines.append(
+            f"| {row['model']} | {row['tokens']} | {name} | {row['forwards']:.2f} | {row['seconds']:.3f} | "
+            f"{row['seconds_over_A']:.2f} | {row['peak_mib']:.0f} | {row['memory_over_A']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time and memory, relative to A, against the sequence length."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, (key, label) in zip(
+        panels, {"seconds_over_A": "time / A's", "memory_over_A": "peak memory / A's"}.items(), strict=True
+    ):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            for variant, checkpointing in VARIANTS:
+                found = [r for r in rows if (r["model"], r["variant"], r["checkpointing"]) == (model, variant, checkpointing)]
+                name = LABELS[variant] + (", checkpointed" if checkpointing and variant != "B" else "")
+                style = "-" if model == rows[-1]["model"] else "--"
+                axes.plot([r["tokens"] for r in found], [r[key] for r in found], style, marker=".", label=f"{name} ({model})")
+        axes.set(xscale="log", xlabel="tokens", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=6)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="shapes; by default those that suit the device")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096, 4608], help="sequence lengths")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the small model at 256 and 1,024 tokens, three rounds")
+    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="what the results say")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        model, tokens, variant, checkpointing = arguments.peak
+        print(peak_of_this_process(model, int(tokens), variant, bool(int(checkpointing))))
+        return
+    models = arguments.models or (["flux-lite", "flux-dev"] if arguments.device == "cuda" else ["small", "medium"])
+    lengths, rounds = arguments.tokens, arguments.rounds
+    if arguments.quick:
+        models, lengths, rounds = models[:1], [256, 1024], 3
+    rows: list[dict[str, Any]] = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"step_cost_{arguments.machine}.json"
+    for model in models:
+        for tokens in lengths:
+            rows += measure(model, tokens, rounds, arguments.device, arguments.machine)
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+            path.with_suffix(".md").write_text(table(rows))
+            plot(rows, path.with_suffix(".png"))
+            print(table(rows[-len(VARIANTS) :]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

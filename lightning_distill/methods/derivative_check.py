@@ -1,0 +1,163 @@
+"""What is looked at, once, before a run relies on the derivative of its student."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.derivative import (
+    AverageVelocityFn,
+    difference_step,
+    finite_difference,
+    value_and_time_derivative,
+)
+
+if TYPE_CHECKING:
+    from lightning_distill.methods.meanflow import MeanFlow
+
+SAMPLES = 2
+TOLERANCE = {torch.float32: 0.05, torch.float16: 0.2, torch.bfloat16: 0.2}
+"""Largest relative difference from differences in float32 that is taken for rounding, by the precision of the run."""
+
+
+@dataclass(frozen=True)
+class DerivativeReport:
+    """How the derivative is taken.
+
+    Attributes:
+        kind: "exact" or "finite_difference".
+        precision: Dtype that the student computes in.
+        attention: Calls of attention in one pass whose derivative goes block by block.
+        difference: Relative difference of the derivative from differences in float32, or None where weights are not float32.
+        compiled: Names of compiled modules, which run eagerly within the derivative.
+        sharded: Whether weights are sharded.
+    """
+
+    kind: str
+    precision: torch.dtype
+    attention: int
+    difference: float | None
+    compiled: tuple[str, ...]
+    sharded: bool
+
+    def __str__(self) -> str:
+        """One sentence for the log."""
+        kind = "exact" if self.kind == "exact" else "by finite differences"
+        parts = [f"Derivative: {kind}, in {str(self.precision).removeprefix('torch.')}"]
+        if self.kind == "exact":
+            parts.append(
+                f"{self.attention} calls of attention, fused, derived in blocks" if self.attention else "no attention seen"
+            )
+        if self.difference is None:
+            parts.append("not compared with differences in float32, since the weights are not in it")
+        else:
+            parts.append(f"{self.difference:.1e} from differences in float32")
+        if self.compiled:
+            parts.append(f"{len(self.compiled)} compiled modules run eagerly within it ({self.compiled[0]})")
+        if self.sharded:
+            parts.append("weights are sharded")
+        return ", ".join(parts)
+
+
+def check_derivative(module: MeanFlow) -> DerivativeReport:
+    """Take the derivative of the student on a probe batch, as training will, and compare it with differences in float32.
+
+    Raises:
+        ConfigurationError: If the student has no derivative, or another one than differences say.
+    """
+    student, dtype = module.student, precision(module)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        training = student.training
+        student.eval()  # dropout would differ from pass to pass
+        try:
+            found, reference, attention = _measure(module)
+        finally:
+            student.train(training)
+    difference = None if reference is None else ((found.float() - reference).norm() / reference.norm().clamp_min(1e-6)).item()
+    report = DerivativeReport(
+        kind=module.derivative,
+        precision=dtype,
+        attention=attention,
+        difference=difference,
+        compiled=tuple(name for name, part in student.named_modules() if isinstance(part, torch._dynamo.OptimizedModule)),
+        sharded=any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in student.parameters()),
+    )
+    if difference is not None and not difference <= TOLERANCE.get(dtype, 0.05):
+        remedy = "to finite_difference, if an operation derives wrongly" if module.derivative == "exact" else "to exact"
+        raise ConfigurationError(
+            f"the student's derivative is {difference:.2g} of its size away from differences in float32; set trainer.precision "
+            f"to 32-true if that is rounding, or model.derivative {remedy}"
+        )
+    return report
+
+
+def precision(module: MeanFlow) -> torch.dtype:
+    """Of the student's matrix products in training."""
+    with module.trainer.precision_plugin.forward_context():
+        device = module.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    return _weights(module.student)
+
+
+@torch.no_grad()
+def _measure(module: MeanFlow) -> tuple[Tensor, Tensor | None, int]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, *module.latent_shape, generator=generator).to(module.device)
+    t = torch.tensor([0.4, 0.8], device=module.device)
+    r = 0.4 * t
+    null, scale = module.null_condition(SAMPLES), torch.full((SAMPLES,), module.guidance.scale, device=module.device)
+
+    def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return module.adapter.average_velocity(module.student, x, r, t, null, scale)
+
+    with module.trainer.precision_plugin.forward_context():
+        v = module.adapter.velocity(module.teacher, x, t, null, scale)
+        with _AttentionCalls() as seen:
+            found = _derivative(module, average_velocity, x, r, t, v)
+    if _weights(module.student) not in (torch.float32, torch.float64):
+        return found, None, seen.count
+    step = difference_step(module.adapter.time_frequency(module.student_options), torch.float32)
+    with torch.autocast(module.device.type, enabled=False):
+        return found, finite_difference(average_velocity, x, r, t, v, step).float(), seen.count
+
+
+def _derivative(module: MeanFlow, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    if module.derivative == "finite_difference":
+        return module.difference(fn, x, r, t, v)
+    try:
+        return value_and_time_derivative(fn, x, r, t, v)[1]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"the student has no exact derivative ({error}); set adapter.attention_backend to native if it is the attention's, "
+            "or model.derivative to finite_difference"
+        ) from error
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Counts calls of torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def _weights(network: nn.Module) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in network.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]  # a few are in float32 whatever the precision

@@ -1,0 +1,303 @@
+"""Random small networks as dual numbers: values, derivatives and gradients against float64 references by other means."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from lightning_distill.flow import dual
+from lightning_distill.flow.derivative import time_derivative, value_and_time_derivative
+
+WIDTH, TOKENS, BATCH = 8, 6, 3
+
+
+def project(x: Tensor, layer: nn.Linear, parts: int, heads: int = 2) -> tuple[Tensor, ...]:
+    return tuple(part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in layer(x).chunk(parts, -1))
+
+
+class Attention(nn.Module):
+    """Self-attention, with what `options` adds: "bool", "float", "causal", "groups" of keys, or "cross" to other tokens."""
+
+    def __init__(self, option: str = "") -> None:
+        super().__init__()
+        self.option = option
+        self.query, self.keys = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH if option == "groups" else 2 * WIDTH)
+        self.register_buffer("context", torch.randn(1, 4, WIDTH))
+        self.register_buffer("bias", torch.randn(1, 1, TOKENS, TOKENS))
+
+    def forward(self, h: Tensor) -> Tensor:
+        (q,) = project(h, self.query, 1)
+        source = self.context.expand(len(h), -1, -1) if self.option == "cross" else h
+        k, v = project(source, self.keys, 2, heads=1 if self.option == "groups" else 2)
+        options = {
+            "bool": {"attn_mask": (self.bias > -0.5) | torch.eye(TOKENS, dtype=torch.bool)},
+            "float": {"attn_mask": self.bias},
+            "row": {"attn_mask": self.bias[..., :1, :] > -0.5},
+            "causal": {"is_causal": True},
+            "groups": {"enable_gqa": True, "scale": 0.3},
+        }
+        a = F.scaled_dot_product_attention(query=q, key=k, value=v, **options.get(self.option, {}))
+        return h + a.transpose(1, 2).flatten(2)
+
+
+class Rope(nn.Module):
+    """Rotated pairs of features before attention, as FLUX does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.register_buffer("angles", torch.randn(TOKENS, WIDTH // 2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        cos, sin = (f(self.angles).repeat_interleave(2, -1) for f in (torch.cos, torch.sin))
+        real, imaginary = h.reshape(*h.shape[:-1], -1, 2).unbind(-1)
+        rotated = torch.stack([-imaginary, real], -1).flatten(-2)
+        return self.attention(h * cos + rotated * sin)
+
+
+class Gated(nn.Module):
+    """Shift, scale and gate of a normalised state, by the state's own mean."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.modulate, self.inner = norm, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        shift, scale, gate = self.modulate(F.silu(h.mean(1, keepdim=True))).chunk(3, -1)
+        h = h + gate * F.gelu(self.inner(self.norm(h) * (1 + scale) + shift), approximate="tanh")
+        return h / (1 + h.square().mean(-1, keepdim=True)).sqrt()
+
+
+class MixtureOfExperts(nn.Module):
+    """The two likeliest of four experts a token; the choice itself has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 4), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, h: Tensor) -> Tensor:
+        weights, chosen = torch.topk(F.softmax(self.router(h), -1), 2, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            share = (weights * (chosen == i)).sum(-1, keepdim=True)
+            out = out + share * torch.tanh(expert(h))
+        return h + out
+
+
+class Lora(nn.Module):
+    """A frozen linear layer and a low-rank correction of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.sigmoid(self.base(h) + 0.5 * self.up(self.down(h)))
+
+
+class InPlace(nn.Module):
+    """What torch derives by itself: in-place operations, and others without a rule here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.rand(WIDTH) + 0.5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.layer(h)
+        h *= self.scale
+        h[:, 0] = h[:, 1] + self.scale
+        return torch.einsum("bnc,c->bnc", F.silu(h, inplace=True), self.scale).exp().clamp(max=2) ** 2 / self.scale
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "mlp": lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()),
+    "layer_norm": lambda: Gated(nn.LayerNorm(WIDTH)),
+    "plain_layer_norm": lambda: Gated(nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)),
+    "rms_norm": lambda: Gated(nn.RMSNorm(WIDTH)),
+    "group_norm": lambda: nn.GroupNorm(2, TOKENS),
+    "convolution": lambda: nn.Conv1d(TOKENS, TOKENS, 3, padding=1),
+    **{f"attention_{name or 'plain'}": lambda name=name: Attention(name) for name in ("", "bool", "float", "row", "causal")},
+    "attention_groups": lambda: Attention("groups"),
+    "attention_cross": lambda: Attention("cross"),
+    "rope": Rope,
+    "experts": MixtureOfExperts,
+    "lora": Lora,
+    "in_place": InPlace,
+}
+
+
+class Network(nn.Module):
+    """Blocks between an embedding of (x, r, t) and a projection; its blocks may be checkpointed."""
+
+    def __init__(self, *blocks: nn.Module, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Linear(5, WIDTH), nn.ModuleList(blocks), nn.Linear(WIDTH, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        time = torch.stack([torch.sin(3 * t), torch.cos(t - r)], -1)[:, None].expand(-1, TOKENS, -1)
+        h = self.embed(torch.cat([x, time.to(x.dtype)], -1))
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=False) if self.checkpointed and torch.is_grad_enabled() else block(h)
+        return self.head(h)
+
+
+def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, tangent = torch.randn(2, BATCH, TOKENS, 3, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.tensor([0.0, 0.2, 0.6], dtype=dtype), torch.tensor([1.0, 0.5, 0.6], dtype=dtype), tangent
+
+
+def reference(network: nn.Module) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Value, derivative and gradients in two passes: differences of values in float64, then a plain forward pass."""
+    exact = copy.deepcopy(network).double()
+    x, r, t, tangent = batch()
+    eps = 1e-5
+    with torch.no_grad():
+        dudt = (exact(x + eps * tangent, r, t + eps) - exact(x - eps * tangent, r, t - eps)) / (2 * eps)
+    u = exact(x, r, t)
+    (u - dudt).square().sum().backward()
+    return u.detach(), dudt, [p.grad for p in exact.parameters() if p.grad is not None]
+
+
+def fused(network: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, list[Tensor]]:
+    trained = copy.deepcopy(network).to(dtype)
+    u, dudt = value_and_time_derivative(trained, *batch(dtype))
+    assert not dudt.requires_grad
+    (u - dudt).square().sum().backward()
+    return u.detach(), dudt, [p.grad for p in trained.parameters() if p.grad is not None]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def assert_equal(
+    found: tuple[Tensor, Tensor, list[Tensor]], expected: tuple[Tensor, Tensor, list[Tensor]], bound: float
+) -> None:
+    assert relative_error(found[0], expected[0]) < bound
+    assert relative_error(found[1], expected[1]) < bound
+    assert len(found[2]) == len(expected[2])
+    for gradient, one in zip(found[2], expected[2], strict=True):
+        assert relative_error(gradient, one) < bound
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("block", list(BLOCKS))
+def test_one_pass_gives_the_value_the_derivative_and_the_gradients_of_two(block: str, checkpointed: bool) -> None:
+    torch.manual_seed(len(block))
+    network = Network(BLOCKS[block](), checkpointed=checkpointed)
+    assert_equal(fused(network), reference(network), 1e-7)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks(seed: int) -> None:
+    torch.manual_seed(seed)
+    names = [list(BLOCKS)[int(i)] for i in torch.randint(len(BLOCKS), (4,))]
+    network = Network(*(BLOCKS[name]() for name in names), checkpointed=bool(seed % 2))
+    expected = reference(network)
+    assert_equal(fused(network), expected, 1e-6)
+    assert_equal(fused(network, torch.float32), expected, 1e-3)
+    u, dudt = time_derivative(copy.deepcopy(network).double(), *batch())
+    assert not u.requires_grad
+    assert relative_error(dudt, expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("option", ["", "bool", "float", "row", "causal", "groups", "cross"])
+def test_attention_in_blocks_of_queries_is_that_of_all_at_once(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(Attention(option))
+    expected = fused(network)
+    monkeypatch.setattr(dual, "ATTENTION_BLOCK_BYTES", 1)  # one query at a time
+    assert_equal(fused(network), expected, 1e-12)
+
+
+def test_attention_stays_fused_and_the_derivative_out_of_the_graph() -> None:
+    kept: list[torch.Size] = []
+    network = Network(Attention(), Attention()).float()
+    tokens = 64
+    x, r, t, tangent = batch(torch.float32)
+    x, tangent = (part.repeat(1, tokens // TOKENS + 1, 1)[:, :tokens] for part in (x, tangent))
+
+    def long(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        h = network.embed(F.pad(x, (0, 2)) * t[:, None, None])
+        return network.head(network.blocks[1](network.blocks[0](h)))
+
+    def size() -> int:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+            run()
+        return sum(math.prod(shape) for shape in kept)
+
+    run: Callable[[], object] = lambda: long(x, r, t)  # noqa: E731
+    plain = size()
+    run = lambda: value_and_time_derivative(long, x, r, t, tangent)  # noqa: E731
+    assert size() == plain
+    assert all(shape[-2:] != (tokens, tokens) for shape in kept)
+    with sdpa_kernel(SDPBackend.MATH):
+        size()
+    assert any(shape[-2:] == (tokens, tokens) for shape in kept)  # what the assertion above would have seen
+
+
+def test_a_linear_layer_costs_one_product_more() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = nn.Linear(16, 16)
+    x = torch.randn(4, 16)
+    with FlopCounterMode(display=False) as plain:
+        layer(x)
+    with FlopCounterMode(display=False) as both:
+        value_and_time_derivative(lambda x, r, t: layer(x), x, x[:, 0], x[:, 1], x)
+    assert both.get_total_flops() == 2 * plain.get_total_flops()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_dropout_drops_the_same_of_value_and_derivative(checkpointed: bool) -> None:
+    network = Network(nn.Dropout(0.5), checkpointed=checkpointed).double().train()
+    x, r, t, tangent = batch()
+    torch.manual_seed(5)
+    u, dudt = value_and_time_derivative(network, x, r, t, tangent)
+    after = torch.rand(())
+    torch.manual_seed(5)
+    plain = network(x, r, t)
+    assert torch.equal(after, torch.rand(()))
+    torch.testing.assert_close(u, plain)
+    (gradient,) = torch.autograd.grad(u.square().sum(), [network.embed.weight])
+    (expected,) = torch.autograd.grad(plain.square().sum(), [network.embed.weight])
+    torch.testing.assert_close(gradient, expected)
+    eps = 1e-5
+    values = []
+    for sign in (1, -1):
+        torch.manual_seed(5)
+        values.append(network(x + sign * eps * tangent, r, t + sign * eps).detach())
+    torch.testing.assert_close(dudt, (values[0] - values[1]) / (2 * eps), rtol=1e-6, atol=1e-8)
+
+
+def test_dropout_within_attention_is_refused() -> None:
+    x = torch.randn(1, 1, 4, 4)
+    with pytest.raises(RuntimeError, match="dropout"):
+        value_and_time_derivative(
+            lambda x, r, t: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5), x, torch.zeros(1), torch.ones(1), x
+        )
+
+
+def test_mixed_precision_takes_the_same_precision_as_a_plain_pass() -> None:
+    torch.manual_seed(0)
+    network = Network(Attention(), Gated(nn.RMSNorm(WIDTH)), Gated(nn.LayerNorm(WIDTH)))
+    exact = reference(network)
+    network.float()
+    x, r, t, tangent = batch(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        u, dudt = value_and_time_derivative(network, x, r, t, tangent)
+        plain = network(x, r, t)
+    assert u.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(u, plain)
+    assert relative_error(dudt, exact[1]) < 0.03
