@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.dual import Dual, DualNumbers, pack, unpack
+from lightning_distill.flow.dual import DualNumbers, pack, same_random_numbers, unpack
 
 AverageVelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`average_velocity(x, r, t)`: (B, ...), (B,) and (B,) to (B, ...)."""
@@ -42,10 +42,11 @@ def value_and_time_derivative(fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Te
         RuntimeError: If fn's result carries no tangent, so that du/dt would silently be wrong.
     """
     with forward_ad.dual_level(), torch.compiler.set_stance("force_eager"):
-        x_dual, t_dual = pack(x, tangent.detach()), pack(t, torch.ones_like(t))
+        # a copy: operations in place write to the derivative as well
+        x_dual, t_dual = pack(x, tangent.detach().clone()), pack(t, torch.ones_like(t))
         with DualNumbers():
             result = fn(x_dual, r, t_dual)
-        u: Dual = unpack(result)
+        u = unpack(result)
         if u.tangent is None:
             raise RuntimeError(
                 "the average velocity lost its tangent, so du/dt is unknown; remove what detaches or copies its inputs"
@@ -69,7 +70,9 @@ def finite_difference(fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, ta
     and x where it is of that precision.
     """
     r, t = (time.to(torch.promote_types(time.dtype, torch.float32)) for time in (r, t))
-    ahead, behind = (fn(x + sign * step * tangent.to(x.dtype), r, t + sign * step) for sign in (1, -1))
+    with same_random_numbers():  # dropout drops the same in both passes
+        ahead = fn(x + step * tangent.to(x.dtype), r, t + step)
+    behind = fn(x - step * tangent.to(x.dtype), r, t - step)
     return (ahead - behind) / (2 * step)
 
 

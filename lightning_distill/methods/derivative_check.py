@@ -35,7 +35,8 @@ class DerivativeReport:
     Attributes:
         kind: "exact" or "finite_difference".
         precision: Dtype that the student computes in.
-        attention: Calls of attention in one pass whose derivative goes block by block.
+        attention: Calls of torch's attention in one pass; an exact derivative goes through them block by block.
+        fused: Whether fused attention was allowed in all of them.
         difference: Relative difference of the derivative from differences in float32, or None where weights are not float32.
         compiled: Names of compiled modules, which run eagerly within the derivative.
         sharded: Whether weights are sharded.
@@ -44,6 +45,7 @@ class DerivativeReport:
     kind: str
     precision: torch.dtype
     attention: int
+    fused: bool
     difference: float | None
     compiled: tuple[str, ...]
     sharded: bool
@@ -54,7 +56,9 @@ class DerivativeReport:
         parts = [f"Derivative: {kind}, in {str(self.precision).removeprefix('torch.')}"]
         if self.kind == "exact":
             parts.append(
-                f"{self.attention} calls of attention, fused, derived in blocks" if self.attention else "no attention seen"
+                f"{self.attention} calls of attention, {'fused' if self.fused else 'not fused'}, derived in blocks"
+                if self.attention
+                else "no attention seen"
             )
         if self.difference is None:
             parts.append("not compared with differences in float32, since the weights are not in it")
@@ -78,14 +82,15 @@ def check_derivative(module: MeanFlow) -> DerivativeReport:
         training = student.training
         student.eval()  # dropout would differ from pass to pass
         try:
-            found, reference, attention = _measure(module)
+            found, reference, seen = _measure(module)
         finally:
             student.train(training)
     difference = None if reference is None else ((found.float() - reference).norm() / reference.norm().clamp_min(1e-6)).item()
     report = DerivativeReport(
         kind=module.derivative,
         precision=dtype,
-        attention=attention,
+        attention=seen.count,
+        fused=seen.fused,
         difference=difference,
         compiled=tuple(name for name, part in student.named_modules() if isinstance(part, torch._dynamo.OptimizedModule)),
         sharded=any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in student.parameters()),
@@ -109,7 +114,7 @@ def precision(module: MeanFlow) -> torch.dtype:
 
 
 @torch.no_grad()
-def _measure(module: MeanFlow) -> tuple[Tensor, Tensor | None, int]:
+def _measure(module: MeanFlow) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLES, *module.latent_shape, generator=generator).to(module.device)
     t = torch.tensor([0.4, 0.8], device=module.device)
@@ -124,10 +129,10 @@ def _measure(module: MeanFlow) -> tuple[Tensor, Tensor | None, int]:
         with _AttentionCalls() as seen:
             found = _derivative(module, average_velocity, x, r, t, v)
     if _weights(module.student) not in (torch.float32, torch.float64):
-        return found, None, seen.count
+        return found, None, seen
     step = difference_step(module.adapter.time_frequency(module.student_options), torch.float32)
     with torch.autocast(module.device.type, enabled=False):
-        return found, finite_difference(average_velocity, x, r, t, v, step).float(), seen.count
+        return found, finite_difference(average_velocity, x, r, t, v, step).float(), seen
 
 
 def _derivative(module: MeanFlow, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
@@ -145,14 +150,17 @@ def _derivative(module: MeanFlow, fn: AverageVelocityFn, x: Tensor, r: Tensor, t
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Counts calls of torch's attention."""
+    """Counts calls of torch's attention, and sees whether fused kernels are allowed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.fused = True
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.count += func is F.scaled_dot_product_attention
+        if func is F.scaled_dot_product_attention:
+            self.count += 1
+            self.fused &= torch.backends.cuda.flash_sdp_enabled()  # of the CPU's kernel as well
         return func(*args, **(kwargs or {}))
 
 

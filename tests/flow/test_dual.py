@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from lightning_distill.flow import dual
-from lightning_distill.flow.derivative import time_derivative, value_and_time_derivative
+from lightning_distill.flow import dual_rules
+from lightning_distill.flow.derivative import finite_difference, time_derivative, value_and_time_derivative
 
 WIDTH, TOKENS, BATCH = 8, 6, 3
 
@@ -216,7 +216,7 @@ def test_random_networks(seed: int) -> None:
 def test_attention_in_blocks_of_queries_is_that_of_all_at_once(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network(Attention(option))
     expected = fused(network)
-    monkeypatch.setattr(dual, "ATTENTION_BLOCK_BYTES", 1)  # one query at a time
+    monkeypatch.setattr(dual_rules, "ATTENTION_BLOCK_BYTES", 1)  # one query at a time
     assert_equal(fused(network), expected, 1e-12)
 
 
@@ -231,19 +231,17 @@ def test_attention_stays_fused_and_the_derivative_out_of_the_graph() -> None:
         h = network.embed(F.pad(x, (0, 2)) * t[:, None, None])
         return network.head(network.blocks[1](network.blocks[0](h)))
 
-    def size() -> int:
+    def size(run: Callable[[], object]) -> int:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
             run()
         return sum(math.prod(shape) for shape in kept)
 
-    run: Callable[[], object] = lambda: long(x, r, t)  # noqa: E731
-    plain = size()
-    run = lambda: value_and_time_derivative(long, x, r, t, tangent)  # noqa: E731
-    assert size() == plain
+    plain = size(lambda: long(x, r, t))
+    assert size(lambda: value_and_time_derivative(long, x, r, t, tangent)) == plain
     assert all(shape[-2:] != (tokens, tokens) for shape in kept)
     with sdpa_kernel(SDPBackend.MATH):
-        size()
+        size(lambda: value_and_time_derivative(long, x, r, t, tangent))
     assert any(shape[-2:] == (tokens, tokens) for shape in kept)  # what the assertion above would have seen
 
 
@@ -279,6 +277,33 @@ def test_dropout_drops_the_same_of_value_and_derivative(checkpointed: bool) -> N
         torch.manual_seed(5)
         values.append(network(x + sign * eps * tangent, r, t + sign * eps).detach())
     torch.testing.assert_close(dudt, (values[0] - values[1]) / (2 * eps), rtol=1e-6, atol=1e-8)
+
+
+def test_differences_drop_the_same_in_both_passes() -> None:
+    network = Network(nn.Dropout(0.5)).double().train()
+    x, r, t, tangent = batch()
+    torch.manual_seed(5)
+    difference = finite_difference(network, x, r, t, tangent, 1e-5)
+    torch.manual_seed(5)
+    _, dudt = time_derivative(network, x, r, t, tangent)
+    torch.testing.assert_close(difference, dudt, rtol=1e-6, atol=1e-8)
+
+
+def test_operations_in_place_leave_the_given_velocity_as_it_was() -> None:
+    x, r, t, tangent = batch()
+    before = tangent.clone()
+    _, dudt = time_derivative(lambda x, r, t: x.mul_(t[:, None, None]), x.clone(), r, t, tangent)
+    assert torch.equal(tangent, before)
+    torch.testing.assert_close(dudt, tangent * t[:, None, None] + x)
+
+
+@pytest.mark.parametrize("rounding_mode", [None, "floor"])
+def test_division_with_and_without_rounding(rounding_mode: str | None) -> None:
+    x, r, t, tangent = batch()
+    _, dudt = time_derivative(lambda x, r, t: torch.div(x, t[:, None, None], rounding_mode=rounding_mode) + x, x, r, t, tangent)
+    t_ = t[:, None, None]
+    expected = tangent if rounding_mode else tangent + tangent / t_ - x / t_**2
+    torch.testing.assert_close(dudt, expected)
 
 
 def test_dropout_within_attention_is_refused() -> None:

@@ -1,0 +1,224 @@
+"""Derivatives of single operations, for `dual.DualNumbers`.
+
+A rule takes the operation's value and its arguments, with `Dual` in place of tensors, and gives the derivative of the value.
+Rules run without gradients. What has no rule here is derived by torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ATTENTION_BLOCK_BYTES = 8 * 2**20
+"""Of a block of attention weights in `attention_tangent`; some four are alive at a time."""
+
+
+class Dual:
+    """A value, with its graph, and its derivative of the same shape; None is a derivative of 0."""
+
+    __slots__ = ("tangent", "value")
+
+    def __init__(self, value: Tensor, tangent: Tensor | None) -> None:
+        self.value = value
+        self.tangent = tangent
+
+
+def _linear(out: Tensor, /, input: Dual, weight: Dual, bias: Dual | None = None) -> Tensor:
+    terms = []
+    if input.tangent is not None:
+        terms.append(F.linear(input.tangent, weight.value))
+    if weight.tangent is not None:
+        terms.append(F.linear(input.value, weight.tangent))
+    if bias is not None and bias.tangent is not None:
+        terms.append(bias.tangent)
+    return _total(terms)
+
+
+def _matmul(out: Tensor, /, input: Dual, other: Dual) -> Tensor:
+    terms = []
+    if input.tangent is not None:
+        terms.append(torch.matmul(input.tangent, other.value))
+    if other.tangent is not None:
+        terms.append(torch.matmul(input.value, other.tangent))
+    return _total(terms)
+
+
+def _mul(out: Tensor, /, input: Dual, other: Any) -> Tensor:
+    if not isinstance(other, Dual):
+        return _tangent(input) * other
+    if other.tangent is None:
+        return _tangent(input) * other.value
+    product = input.value * other.tangent
+    return product if input.tangent is None else product + input.tangent * other.value
+
+
+def _div(out: Tensor, /, input: Dual, other: Any, *, rounding_mode: str | None = None) -> Tensor:
+    if rounding_mode is not None:
+        return torch.zeros_like(out)
+    if not isinstance(other, Dual):
+        return _tangent(input) / other
+    if other.tangent is None:
+        return _tangent(input) / other.value
+    numerator = -out * other.tangent
+    return (numerator if input.tangent is None else numerator + input.tangent) / other.value
+
+
+def _gelu(out: Tensor, /, input: Dual, approximate: str = "none") -> Tensor:
+    derivative: Tensor = torch.ops.aten.gelu_backward(_tangent(input), input.value, approximate=approximate)
+    return derivative
+
+
+def _silu(out: Tensor, /, input: Dual, inplace: bool = False) -> Tensor:
+    derivative: Tensor = torch.ops.aten.silu_backward(_tangent(input), input.value)
+    return derivative
+
+
+def _layer_norm(
+    out: Tensor, /, input: Dual, normalized_shape: Any, weight: Dual | None = None, bias: Dual | None = None, eps: float = 1e-5
+) -> Tensor:
+    # The Jacobian of the normalisation is symmetric, so torch's fused backward is its derivative as well.
+    shape = list(normalized_shape)
+    _, mean, rstd = torch.native_layer_norm(input.value, shape, None, None, eps)
+    tangent: Tensor = torch.ops.aten.native_layer_norm_backward(
+        _tangent(input).to(input.value.dtype), input.value, shape, mean, rstd, None, None, [True, False, False]
+    )[0]
+    return tangent if weight is None else tangent * weight.value
+
+
+def _rms_norm(
+    out: Tensor, /, input: Dual, normalized_shape: Any, weight: Dual | None = None, eps: float | None = None
+) -> Tensor:
+    wide = torch.promote_types(input.value.dtype, torch.float32)
+    x, tangent = input.value.to(wide), _tangent(input).to(wide)
+    dims = list(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.value.dtype).eps if eps is None else eps
+    rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    normal = x * rstd
+    tangent = rstd * (tangent - normal * (normal * tangent).mean(dims, keepdim=True))
+    return tangent if weight is None else tangent * weight.value
+
+
+def _attention(
+    out: Tensor,
+    /,
+    query: Dual,
+    key: Dual,
+    value: Dual,
+    attn_mask: Dual | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p > 0:
+        raise RuntimeError("attention with dropout has no derivative rule; set the attention's dropout to 0")
+    if attn_mask is not None and attn_mask.tangent is not None:
+        raise RuntimeError("an attention mask that depends on time has no derivative rule")
+    if enable_gqa:
+        groups = query.value.shape[-3] // key.value.shape[-3]
+        key, value = (
+            Dual(*(None if part is None else part.repeat_interleave(groups, -3) for part in (dual.value, dual.tangent)))  # type: ignore[arg-type]
+            for dual in (key, value)
+        )
+    return attention_tangent(query, key, value, out, None if attn_mask is None else attn_mask.value, is_causal, scale)
+
+
+def attention_tangent(
+    query: Dual, key: Dual, value: Dual, out: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    r"""Derivative of softmax attention, a block of queries at a time: memory grows with the sequence, not with its square.
+
+    With the weights :math:`p` and the derivative of their logits :math:`\dot s`, it is
+    :math:`(p \dot s) v - \mathrm{rowsum}(p \dot s) \, out + p \dot v`. Softmax and sums are in float32 or above.
+
+    Args:
+        query: (..., N, d).
+        key: (..., M, d).
+        value: (..., M, e).
+        out: The attention's value, (..., N, e).
+        mask: Of booleans, true where attended, or added to the logits; broadcast to (..., N, M).
+        is_causal: Whether query i sees keys up to i only.
+        scale: Of the logits; None is `d ** -0.5`.
+
+    Returns:
+        (..., N, e), of the dtype of `out`.
+    """
+    q, k, v = query.value, key.value, value.value
+    n, m = q.shape[-2], k.shape[-2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = max(1, ATTENTION_BLOCK_BYTES // (q.shape[:-2].numel() * m * wide.itemsize))
+    result = torch.empty_like(out)
+    for start in range(0, n, rows):
+        block = slice(start, min(start + rows, n))
+        logits = (q[..., block, :] @ k.mT).to(wide) * scale
+        if is_causal:
+            seen = torch.arange(m, device=q.device) <= torch.arange(block.start, block.stop, device=q.device)[:, None]
+            logits = logits.masked_fill_(~seen, float("-inf"))
+        if mask is not None:
+            part = mask[..., block, :] if mask.shape[-2] > 1 else mask
+            logits = logits.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else logits.add_(part)
+        weights = torch.softmax(logits, -1)
+        terms = []
+        if query.tangent is not None or key.tangent is not None:
+            products = []
+            if query.tangent is not None:
+                products.append(query.tangent[..., block, :] @ k.mT)
+            if key.tangent is not None:
+                products.append(q[..., block, :] @ key.tangent.mT)
+            change = _total(products).to(wide).mul_(scale).mul_(weights)
+            terms.append((change.to(v.dtype) @ v).to(wide))
+            terms.append(change.sum(-1, keepdim=True).neg_() * out[..., block, :])
+        if value.tangent is not None:
+            terms.append((weights.to(v.dtype) @ value.tangent).to(wide))
+        result[..., block, :] = _total(terms)
+    return result
+
+
+def _softmax(out: Tensor, /, input: Dual, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    change = out * _tangent(input)
+    assert dim is not None
+    return change - out * change.sum(dim, keepdim=True)
+
+
+def _tangent(x: Dual) -> Tensor:
+    return torch.zeros_like(x.value) if x.tangent is None else x.tangent
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def _found(*names: str) -> set[Any]:
+    """The functions and methods of these names, which are separated by spaces."""
+    owners = (torch, Tensor, F, torch._C._nn, torch.special)
+    return {getattr(owner, name) for name in " ".join(names).split() for owner in owners if hasattr(owner, name)}
+
+
+_NAMES: dict[Callable[..., Tensor], tuple[str, ...]] = {
+    _linear: ("linear",),
+    _matmul: ("matmul", "mm", "bmm", "__matmul__"),
+    _mul: ("mul", "multiply", "__mul__", "__rmul__"),
+    _div: ("div", "divide", "true_divide", "__truediv__"),
+    _gelu: ("gelu",),
+    _silu: ("silu",),
+    _layer_norm: ("layer_norm",),
+    _rms_norm: ("rms_norm",),
+    _attention: ("scaled_dot_product_attention",),
+}
+RULES = {func: rule for rule, names in _NAMES.items() for func in _found(*names)}
+RULES |= dict.fromkeys((F.softmax, Tensor.softmax, torch.softmax), _softmax)
+RANDOM = _found("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout")
+LINEAR = _found(
+    "add sub subtract neg rsub __rsub__ sum mean cumsum cat concat stack chunk split split_with_sizes tensor_split unbind",
+    "reshape view view_as flatten unflatten transpose permute movedim swapaxes t squeeze unsqueeze expand expand_as",
+    "repeat repeat_interleave tile roll flip pad tril triu narrow select index_select gather take_along_dim where",
+    "masked_fill contiguous clone detach to type_as float double half bfloat16 __getitem__",
+    "size dim numel stride is_floating_point is_contiguous zeros_like ones_like empty_like new_zeros",
+)
+"""Operations without a product of two inputs: torch's own derivative of them has no graph and costs no more than they do."""
