@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill.flow.attention_kernel import kernel_tangent, refusal
+
 ATTENTION_BLOCK_BYTES = 8 * 2**20
 """Of a block of attention weights in `attention_tangent`; some four are alive at a time."""
 
@@ -125,7 +127,11 @@ def _attention(
             Dual(*(None if part is None else part.repeat_interleave(groups, -3) for part in (dual.value, dual.tangent)))  # type: ignore[arg-type]
             for dual in (key, value)
         )
-    return attention_tangent(query, key, value, out, None if attn_mask is None else attn_mask.value, is_causal, scale)
+    mask, values = None if attn_mask is None else attn_mask.value, (query.value, key.value, value.value)
+    if refusal(*values, mask, is_causal, out.dtype) is None:
+        tangents = query.tangent, key.tangent, value.tangent
+        return kernel_tangent(values, tangents, mask, is_causal, scale, out.dtype)
+    return attention_tangent(query, key, value, out, mask, is_causal, scale)
 
 
 def attention_tangent(
@@ -164,6 +170,8 @@ def attention_tangent(
             part = mask[..., block, :] if mask.shape[-2] > 1 else mask
             logits = logits.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else logits.add_(part)
         weights = torch.softmax(logits, -1)
+        if mask is not None:  # attention to nothing is 0
+            weights.masked_fill_(logits.amax(-1, keepdim=True) == float("-inf"), 0)
         terms = []
         if query.tangent is not None or key.tangent is not None:
             products = []

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.attention_kernel import refusal
 from lightning_distill.flow.derivative import (
     AverageVelocityFn,
     difference_step,
@@ -35,8 +36,9 @@ class DerivativeReport:
     Attributes:
         kind: "exact" or "finite_difference".
         precision: Dtype that the student computes in.
-        attention: Calls of torch's attention in one pass; an exact derivative goes through them block by block.
+        attention: Calls of torch's attention in one pass.
         fused: Whether fused attention was allowed in all of them.
+        blocks: Why the derivative goes through attention in blocks and not by a kernel; None where it goes by the kernel.
         difference: Relative difference of the derivative from differences in float32, or None where weights are not float32.
         compiled: Names of compiled modules, which run eagerly within the derivative.
         sharded: Whether weights are sharded.
@@ -46,6 +48,7 @@ class DerivativeReport:
     precision: torch.dtype
     attention: int
     fused: bool
+    blocks: str | None
     difference: float | None
     compiled: tuple[str, ...]
     sharded: bool
@@ -55,8 +58,9 @@ class DerivativeReport:
         kind = "exact" if self.kind == "exact" else "by finite differences"
         parts = [f"Derivative: {kind}, in {str(self.precision).removeprefix('torch.')}"]
         if self.kind == "exact":
+            way = "by jvp_flash_attention" if self.blocks is None else f"in blocks ({self.blocks})"
             parts.append(
-                f"{self.attention} calls of attention, {'fused' if self.fused else 'not fused'}, derived in blocks"
+                f"{self.attention} calls of attention, {'fused' if self.fused else 'not fused'}, derived {way}"
                 if self.attention
                 else "no attention seen"
             )
@@ -91,6 +95,7 @@ def check_derivative(module: MeanFlow) -> DerivativeReport:
         precision=dtype,
         attention=seen.count,
         fused=seen.fused,
+        blocks=seen.blocks,
         difference=difference,
         compiled=tuple(name for name, part in student.named_modules() if isinstance(part, torch._dynamo.OptimizedModule)),
         sharded=any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in student.parameters()),
@@ -150,18 +155,34 @@ def _derivative(module: MeanFlow, fn: AverageVelocityFn, x: Tensor, r: Tensor, t
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Counts calls of torch's attention, and sees whether fused kernels are allowed."""
+    """Counts calls of torch's attention, and sees whether fused kernels are allowed, and which way their derivative goes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
         self.fused = True
+        self.blocks: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             self.count += 1
             self.fused &= torch.backends.cuda.flash_sdp_enabled()  # of the CPU's kernel as well
-        return func(*args, **(kwargs or {}))
+            self.blocks = self.blocks or _refusal(result, *args, **(kwargs or {}))
+        return result
+
+
+def _refusal(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> str | None:
+    return refusal(query, key, value, attn_mask, is_causal, out.dtype)
 
 
 def _weights(network: nn.Module) -> torch.dtype:
