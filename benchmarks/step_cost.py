@@ -10,8 +10,8 @@ lengths, and writes `benchmarks/results/step_cost_<machine>.json`, a table and a
 - E: the discrete solution, four Euler steps of the teacher.
 
 "forwards" counts the multiplications of linear layers, in units of one forward pass. Times are medians over rounds in which all
-variants take turns; the peak memory is that of a process which takes one step. `--device cuda` measures in bfloat16, by default
-at the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` ends within a minute.
+variants take turns; the peak memory is what a step takes beside weights and gradients, on a CPU as Linux reports it. `--device
+cuda` measures in bfloat16, by default at the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` ends within a minute.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -144,40 +143,44 @@ def forwards(setting: Setting, variant: str) -> float:
     return count(lambda: step(setting, variant)) / one
 
 
-def peak(model: str, tokens: int, variant: str, checkpointing: bool, device: str) -> float:
-    """MiB that one step takes beside the weights and their gradients; measured in a process of its own on a CPU."""
+def peaks(model: str, tokens: int, device: str) -> dict[tuple[str, bool], float]:
+    """MiB that one step of each variant takes beside weights and gradients; on a CPU measured in a process of its own."""
     if device == "cuda":
-        setting = build(model, tokens, device)
-        prepare(setting, checkpointing)
-        step(setting, variant)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(setting, variant)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, "--peak", model, str(tokens), variant, str(int(checkpointing))]
+        return dict(zip(VARIANTS, measured_peaks(model, tokens, device), strict=True))
+    command = [sys.executable, __file__, "--peaks", model, str(tokens)]
     # Freed memory goes back at once, so that the peak is of what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return dict(zip(VARIANTS, json.loads(printed.splitlines()[-1]), strict=True))
 
 
-def peak_of_this_process(model: str, tokens: int, variant: str, checkpointing: bool) -> float:
-    """Of a first step, in MiB; a step at the shortest sequence comes before, for what libraries set up."""
-    step(build("small", 64, "cpu"), variant)
-    setting = build(model, tokens, "cpu")
-    prepare(setting, checkpointing)
-    for parameter in setting.network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    gc.collect()
-    before = resident()
-    step(setting, variant)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+def measured_peaks(model: str, tokens: int, device: str) -> list[float]:
+    """Of all variants, in MiB; a step of each at the shortest sequence comes before, for what libraries set up."""
+    for short, length in ((True, 64), (False, tokens)):
+        setting = build("small" if short else model, length, device)
+        for parameter in setting.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        found = []
+        for variant, checkpointing in VARIANTS:
+            prepare(setting, checkpointing)
+            gc.collect()
+            before = in_use(device, reset=True)
+            step(setting, variant)
+            found.append(in_use(device, peak=True) - before)
+    return found
 
 
-def resident() -> float:
-    """MiB of this process in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def in_use(device: str, *, peak: bool = False, reset: bool = False) -> float:
+    """MiB in use: now, or at the most since the last reset."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # what Linux calls resetting the peak
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM" if peak else "VmRSS"].split()[0]) / 2**10
 
 
 def seconds(setting: Setting, rounds: int, variants: list[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
@@ -204,7 +207,7 @@ def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> 
         prepare(setting, checkpointing)
         counts[variant, checkpointing] = forwards(setting, variant)
     del setting
-    peaks = {key: peak(model, tokens, *key, device) for key in VARIANTS}
+    peak = peaks(model, tokens, device)
     median = {key: statistics.median(values) for key, values in times.items()}
     rows = []
     for key in VARIANTS:
@@ -218,9 +221,9 @@ def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> 
                 "forwards": round(counts[key], 3),
                 "seconds": median[key],
                 "seconds_quartiles": [quartiles[0], quartiles[2]],
-                "peak_mib": round(peaks[key], 1),
+                "peak_mib": round(peak[key], 1),
                 "seconds_over_A": median[key] / median["A", False],
-                "memory_over_A": peaks[key] / peaks["A", False],
+                "memory_over_A": peak[key] / peak["A", False],
                 "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
                 "machine": machine,
             }
@@ -274,11 +277,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the small model at 256 and 1,024 tokens, three rounds")
     parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="what the results say")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peaks", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
-        model, tokens, variant, checkpointing = arguments.peak
-        print(peak_of_this_process(model, int(tokens), variant, bool(int(checkpointing))))
+    if arguments.peaks:
+        print(json.dumps(measured_peaks(arguments.peaks[0], int(arguments.peaks[1]), "cpu")))
         return
     models = arguments.models or (["flux-lite", "flux-dev"] if arguments.device == "cuda" else ["small", "medium"])
     lengths, rounds = arguments.tokens, arguments.rounds

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.dual import DualNumbers, pack, same_random_numbers, unpack
+from lightning_distill.flow.dual import DualNumbers, pack, same_random_numbers, saved_without_tangents, unpack
 
 AverageVelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`average_velocity(x, r, t)`: (B, ...), (B,) and (B,) to (B, ...)."""
@@ -44,7 +44,7 @@ def value_and_time_derivative(fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Te
     with forward_ad.dual_level(), torch.compiler.set_stance("force_eager"):
         # a copy: operations in place write to the derivative as well
         x_dual, t_dual = pack(x, tangent.detach().clone()), pack(t, torch.ones_like(t))
-        with DualNumbers():
+        with saved_without_tangents(), DualNumbers():
             result = fn(x_dual, r, t_dual)
         u = unpack(result)
         if u.tangent is None:

@@ -22,6 +22,9 @@ from lightning_distill.flow.dual_rules import LINEAR, RANDOM, RULES, Dual
 # torch leaves these without types
 _make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
 _unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
+_top_hooks: Callable[[bool], tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None] = (
+    torch._C._autograd._top_saved_tensors_default_hooks
+)
 
 _TORCHS_OWN = ("__get__", "_make_dual", "_unpack_dual", "register_hook", "retain_grad", "requires_grad_")
 """No operations on values: attributes, hooks and the dual numbers themselves."""
@@ -144,3 +147,31 @@ def same_random_numbers() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         yield
+
+
+@contextmanager
+def saved_without_tangents() -> Iterator[None]:
+    """What the backward pass needs is kept as plain values.
+
+    The value of a dual number is a view of it, so autograd, which saves values, would keep every derivative alive until the end
+    of the pass. Leaves are saved as they are: sharded strategies exchange the data of parameters in between. Hooks around this
+    one, as of `torch.autograd.graph.save_on_cpu`, see what is kept.
+    """
+    keep, give = _top_hooks(False) or (_same, _same)
+
+    def save(x: Tensor) -> tuple[Any, Tensor | None, int]:
+        value = x if x.is_leaf else x.detach()
+        return keep(value), None if x.is_leaf or keep is not _same else value, value._version
+
+    def load(saved: tuple[Any, Tensor | None, int]) -> Tensor:
+        kept, value, version = saved
+        if value is not None and value._version != version:  # autograd does not look where hooks do
+            raise RuntimeError("a value that the backward pass needs was changed in place; compute the change out of place")
+        return give(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(save, load):
+        yield
+
+
+def _same(x: Any) -> Any:
+    return x

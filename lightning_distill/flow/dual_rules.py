@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_distill.flow.attention_kernel import kernel_tangent, refusal
 
-ATTENTION_BLOCK_BYTES = 8 * 2**20
+ATTENTION_BLOCK_BYTES = 4 * 2**20
 """Of a block of attention weights in `attention_tangent`; some four are alive at a time."""
 
 

@@ -1,7 +1,9 @@
 """Random small networks as dual numbers: values, derivatives and gradients against float64 references by other means."""
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_distill.flow import dual_rules
 from lightning_distill.flow.derivative import finite_difference, time_derivative, value_and_time_derivative
+from lightning_distill.flow.dual import unpack
 
 WIDTH, TOKENS, BATCH = 8, 6, 3
 
@@ -326,3 +329,43 @@ def test_mixed_precision_takes_the_same_precision_as_a_plain_pass() -> None:
     assert u.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(u, plain)
     assert relative_error(dudt, exact[1]) < 0.03
+
+
+def test_a_derivative_is_freed_where_it_is_not_needed() -> None:
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    alive: list[bool] = []
+
+    def layers(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        first = x + torch.tanh(x @ weight)  # added by torch itself
+        derivative = weakref.ref(unpack(first).tangent)
+        second = torch.tanh(first @ weight)  # whose backward pass needs the value of the first
+        del first
+        gc.collect()
+        alive.append(derivative() is not None)
+        return second
+
+    x, r, t, tangent = batch(torch.float32)
+    x, tangent = F.pad(x, (0, WIDTH - x.shape[-1])), F.pad(tangent, (0, WIDTH - x.shape[-1]))
+    value_and_time_derivative(layers, x, r, t, tangent)[0].sum().backward()
+    assert alive == [False]
+
+
+def test_a_saved_value_must_not_change_and_hooks_around_see_it() -> None:
+    weight = torch.ones(WIDTH, WIDTH, requires_grad=True)
+
+    def changed(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        h = x @ weight
+        out = h @ weight
+        h.mul_(2)
+        return out
+
+    x = torch.ones(BATCH, WIDTH)
+    u, _ = value_and_time_derivative(changed, x, x[:, 0], x[:, 1], x)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        u.sum().backward()
+    seen: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (seen.append(x), 2 * x)[1], lambda x: x):
+        u, _ = value_and_time_derivative(lambda x, r, t: (x @ weight) * 3, x, x[:, 0], x[:, 1], x)
+    u.sum().backward()
+    assert seen
+    torch.testing.assert_close(weight.grad, torch.full_like(weight, 2 * 3.0 * BATCH))
