@@ -101,8 +101,8 @@ def build(model: str, tokens: int, device: str) -> Setting:
         return Setting(network, inputs, x, v, torch.tensor([0.2]), torch.tensor([0.8]))
 
 
-def step(setting: Setting, variant: str) -> None:
-    """Forward and backward pass of one training step."""
+def loss(setting: Setting, variant: str) -> Tensor:
+    """Of one training step."""
     x, v, r, t = setting.x, setting.v, setting.r, setting.t
     if variant in ("A", "B"):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -120,7 +120,12 @@ def step(setting: Setting, variant: str) -> None:
                 x_s = x_s - (start - end).to(x.dtype) * setting(x_s, start, start)
             target = ((x - x_s).float() / (t - r)).to(x.dtype)
         u = setting(x, r, t)
-    (u - target.to(u.dtype)).float().square().mean().backward()
+    return (u - target.to(u.dtype)).float().square().mean()
+
+
+def step(setting: Setting, variant: str) -> None:
+    """Forward and backward pass of one training step."""
+    loss(setting, variant).backward()
     setting.network.zero_grad(set_to_none=False)
 
 
