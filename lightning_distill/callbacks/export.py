@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_distill.callbacks.report import FinalReport
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, check_export_directory, export_student, export_teacher
 from lightning_distill.methods.base import TeacherStudentBase
@@ -79,8 +80,12 @@ class ExportPipeline(Callback):
         rank_zero_info(f"Exported the {'student' if pl_module.has_teacher else 'teacher'} to {self._target}")
 
     def model_card(self, trainer: Trainer, module: TeacherStudentBase) -> ModelCard:
-        """What a run knows about the network it trained, with the figures of its last validation."""
-        figures = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        """What a run knows about the network it trained, with the figures of `FinalReport`, or else of its last validation."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+        reports = [callback.summary for callback in callbacks if isinstance(callback, FinalReport) and callback.summary]
+        figures = reports[-1].figures() if reports else {}
+        if not figures:
+            figures = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         return ModelCard(
             method=type(module).__name__,
             teacher=str(getattr(module.adapter, "pretrained", type(module.adapter).__name__)),

@@ -53,6 +53,17 @@ class Summary:
     categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     diversity: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    def figures(self) -> dict[str, float]:
+        """The figures of both networks by name, such as "student/accuracy/nfe_4" and "student/diversity/nfe_4"."""
+        accuracy = {"student": self.student, "teacher": self.teacher}
+        measures = {"accuracy": accuracy, "diversity": self.diversity}
+        return {
+            f"{network}/{measure}/nfe_{nfe}": value
+            for measure, networks in measures.items()
+            for network, values in networks.items()
+            for nfe, value in values.items()
+        }
+
 
 class FinalReport(Callback):
     """Measures student and teacher on the validation prompts once training has ended, and reports.
@@ -69,6 +80,9 @@ class FinalReport(Callback):
         columns: Different prompts in the grid of pictures, at least 1.
         diversity_prompts: Different prompts of which diversity is measured; 0 leaves it out.
         diversity_seeds: Pictures of each of these, at least 2.
+
+    Attributes:
+        summary: What was measured, once training has ended; None before, and where nothing was.
 
     Raises:
         ConfigurationError: If a setting is out of its range, or the method draws no pictures.
@@ -97,6 +111,7 @@ class FinalReport(Callback):
         self.columns = columns
         self.diversity_prompts = diversity_prompts
         self.diversity_seeds = diversity_seeds
+        self.summary: Summary | None = None
         self._seconds = 0.0
         self._started: float | None = None
 
@@ -121,7 +136,7 @@ class FinalReport(Callback):
             self._print(trainer, "Final report: there are no validation prompts, so nothing was measured.")
             return
         with evaluating(trainer, module):
-            summary = self._measure(module, batches, prompts)
+            self.summary = summary = self._measure(module, batches, prompts)
             columns = different_prompts(prompts, self.columns)
             seeds = range(self.seed, self.seed + len(columns))
             rows = student_rows(module, columns, seeds) | teacher_row(module, columns, seeds)

@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_distill.callbacks.export import ExportPipeline
+from lightning_distill.callbacks.report import FinalReport
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import power_loss
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.validation import ValidationOptions
+from lightning_distill.metrics import PromptAccuracy
 from lightning_distill.models.base import Condition
 from lightning_distill.models.flux import FluxAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
@@ -77,6 +80,29 @@ def test_fit_ends_with_the_student_that_is_validated(
     card = (directory / "README.md").read_text()
     for part in ("| Method | Regression |", "| Training steps | 2 |", "| Training time | 0.", "1 or 4 steps", "As agreed."):
         assert part in card
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_the_card_has_the_figures_of_the_report_or_of_the_last_validation(
+    reported: bool, teacher_directory: str, tmp_path: Path
+) -> None:
+    options = ValidationOptions(nfe=(1,), teacher_nfe=2, height=32, width=32)
+    module = Regression(FluxAdapter(teacher_directory), metric=PromptAccuracy(), validation=options)
+    data = [{"image": torch.rand(3, 32, 32), "prompt": prompt, "index": i} for i, prompt in enumerate(["a circle"] * 2)]
+    report = [FinalReport(diversity_prompts=1, diversity_seeds=2)] if reported else []
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    export = ExportPipeline()
+    trainer = Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path, callbacks=[export, *report], **quiet)
+    trainer.fit(module, DataLoader(data, batch_size=2), DataLoader(data, batch_size=2))
+    figures = export.model_card(trainer, module).figures
+    if reported:
+        assert {"student/accuracy/nfe_1", "teacher/accuracy/nfe_2", "student/diversity/nfe_1"} <= set(figures)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert figures["student/diversity/nfe_1"] == summary["diversity"]["student"]["1"]
+        assert not any(name.startswith("val/") for name in figures)
+    else:
+        assert "val/average_velocity_error" in figures
+    assert f"| {min(figures)} |" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_training_a_teacher_ends_with_a_stock_pipeline(teacher_directory: str, tmp_path: Path) -> None:
