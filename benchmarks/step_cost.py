@@ -10,8 +10,10 @@ lengths, and writes `benchmarks/results/step_cost_<machine>.json`, a table and a
 - E: the discrete solution, four Euler steps of the teacher.
 
 "forwards" counts the multiplications of linear layers, in units of one forward pass. Times are medians over rounds in which all
-variants take turns; the peak memory is what a step takes beside weights and gradients, on a CPU as Linux reports it. `--device
-cuda` measures in bfloat16, by default at the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` ends within a minute.
+variants take turns; the peak memory is what a step takes beside weights and gradients, on a CPU as Linux reports it. "rate" is
+the rate of those multiplications over the whole step, as a share of that of one large matrix product. `--device cuda` measures
+in bfloat16, by default at the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` ends within a minute. What the file of a machine
+has of other models and lengths stays there.
 """
 
 import argparse
@@ -134,18 +136,37 @@ def prepare(setting: Setting, checkpointing: bool) -> None:
     (setting.network.enable_gradient_checkpointing if checkpointing else setting.network.disable_gradient_checkpointing)()
 
 
-def forwards(setting: Setting, variant: str) -> float:
-    """Multiplications of linear layers, in units of one forward pass."""
+def products(run: Callable[[], object]) -> int:
+    """Multiplications and additions of the linear layers in a run."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if operation in LINEAR)
 
-    def count(run: Callable[[], object]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            run()
-        counts = counter.get_flop_counts()["Global"]
-        return sum(count for operation, count in counts.items() if operation in LINEAR)
 
+def one_forward(setting: Setting) -> int:
+    """Those of one forward pass."""
     with torch.no_grad():
-        one = count(lambda: setting(setting.x, setting.r, setting.t))
-    return count(lambda: step(setting, variant)) / one
+        return products(lambda: setting(setting.x, setting.r, setting.t))
+
+
+def forwards(setting: Setting, variant: str) -> float:
+    """Those of a step, in units of one forward pass."""
+    return products(lambda: step(setting, variant)) / one_forward(setting)
+
+
+def matrix_rate(device: str, rounds: int = 5) -> float:
+    """Multiplications and additions a second of one large matrix product, in the precision of the device's steps."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
 
 
 def peaks(model: str, tokens: int, device: str) -> dict[tuple[str, bool], float]:
@@ -207,7 +228,7 @@ def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> 
     """The rows of one model at one sequence length."""
     setting = build(model, tokens, device)
     times = seconds(setting, rounds, VARIANTS)
-    counts = {}
+    counts, one, rate = {}, one_forward(setting), matrix_rate(device)
     for variant, checkpointing in VARIANTS:
         prepare(setting, checkpointing)
         counts[variant, checkpointing] = forwards(setting, variant)
@@ -228,6 +249,7 @@ def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> 
                 "seconds_quartiles": [quartiles[0], quartiles[2]],
                 "peak_mib": round(peak[key], 1),
                 "seconds_over_A": median[key] / median["A", False],
+                "rate": counts[key] * one / median[key] / rate,
                 "memory_over_A": peak[key] / peak["A", False],
                 "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
                 "machine": machine,
@@ -239,8 +261,8 @@ def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| model | tokens | step | forwards | seconds | of A's | peak MiB | of A's |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
+        "| model | tokens | step | forwards | seconds | of A's | rate | peak MiB | of A's |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         name = f"{row['variant']}: {LABELS[row['variant']]}"
@@ -248,7 +270,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             name += ", checkpointed"
         lines.append(
             f"| {row['model']} | {row['tokens']} | {name} | {row['forwards']:.2f} | {row['seconds']:.3f} | "
-            f"{row['seconds_over_A']:.2f} | {row['peak_mib']:.0f} | {row['memory_over_A']:.2f} |"
+            f"{row['seconds_over_A']:.2f} | {row['rate']:.2f} | {row['peak_mib']:.0f} | {row['memory_over_A']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -291,16 +313,18 @@ def main() -> None:
     lengths, rounds = arguments.tokens, arguments.rounds
     if arguments.quick:
         models, lengths, rounds = models[:1], [256, 1024], 3
-    rows: list[dict[str, Any]] = []
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"step_cost_{arguments.machine}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
     for model in models:
         for tokens in lengths:
-            rows += measure(model, tokens, rounds, arguments.device, arguments.machine)
+            measured = measure(model, tokens, rounds, arguments.device, arguments.machine)
+            rows = [row for row in rows if (row["model"], row["tokens"]) != (model, tokens)] + measured
+            rows.sort(key=lambda row: (list(MODELS).index(row["model"]), row["tokens"]))  # variants stay in their order
             path.write_text(json.dumps(rows, indent=1) + "\n")
             path.with_suffix(".md").write_text(table(rows))
             plot(rows, path.with_suffix(".png"))
-            print(table(rows[-len(VARIANTS) :]), flush=True)
+            print(table(measured), flush=True)
 
 
 if __name__ == "__main__":
