@@ -36,7 +36,7 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_c
     """
     if query.device.type != DEVICE:
         return f"on {query.device.type}"
-    if importlib.util.find_spec("jvp_flash_attention") is None:
+    if not _installed():
         return "jvp_flash_attention is not installed"
     if dtype not in DTYPES:
         return f"in {str(dtype).removeprefix('torch.')}"
@@ -98,6 +98,11 @@ def _padded_mask(
     if mask is not None:
         padded[..., :length, :length] = mask
     return padded
+
+
+@functools.cache  # asked for every attention
+def _installed() -> bool:
+    return importlib.util.find_spec("jvp_flash_attention") is not None
 
 
 @functools.cache

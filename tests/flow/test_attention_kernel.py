@@ -91,9 +91,9 @@ def test_what_it_cannot_do_is_left_to_the_blocks(monkeypatch: pytest.MonkeyPatch
     q = torch.zeros(1, 2, 64, 32)
     assert refusal(q, q, q, None, False, HALF) == "on cpu"
     monkeypatch.setattr(attention_kernel, "DEVICE", "cpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(attention_kernel, "_installed", lambda: False)
     assert refusal(q, q, q, None, False, HALF) == "jvp_flash_attention is not installed"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention_kernel, "_installed", lambda: True)
     assert refusal(q, q, q, None, False, HALF) is None
     assert refusal(q, q, q, torch.ones(64, 64, dtype=torch.bool), False, HALF) is None
     assert refusal(q, q, q, None, False, torch.float32) == "in float32"
@@ -112,7 +112,7 @@ def test_attention_goes_by_the_kernel_where_it_suits(monkeypatch: pytest.MonkeyP
     _, blocks = value_and_time_derivative(attend, x, *times, v)
     assert not stand_in.masks
     monkeypatch.setattr(attention_kernel, "DEVICE", "cpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(attention_kernel, "_installed", lambda: True)
     _, kernel = value_and_time_derivative(attend, x, *times, v)
     assert len(stand_in.masks) == 1
     assert 0 < (kernel - blocks).norm() / blocks.norm() < 0.02
