@@ -288,6 +288,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 style = "-" if model == rows[-1]["model"] else "--"
                 axes.plot([r["tokens"] for r in found], [r[key] for r in found], style, marker=".", label=f"{name} ({model})")
         axes.set(xscale="log", xlabel="tokens", ylabel=label, ylim=(0, None))
+        lengths = [n for n in sorted({row["tokens"] for row in rows}) if n != 4608]  # 4,096 is too close for a label
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize=6)
     figure.savefig(path, dpi=130)
