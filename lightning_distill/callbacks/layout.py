@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from lightning_distill.methods.base import TIME_BINS, TeacherStudentBase, metric_name
+from lightning_distill.methods.base import TIME_BINS, TeacherStudentBase
+from lightning_distill.methods.sampling import metric_name
 
 Layout = dict[str, dict[str, list[Any]]]
 

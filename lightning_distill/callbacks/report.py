@@ -27,7 +27,8 @@ from lightning_distill.callbacks.pictures import (
     teacher_row,
 )
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods.base import TeacherStudentBase, metric_name
+from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.sampling import metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
 
 Network = Literal["student", "teacher"]

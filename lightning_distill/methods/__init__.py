@@ -2,10 +2,11 @@
 
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.autoencoder import Autoencoder
-from lightning_distill.methods.base import Batch, Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.meanflow import MeanFlow
+from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
 

@@ -9,7 +9,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import power_loss
 from lightning_distill.flow.path import conditional_velocity, interpolate
 from lightning_distill.flow.times import TimeSampler, Uniform
-from lightning_distill.methods.base import Batch, Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.sampling import Batch
 from lightning_distill.models.base import Condition
 
 

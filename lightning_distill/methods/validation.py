@@ -14,7 +14,7 @@ from lightning_distill.flow.solvers import integrate
 from lightning_distill.models.base import Condition
 
 if TYPE_CHECKING:
-    from lightning_distill.methods.base import TeacherStudentBase
+    from lightning_distill.methods.sampling import SamplingModule
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AverageVelocityReference:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, module: TeacherStudentBase, batch: dict[str, Any]) -> AverageVelocityReference:
+    def measure(cls, module: SamplingModule, batch: dict[str, Any]) -> AverageVelocityReference:
         """Integrate the guided teacher of `module` by Heun's method from noisy versions of the batch's pictures."""
         options = module.validation
         images, prompts = batch["image"][: options.samples], batch["prompt"][: options.samples]
@@ -88,7 +88,7 @@ class AverageVelocityReference:
         return result
 
     @torch.no_grad()
-    def relative_error(self, module: TeacherStudentBase) -> Tensor:
+    def relative_error(self, module: SamplingModule) -> Tensor:
         """Mean over samples and intervals of `||u - u_T|| / ||u_T||` for the student that `module` would sample from."""
         errors = []
         for x_t, r, t, u in zip(self.x_t, self.r, self.t, self.u, strict=True):
