@@ -163,7 +163,7 @@ class FinalReport(Callback):
         return self._seconds + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def _measure(self, module: TeacherStudentBase, batches: Sequence[PromptBatch], prompts: Sequence[str]) -> Summary:
-        summary = Summary(minutes=round(self._seconds / 60, 3))
+        summary = Summary(minutes=round(self._seconds / 60, 6))
         nfe, teacher_nfe = module.validation.nfe, module.validation.teacher_nfe
         steps: dict[Network, list[int]] = {"student": list(nfe)}
         if module.has_teacher:
