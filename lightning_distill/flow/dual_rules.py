@@ -7,6 +7,7 @@ Rules run without gradients. What has no rule here is derived by torch.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from lightning_distill.flow.attention_kernel import kernel_tangent, refusal
 
-ATTENTION_BLOCK_BYTES = 4 * 2**20
-"""Of a block of attention weights in `attention_tangent`; some four are alive at a time."""
+CPU_BLOCK_BYTES = 2 * 2**20
+"""Of a block of attention weights in `attention_tangent` on a CPU, of the size of its caches; some four are alive at a time."""
+DEVICE_BLOCK_BYTES = 64 * 2**20
+"""The same elsewhere, where every block costs a few launches."""
 
 
 class Dual:
@@ -137,7 +140,7 @@ def _attention(
 def attention_tangent(
     query: Dual, key: Dual, value: Dual, out: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
-    r"""Derivative of softmax attention, a block of queries at a time: memory grows with the sequence, not with its square.
+    r"""Derivative of softmax attention, a block of a head's queries at a time: memory grows with the sequence, not its square.
 
     With the weights :math:`p` and the derivative of their logits :math:`\dot s`, it is
     :math:`(p \dot s) v - \mathrm{rowsum}(p \dot s) \, out + p \dot v`. Softmax and sums are in float32 or above.
@@ -154,38 +157,56 @@ def attention_tangent(
     Returns:
         (..., N, e), of the dtype of `out`.
     """
-    q, k, v = query.value, key.value, value.value
-    n, m = q.shape[-2], k.shape[-2]
+    lead, n, m = out.shape[:-2] or torch.Size((1,)), out.shape[-2], key.value.shape[-2]
+    q, k, v, values = (_heads(part, lead) for part in (query.value, key.value, value.value, out))
+    dq, dk, dv = (None if dual.tangent is None else _heads(dual.tangent, lead) for dual in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows = max(1, ATTENTION_BLOCK_BYTES // (q.shape[:-2].numel() * m * wide.itemsize))
-    result = torch.empty_like(out)
-    for start in range(0, n, rows):
-        block = slice(start, min(start + rows, n))
-        logits = (q[..., block, :] @ k.mT).to(wide) * scale
+    wide = torch.promote_types(out.dtype, torch.float32)
+    # The derivative of the logits is one product, of twice the width.
+    pairs = [(x, y) for x, y in ((dq, k), (q, dk)) if x is not None and y is not None]
+    left, right = (torch.cat(side, -1) for side in zip(*pairs, strict=True)) if pairs else (None, None)
+    block_bytes = CPU_BLOCK_BYTES if out.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    rows = min(n, max(1, block_bytes // (m * wide.itemsize)))
+    heads = max(1, block_bytes // (m * wide.itemsize * rows)) if rows == n else 1
+    result = torch.empty_like(values)
+    for head, row in itertools.product(range(0, len(q), heads), range(0, n, rows)):
+        h, i = slice(head, head + heads), slice(row, row + rows)
+        logits = _product(q[h, i], k[h], scale).to(wide)
         if is_causal:
-            seen = torch.arange(m, device=q.device) <= torch.arange(block.start, block.stop, device=q.device)[:, None]
-            logits = logits.masked_fill_(~seen, float("-inf"))
-        if mask is not None:
-            part = mask[..., block, :] if mask.shape[-2] > 1 else mask
+            hidden = torch.arange(m, device=out.device) > torch.arange(n, device=out.device)[i, None]
+            logits.masked_fill_(hidden, float("-inf"))
+        part = None if mask is None else _rows_of_heads(mask, lead, h, i)
+        if part is not None:
             logits = logits.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else logits.add_(part)
         weights = torch.softmax(logits, -1)
-        if mask is not None:  # attention to nothing is 0
+        if part is not None:  # attention to nothing is 0
             weights.masked_fill_(logits.amax(-1, keepdim=True) == float("-inf"), 0)
         terms = []
-        if query.tangent is not None or key.tangent is not None:
-            products = []
-            if query.tangent is not None:
-                products.append(query.tangent[..., block, :] @ k.mT)
-            if key.tangent is not None:
-                products.append(q[..., block, :] @ key.tangent.mT)
-            change = _total(products).to(wide).mul_(scale).mul_(weights)
-            terms.append((change.to(v.dtype) @ v).to(wide))
-            terms.append(change.sum(-1, keepdim=True).neg_() * out[..., block, :])
-        if value.tangent is not None:
-            terms.append((weights.to(v.dtype) @ value.tangent).to(wide))
-        result[..., block, :] = _total(terms)
-    return result
+        if left is not None and right is not None:
+            change = _product(left[h, i], right[h], scale).to(wide).mul_(weights)
+            terms.append((change.to(v.dtype) @ v[h]).to(wide))
+            terms.append(change.sum(-1, keepdim=True).neg_() * values[h, i])
+        if dv is not None:
+            terms.append((weights.to(v.dtype) @ dv[h]).to(wide))
+        result[h, i] = _total(terms)
+    return result.view(out.shape)
+
+
+def _heads(x: Tensor, lead: torch.Size) -> Tensor:
+    """As one batch of heads, (heads, N, d)."""
+    return x.expand(*lead, *x.shape[-2:]).flatten(0, -3)
+
+
+def _product(rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """`scale * rows @ columns.mT` of two batches of matrices, scaled before it is rounded."""
+    return torch.baddbmm(rows.new_empty(()), rows, columns.mT, beta=0, alpha=scale)
+
+
+def _rows_of_heads(mask: Tensor, lead: torch.Size, heads: slice, rows: slice) -> Tensor:
+    """The part of a mask for some rows of some of the flattened heads, without the whole mask for each head."""
+    part = mask[..., rows, :] if mask.shape[-2] > 1 else mask
+    index = torch.unravel_index(torch.arange(lead.numel(), device=mask.device)[heads], lead)
+    return part.expand(*lead, *part.shape[-2:])[index]
 
 
 def _softmax(out: Tensor, /, input: Dual, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:

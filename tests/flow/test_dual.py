@@ -25,7 +25,7 @@ def project(x: Tensor, layer: nn.Linear, parts: int, heads: int = 2) -> tuple[Te
 
 
 class Attention(nn.Module):
-    """Self-attention, with what `options` adds: "bool", "float", "causal", "groups" of keys, or "cross" to other tokens."""
+    """Self-attention, with what `options` adds: "bool", "float", "causal", "groups" of keys, "cross" to other, fewer tokens."""
 
     def __init__(self, option: str = "") -> None:
         super().__init__()
@@ -36,13 +36,14 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         (q,) = project(h, self.query, 1)
-        source = self.context.expand(len(h), -1, -1) if self.option == "cross" else h
+        source = self.context.expand(len(h), -1, -1) if "cross" in self.option else h
         k, v = project(source, self.keys, 2, heads=1 if self.option == "groups" else 2)
         options = {
             "bool": {"attn_mask": (self.bias > -0.5) | torch.eye(TOKENS, dtype=torch.bool)},
             "float": {"attn_mask": self.bias},
             "row": {"attn_mask": self.bias[..., :1, :] > -0.5},
             "causal": {"is_causal": True},
+            "causal_cross": {"is_causal": True},
             "groups": {"enable_gqa": True, "scale": 0.3},
         }
         a = F.scaled_dot_product_attention(query=q, key=k, value=v, **options.get(self.option, {}))
@@ -131,6 +132,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f"attention_{name or 'plain'}": lambda name=name: Attention(name) for name in ("", "bool", "float", "row", "causal")},
     "attention_groups": lambda: Attention("groups"),
     "attention_cross": lambda: Attention("cross"),
+    "attention_causal_cross": lambda: Attention("causal_cross"),
     "rope": Rope,
     "experts": MixtureOfExperts,
     "lora": Lora,
@@ -215,11 +217,12 @@ def test_random_networks(seed: int) -> None:
     assert relative_error(dudt, expected[1]) < 1e-6
 
 
-@pytest.mark.parametrize("option", ["", "bool", "float", "row", "causal", "groups", "cross"])
-def test_attention_in_blocks_of_queries_is_that_of_all_at_once(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("option", ["", "bool", "float", "row", "causal", "groups", "cross", "causal_cross"])
+@pytest.mark.parametrize("logits", [1, 3 * TOKENS, 3 * TOKENS**2], ids=["one query", "queries of a head", "heads"])
+def test_attention_in_blocks_is_that_of_all_at_once(option: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network(Attention(option))
     expected = fused(network)
-    monkeypatch.setattr(dual_rules, "ATTENTION_BLOCK_BYTES", 1)  # one query at a time
+    monkeypatch.setattr(dual_rules, "CPU_BLOCK_BYTES", 8 * logits)
     assert_equal(fused(network), expected, 1e-12)
 
 
