@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from lightning_distill.methods import FlowMatching, Guidance, MeanFlow, ValidationOptions
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.models import FluxAdapter
+from lightning_distill.models import DiffusersAdapter
 from lightning_distill.models.embedded import build_flux_pipeline
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,15 +52,15 @@ def methods(directory: Path) -> dict[str, TeacherStudentBase]:
     validation = ValidationOptions(nfe=(1,))
     two_branch, one_input = Guidance(scale=2.0), Guidance(kind="embedded", scale=3.5)
     found: dict[str, TeacherStudentBase] = {
-        "flow matching": FlowMatching(FluxAdapter(plain), validation=validation),
+        "flow matching": FlowMatching(DiffusersAdapter(plain), validation=validation),
         "differential, two branches": MeanFlow(
-            FluxAdapter(plain), guidance=two_branch, solution="differential", validation=validation
+            DiffusersAdapter(plain), guidance=two_branch, solution="differential", validation=validation
         ),
         "differential, embedded guidance": MeanFlow(
-            FluxAdapter(embedded), guidance=one_input, solution="differential", validation=validation
+            DiffusersAdapter(embedded), guidance=one_input, solution="differential", validation=validation
         ),
         "bootstrapped, two branches": MeanFlow(
-            FluxAdapter(plain), guidance=two_branch, solution="bootstrapped", validation=validation
+            DiffusersAdapter(plain), guidance=two_branch, solution="bootstrapped", validation=validation
         ),
     }
     for method in found.values():

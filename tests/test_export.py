@@ -12,12 +12,14 @@ from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import MARK, ModelCard, check_export_directory, export_student, export_teacher, render_card
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import FluxAdapter
 from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_tiny_pipeline, train_a_little
 
 CARD = ModelCard("MeanFlow", "shapes-teacher", (1, 2, 4), 32, 32, guidance_scale=2.0)
+
+CODE = ("few_step.py", "two_time.py", "two_time_flux.py")
 
 # Runs in a process that has never seen this package.
 LOAD_AND_DRAW = """
@@ -44,7 +46,7 @@ def teacher_directory(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def adapter(teacher_directory: str) -> FluxAdapter:
+def adapter(teacher_directory: str) -> DiffusersAdapter:
     return load_adapter(teacher_directory)
 
 
@@ -55,7 +57,7 @@ def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
-def build_student(adapter: FluxAdapter, **options: Any) -> TwoTimeFluxTransformer2DModel:
+def build_student(adapter: DiffusersAdapter, **options: Any) -> TwoTimeFluxTransformer2DModel:
     student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(**options))
     return train_a_little(student)
 
@@ -67,7 +69,7 @@ def files(directory: Path) -> set[str]:
 # What is written
 
 
-def test_a_student_draws_the_same_bits_in_a_fresh_process(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_a_student_draws_the_same_bits_in_a_fresh_process(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     guided = save_tiny_pipeline(tmp_path / "tiny-guided", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
     cases = {
         "smooth": (adapter, {}),
@@ -95,13 +97,13 @@ def test_a_student_draws_the_same_bits_in_a_fresh_process(adapter: FluxAdapter, 
             assert torch.equal(drawn, image), f"{name}: {(drawn - image).abs().max()}"
 
 
-def test_a_student_is_safetensors_with_its_code_and_a_card(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_a_student_is_safetensors_with_its_code_and_a_card(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     directory = export_student(adapter, build_student(adapter), tmp_path / "out" / "student", CARD)
     assert files(directory) == {
         "README.md",
         MARK,
         "model_index.json",
-        "two_time_flux_pipeline.py",
+        *CODE,
         "scheduler/average_velocity_scheduler.py",
         "scheduler/scheduler_config.json",
         "text_encoder/config.json",
@@ -114,7 +116,7 @@ def test_a_student_is_safetensors_with_its_code_and_a_card(adapter: FluxAdapter,
         "tokenizer_2/tokenizer_config.json",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
-        "transformer/two_time_flux.py",
+        *(f"transformer/{file}" for file in CODE),
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     }
@@ -123,7 +125,7 @@ def test_a_student_is_safetensors_with_its_code_and_a_card(adapter: FluxAdapter,
         assert str(tmp_path) not in path.read_text(), f"{path} tells where it was made"
 
 
-def test_a_teacher_is_a_stock_pipeline_of_the_same_function(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_a_teacher_is_a_stock_pipeline_of_the_same_function(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     network = train_a_little(adapter.load_teacher())
     directory = export_teacher(adapter, network, tmp_path / "teacher", CARD)
     assert not list(directory.rglob("*.py"))
@@ -140,7 +142,7 @@ def test_a_teacher_is_a_stock_pipeline_of_the_same_function(adapter: FluxAdapter
 
 
 @pytest.mark.parametrize("options", [{"time_embedding": "original"}, {}])
-def test_a_student_cannot_pass_for_a_teacher(adapter: FluxAdapter, tmp_path: Path, options: dict[str, str]) -> None:
+def test_a_student_cannot_pass_for_a_teacher(adapter: DiffusersAdapter, tmp_path: Path, options: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="save it as a student"):
         export_teacher(adapter, build_student(adapter, **options), tmp_path / "teacher", CARD)
     assert not (tmp_path / "teacher").exists()
@@ -156,13 +158,13 @@ def test_precision_is_kept(teacher_directory: str, tmp_path: Path) -> None:
     assert size < 0.6 * sum(path.stat().st_size for path in Path(teacher_directory).rglob("*.safetensors"))
 
 
-def test_a_student_needs_trust(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_a_student_needs_trust(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     directory = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(directory)
 
 
-def test_mark_says_what_it_is(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_mark_says_what_it_is(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     directory = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
     assert json.loads((directory / MARK).read_text())["kind"] == "student"
 
@@ -170,17 +172,17 @@ def test_mark_says_what_it_is(adapter: FluxAdapter, tmp_path: Path) -> None:
 # Where it is written
 
 
-def test_an_earlier_export_is_replaced_as_a_whole(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_as_a_whole(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     student = build_student(adapter)
     directory = export_student(adapter, student, tmp_path / "student", CARD)
     (directory / "left.over").touch()
     export_teacher(adapter, adapter.load_teacher(), directory, CARD)
     assert not (directory / "left.over").exists()
-    assert "two_time_flux_pipeline.py" not in files(directory)
+    assert not files(directory) & {*CODE}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_other_directories_are_refused_and_left_alone(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_other_directories_are_refused_and_left_alone(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     student = build_student(adapter)
     mine = tmp_path / "thesis"
     mine.mkdir()
@@ -195,7 +197,7 @@ def test_other_directories_are_refused_and_left_alone(adapter: FluxAdapter, tmp_
     assert (tmp_path / "empty" / MARK).is_file()
 
 
-class Failing(FluxAdapter):
+class Failing(DiffusersAdapter):
     """Breaks off in the middle of an export, or writes another network than it was given."""
 
     def __init__(self, pretrained: str, instead: nn.Module | None = None) -> None:
@@ -209,7 +211,7 @@ class Failing(FluxAdapter):
         super().save_student(self.instead[0], directory)
 
 
-def test_an_export_that_breaks_off_leaves_the_old_one_whole(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_an_export_that_breaks_off_leaves_the_old_one_whole(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     student = build_student(adapter)
     directory = export_student(adapter, student, tmp_path / "student", CARD)
     before = {name: (directory / name).read_bytes() for name in files(directory)}
@@ -223,7 +225,7 @@ def test_an_export_that_breaks_off_leaves_the_old_one_whole(adapter: FluxAdapter
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_an_export_that_does_not_hold_the_weights_is_not_put_in_place(adapter: FluxAdapter, tmp_path: Path) -> None:
+def test_an_export_that_does_not_hold_the_weights_is_not_put_in_place(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     other = build_student(adapter, interval_embedding="zero")
     other.proj_out = nn.Linear(other.proj_out.in_features, 32)
     failing = Failing(adapter.pretrained, instead=other)

@@ -16,7 +16,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, export_student
 from lightning_distill.models import registry
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import pack_latents
+from lightning_distill.models.two_time_flux import pack_latents
 from lightning_distill.sampling import GAP, main, write_grid
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_tiny_pipeline, train_a_little
 
@@ -159,7 +159,7 @@ def test_shipped_names_resolve(made: dict[str, Path], tmp_path: Path, monkeypatc
 # What a directory may bring
 
 
-@pytest.mark.parametrize("name", ["two_time_flux_pipeline.py", "transformer/two_time_flux.py", "scheduler/extra.py"])
+@pytest.mark.parametrize("name", ["two_time_flux.py", "transformer/two_time_flux.py", "scheduler/extra.py"])
 def test_code_that_is_not_this_packages_needs_trust(name: str, made: dict[str, Path], tmp_path: Path) -> None:
     directory, witness, out = tmp_path / "changed", tmp_path / "witness", tmp_path / "x.png"
     shutil.copytree(made["student"], directory)

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 
 from lightning_distill.flow.path import jump
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.embedded import build_flux_pipeline
-from lightning_distill.models.flux import FluxAdapter
 
 WORDS = ["a", "red", "green", "circle", "square"]
 PROMPTS = ["a red circle", "a green square", "a circle"]
@@ -56,9 +56,9 @@ def save_tiny_pipeline(directory: Path, **options: Any) -> str:
     return str(directory)
 
 
-def load_adapter(directory: str, **options: Any) -> FluxAdapter:
+def load_adapter(directory: str, **options: Any) -> DiffusersAdapter:
     """A loaded adapter of a directory."""
-    adapter = FluxAdapter(directory, **options)
+    adapter = DiffusersAdapter(directory, **options)
     adapter.check()
     adapter.load()
     return adapter
@@ -71,7 +71,7 @@ def noise(count: int, first_seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def draw(
-    adapter: FluxAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
+    adapter: DiffusersAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
 ) -> Tensor:
     """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`."""
     condition, x = adapter.encode_prompt(prompts), noise(len(prompts))

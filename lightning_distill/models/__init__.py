@@ -1,15 +1,15 @@
 """Teacher families: one adapter file each, and the two-time students they make."""
 
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.embedded import EmbeddedFluxAdapter
-from lightning_distill.models.flux import FluxAdapter
 from lightning_distill.models.registry import resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport
 
 __all__ = [
     "Condition",
+    "DiffusersAdapter",
     "EmbeddedFluxAdapter",
-    "FluxAdapter",
     "ModelAdapter",
     "SmoothTimeReport",
     "StudentOptions",

@@ -3,8 +3,6 @@
 This file imports torch and diffusers only: it travels with every exported student and must run without this package.
 """
 
-import math
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -20,7 +18,7 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         shift: Shift of the grid of times toward noise; 1 is an evenly spaced grid.
-        use_dynamic_shifting: Whether the shift grows with the resolution, as `exp(mu)` with FLUX's mu.
+        use_dynamic_shifting: Whether the shift grows with the resolution, as `exp(mu)` with FLUX's mu; the pipeline knows how.
         base_shift: mu at `base_image_seq_len` tokens.
         max_shift: mu at `max_image_seq_len` tokens.
         base_image_seq_len: Image tokens of the smallest resolution.
@@ -52,7 +50,7 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         return list(zip(self.times[:-1].unbind(), self.times[1:].unbind(), strict=True))
 
     def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None, mu: float | None = None
+        self, num_inference_steps: int, device: str | torch.device | None = None, shift: float | None = None
     ) -> None:
         """Lay out the grid of times.
 
@@ -61,16 +59,17 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: Number of steps, at least 1.
             device: Where the times are kept.
-            mu: Logarithm of the shift; needed under `use_dynamic_shifting`, and unused otherwise.
+            shift: In place of the configured one; needed under `use_dynamic_shifting`.
 
         Raises:
-            ValueError: If there are no steps, or mu is missing.
+            ValueError: If there are no steps, or the shift is missing.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {num_inference_steps}; give at least 1")
-        if self.config.use_dynamic_shifting and mu is None:
-            raise ValueError("this scheduler shifts its times with the resolution; pass mu")
-        shift = math.exp(mu) if self.config.use_dynamic_shifting and mu is not None else self.config.shift
+        if shift is None:
+            if self.config.use_dynamic_shifting:
+                raise ValueError("this scheduler shifts its times with the resolution; pass the shift")
+            shift = self.config.shift
         even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")
         self.times = (shift * even / (1 + (shift - 1) * even)).to(torch.float32).to(device)
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.flux import FluxAdapter
-from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
+from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline, TwoTimeFluxTransformer2DModel
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
@@ -133,7 +133,7 @@ def look_at_neighbours(encoder: T5EncoderModel, strength: float = 3.0) -> None:
         bias[bucket, head] = strength
 
 
-class EmbeddedFluxAdapter(FluxAdapter):
+class EmbeddedFluxAdapter(DiffusersAdapter):
     """A FLUX of laptop size with random weights, around a trained autoencoder: where training a teacher starts.
 
     Args:
@@ -185,8 +185,7 @@ class EmbeddedFluxAdapter(FluxAdapter):
         vae = AutoencoderKL.from_pretrained(self.pretrained)
         pipeline = build_flux_pipeline(vae, self.words, shift=self.shift, **self.geometry)
         self._transformer = TwoTimeFluxTransformer2DModel.from_config(pipeline.transformer.config)
-        pipeline.transformer = None
-        self.attach(pipeline)
+        self.attach(TwoTimeFluxPipeline(**{**pipeline.components, "transformer": None}))
 
     def load_teacher(self) -> nn.Module:
         """The transformer with random weights."""

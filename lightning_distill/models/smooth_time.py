@@ -87,7 +87,7 @@ def refit_embedder(
     embedder.linear_2.bias.copy_(solution[-1])
 
     def refitted(t: Tensor) -> Tensor:
-        result: Tensor = embedder(features(t))
+        result: Tensor = embedder.linear_2(embedder.act(embedder.linear_1(features(t))))
         return result
 
     error = (refitted(times).double() - target).norm() / (target - target.mean(0)).norm()

@@ -18,8 +18,8 @@ from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.metrics import PromptAccuracy
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import Condition
-from lightning_distill.models.flux import FluxAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 
@@ -70,7 +70,7 @@ def test_fit_ends_with_the_student_that_is_validated(
 ) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    module = Regression(FluxAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
+    module = Regression(DiffusersAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline(notes="As agreed."))
     directory = tmp_path / "student"
     pipeline = DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)
@@ -87,7 +87,7 @@ def test_the_card_has_the_figures_of_the_report_or_of_the_last_validation(
     reported: bool, teacher_directory: str, tmp_path: Path
 ) -> None:
     options = ValidationOptions(nfe=(1,), teacher_nfe=2, height=32, width=32)
-    module = Regression(FluxAdapter(teacher_directory), metric=PromptAccuracy(), validation=options)
+    module = Regression(DiffusersAdapter(teacher_directory), metric=PromptAccuracy(), validation=options)
     data = [{"image": torch.rand(3, 32, 32), "prompt": prompt, "index": i} for i, prompt in enumerate(["a circle"] * 2)]
     report = [FinalReport(diversity_prompts=1, diversity_seeds=2)] if reported else []
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
@@ -106,7 +106,7 @@ def test_the_card_has_the_figures_of_the_report_or_of_the_last_validation(
 
 
 def test_training_a_teacher_ends_with_a_stock_pipeline(teacher_directory: str, tmp_path: Path) -> None:
-    module = FlowMatching(FluxAdapter(teacher_directory), train_text_encoders=True, validation=OPTIONS)
+    module = FlowMatching(DiffusersAdapter(teacher_directory), train_text_encoders=True, validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline())
     pipeline = FluxPipeline.from_pretrained(tmp_path / "teacher")
     trained = module.sampling_student
@@ -120,14 +120,14 @@ def test_training_a_teacher_ends_with_a_stock_pipeline(teacher_directory: str, t
 
 
 def test_the_directory_may_be_chosen(teacher_directory: str, tmp_path: Path) -> None:
-    module = Regression(FluxAdapter(teacher_directory), validation=OPTIONS)
+    module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline(str(tmp_path / "elsewhere" / "s")))
     assert (tmp_path / "elsewhere" / "s" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("case", ["error", "fast_dev_run"])
 def test_nothing_is_written_unless_training_came_to_its_end(case: str, teacher_directory: str, tmp_path: Path) -> None:
-    module = Regression(FluxAdapter(teacher_directory), validation=OPTIONS)
+    module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
     if case == "error":
         module.break_at = 1
         with pytest.raises(RuntimeError, match="broken"):
@@ -140,7 +140,7 @@ def test_nothing_is_written_unless_training_came_to_its_end(case: str, teacher_d
 def test_what_cannot_be_exported_is_refused_before_training(teacher_directory: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="Other trains neither"):
         fit(Other(), tmp_path, ExportPipeline())
-    module = Regression(FluxAdapter(teacher_directory), validation=OPTIONS)
+    module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
     with pytest.raises(ConfigurationError, match="holds something other than an earlier export"):
         fit(module, tmp_path, ExportPipeline(teacher_directory))
     assert module.global_step == 0

@@ -17,8 +17,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.derivative_check import check_derivative
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.validation import ValidationOptions
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import FluxAdapter
 from tests.methods.gaussian_adapter import GaussianAdapter, SmallNetwork
 from tests.tiny import save_tiny_pipeline
 
@@ -87,7 +87,7 @@ class Wrong(Student):
 
 
 def test_a_flux_student_is_found_exact_and_its_attention_fused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    adapter = FluxAdapter(save_tiny_pipeline(tmp_path / "teacher"))
+    adapter = DiffusersAdapter(save_tiny_pipeline(tmp_path / "teacher"))
     settings = {"solution": "differential", "validation": ValidationOptions(nfe=(1,), average_velocity=False)}
     module = MeanFlow(adapter, student=StudentOptions(gradient_checkpointing=True), **settings)
     logger = TensorBoardLogger(tmp_path)

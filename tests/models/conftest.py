@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_distill.models.flux import FluxAdapter
+from lightning_distill.models.adapter import DiffusersAdapter
 from tests.tiny import FLUX_DEV_SHIFT, load_adapter, save_tiny_pipeline
 
 
@@ -25,12 +25,12 @@ def guided_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def adapter(teacher_directory: str) -> FluxAdapter:
+def adapter(teacher_directory: str) -> DiffusersAdapter:
     """Of the teacher without embedded guidance."""
     return load_adapter(teacher_directory)
 
 
 @pytest.fixture
-def guided_adapter(guided_directory: str) -> FluxAdapter:
+def guided_adapter(guided_directory: str) -> DiffusersAdapter:
     """Of the teacher with embedded guidance."""
     return load_adapter(guided_directory)

@@ -4,21 +4,21 @@ import pytest
 import torch
 
 from lightning_distill.flow.derivative import time_derivative
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import FluxAdapter
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 
 @pytest.mark.parametrize("guidance_embeds", [False, True])
 def test_dual_derivative_is_the_limit_of_differences(guidance_embeds: bool, tmp_path) -> None:
-    adapter = FluxAdapter(save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=guidance_embeds))
+    adapter = DiffusersAdapter(save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=guidance_embeds))
     adapter.check()
     adapter.load()
     student, report = adapter.build_student(adapter.load_teacher(), StudentOptions())
     assert isinstance(report, SmoothTimeReport)
     with torch.no_grad():
-        for parameter in student.interval_embedder.parameters():
+        for parameter in student.timestep_embedders[0].interval_embedder.parameters():
             parameter.normal_(std=0.05)  # the interval must matter
     student.double()
     condition = {name: value.double() for name, value in adapter.encode_prompt(PROMPTS).items()}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.embedded import EmbeddedFluxAdapter, build_tokenizer
-from lightning_distill.models.flux import FluxAdapter
 from tests.tiny import PROMPTS, WORDS, load_adapter, noise, tiny_vae
 
 GEOMETRY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "text_width": 16}
@@ -29,7 +29,7 @@ def test_tokenizer_ends_and_pads_prompts() -> None:
     assert len({end, pad, unknown, a, red, circle}) == 6
 
 
-def test_pooled_prompt_is_read_at_the_end_of_the_prompt(adapter: FluxAdapter) -> None:
+def test_pooled_prompt_is_read_at_the_end_of_the_prompt(adapter: DiffusersAdapter) -> None:
     encoder, tokenizer = adapter.pipeline.text_encoder, adapter.pipeline.tokenizer
     ids = tokenizer(PROMPTS, padding="max_length", max_length=8, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_pooled_prompt_is_read_at_the_end_of_the_prompt(adapter: FluxAdapter) ->
     torch.testing.assert_close(pooled, expected)
 
 
-def test_both_encoders_tell_prompts_apart(adapter: FluxAdapter) -> None:
+def test_both_encoders_tell_prompts_apart(adapter: DiffusersAdapter) -> None:
     condition = adapter.encode_prompt(["a red circle", "a green circle"])
     for embeds in condition.values():
         assert (embeds[0] - embeds[1]).abs().max() > 1e-3

@@ -9,8 +9,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from lightning_distill.flow.derivative import time_derivative
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import FluxAdapter
 from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
 from tests.tiny import PROMPTS, noise, train_a_little
 
@@ -47,11 +47,11 @@ def student(**options: Any) -> TwoTimeFluxTransformer2DModel:
 
 
 @pytest.fixture(params=["adapter", "guided_adapter"])
-def any_adapter(request: pytest.FixtureRequest) -> FluxAdapter:
+def any_adapter(request: pytest.FixtureRequest) -> DiffusersAdapter:
     return request.getfixturevalue(request.param)
 
 
-def velocities(adapter: FluxAdapter, options: StudentOptions, trained: bool = False) -> list[tuple[Tensor, Tensor]]:
+def velocities(adapter: DiffusersAdapter, options: StudentOptions, trained: bool = False) -> list[tuple[Tensor, Tensor]]:
     """Velocities of a new student and of its teacher, at several (r, t)."""
     teacher = adapter.load_teacher()
     network, _ = adapter.build_student(teacher, options)
@@ -67,32 +67,31 @@ def velocities(adapter: FluxAdapter, options: StudentOptions, trained: bool = Fa
     return results
 
 
-def test_a_new_student_is_the_teacher_for_every_interval(any_adapter: FluxAdapter) -> None:
+def test_a_new_student_is_the_teacher_for_every_interval(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original")):
         assert torch.equal(u, v)
 
 
-def test_a_trained_student_is_not(any_adapter: FluxAdapter) -> None:
+def test_a_trained_student_is_not(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original"), trained=True):
         assert not torch.allclose(u, v, rtol=1e-3)
 
 
-def test_a_cloned_interval_embedding_is_not_the_identity(any_adapter: FluxAdapter) -> None:
+def test_a_cloned_interval_embedding_is_not_the_identity(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original", interval_embedding="clone")):
         assert (u - v).norm() / v.norm() > 1e-3
 
 
-def test_with_smooth_time_a_new_student_is_the_teacher_up_to_the_fit(any_adapter: FluxAdapter) -> None:
+def test_with_smooth_time_a_new_student_is_the_teacher_up_to_the_fit(any_adapter: DiffusersAdapter) -> None:
     teacher = any_adapter.load_teacher()
     network, report = any_adapter.build_student(teacher, StudentOptions())
     assert report is not None
     assert report.derivative_after < report.derivative_before
 
-    t, pooled = torch.rand(400), torch.zeros(400, 16)
-    guidance = torch.full((400,), 4.5) if any_adapter.embeds_guidance else None
+    t = torch.rand(400)
     with torch.no_grad():
-        old = teacher.embed_conditions(t, None, guidance, pooled)
-        new = network.embed_conditions(t, torch.rand(400) * t, guidance, pooled)
+        old = teacher.timestep_embedders[0].embed_times(t, t)
+        new = network.timestep_embedders[0].embed_times(t, torch.rand(400) * t)
     assert (new - old).norm() / (old - old.mean(0)).norm() < 1.2 * report.fit_error
     for u, v in velocities(any_adapter, StudentOptions()):
         assert (u - v).norm() / v.norm() < 0.5 * report.fit_error
@@ -189,9 +188,8 @@ def test_time_embedders_stay_float32(how: str, tmp_path: Path) -> None:
         network = TwoTimeFluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
     else:
         network = network.half() if how == "half" else network.to(dtype)
-    embedders = ("timestep_embedder", "guidance_embedder", "interval_embedder")
     for name, parameter in network.named_parameters():
-        assert parameter.dtype == (torch.float32 if any(part in name for part in embedders) else dtype), name
+        assert parameter.dtype == (torch.float32 if "timestep_embedder" in name else dtype), name
     assert network.dtype == dtype
     kept = [value for name, value in network.named_parameters() if "timestep_embedder" in name]
     assert all(torch.equal(value, before) for value, before in zip(kept, weights, strict=True))
@@ -200,7 +198,7 @@ def test_time_embedders_stay_float32(how: str, tmp_path: Path) -> None:
 
 def test_a_student_trains_in_float32_whatever_its_teacher(teacher_directory: str) -> None:
     """At the start it is the teacher up to the teacher's own rounding."""
-    adapter = FluxAdapter(teacher_directory, torch_dtype="bfloat16")
+    adapter = DiffusersAdapter(teacher_directory, torch_dtype="bfloat16")
     adapter.check()
     adapter.load()
     teacher = adapter.load_teacher()
@@ -239,7 +237,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
 def test_a_new_student_learns_the_interval_from_the_first_step() -> None:
     network = student()
     network(timestep=torch.ones(2), timestep_r=torch.zeros(2), **inputs())[0].square().sum().backward()
-    assert network.interval_embedder.linear_2.weight.grad.abs().sum() > 0
+    assert network.timestep_embedders[0].interval_embedder.linear_2.weight.grad.abs().sum() > 0
 
 
 def test_settings_are_checked() -> None:

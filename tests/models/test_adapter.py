@@ -9,8 +9,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import FluxAdapter, image_ids, pack_latents, unpack_latents
+from lightning_distill.models.two_time_flux import image_ids, pack_latents, unpack_latents
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise
 
 LENGTH = 8
@@ -98,7 +99,7 @@ def test_euler_steps_of_the_teacher_are_the_stock_pipelines(
 
 
 def test_guidance_is_one_forward_where_it_is_embedded_and_two_where_not(
-    adapter: FluxAdapter, guided_adapter: FluxAdapter
+    adapter: DiffusersAdapter, guided_adapter: DiffusersAdapter
 ) -> None:
     for either, batch in ((adapter, 6), (guided_adapter, 3)):
         teacher = either.load_teacher()
@@ -110,7 +111,7 @@ def test_guidance_is_one_forward_where_it_is_embedded_and_two_where_not(
         assert seen == [batch]
 
 
-def test_guidance_applies_inside_its_interval_only(adapter: FluxAdapter) -> None:
+def test_guidance_applies_inside_its_interval_only(adapter: DiffusersAdapter) -> None:
     teacher = adapter.load_teacher()
     condition, null, t = adapter.encode_prompt(PROMPTS), adapter.encode_prompt([""] * 3), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
@@ -120,20 +121,20 @@ def test_guidance_applies_inside_its_interval_only(adapter: FluxAdapter) -> None
     assert close == [True, False, True]
 
 
-def test_embedded_guidance_must_be_given(guided_adapter: FluxAdapter) -> None:
+def test_embedded_guidance_must_be_given(guided_adapter: DiffusersAdapter) -> None:
     teacher = guided_adapter.load_teacher()
     with pytest.raises(ConfigurationError, match="embeds the guidance scale"):
         guided_adapter.velocity(teacher, noise(1), torch.ones(1), guided_adapter.encode_prompt(["a circle"]))
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_dynamic_shift_is_that_of_flux_dev(guided_adapter: FluxAdapter, size: int) -> None:
+def test_dynamic_shift_is_that_of_flux_dev(guided_adapter: DiffusersAdapter, size: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**FLUX_DEV_SHIFT)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 6, 6).tolist(), mu=calculate_shift(size * size // 4))
     torch.testing.assert_close(guided_adapter.time_grid(6, (16, size, size)), scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
-def test_fixed_shift_is_the_schedulers(adapter: FluxAdapter) -> None:
+def test_fixed_shift_is_the_schedulers(adapter: DiffusersAdapter) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 6, 6).tolist())
     torch.testing.assert_close(adapter.time_grid(6, (16, 8, 8)), scheduler.sigmas, rtol=1e-6, atol=1e-7)
@@ -149,7 +150,7 @@ def test_prompts_are_padded_to_the_tokenizers_length_or_to_the_setting(teacher_d
     assert load_adapter(teacher_directory, max_sequence_length=6).encode_prompt([""])["prompt_embeds"].shape == (1, 6, 16)
 
 
-def test_latents_are_shifted_scaled_means(adapter: FluxAdapter) -> None:
+def test_latents_are_shifted_scaled_means(adapter: DiffusersAdapter) -> None:
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     latents = adapter.encode_images(images)
     vae = adapter.pipeline.vae
@@ -159,13 +160,13 @@ def test_latents_are_shifted_scaled_means(adapter: FluxAdapter) -> None:
     assert latents.shape == (2, *adapter.latent_shape(32, 32))
 
 
-def test_sizes_that_do_not_fit_are_refused(adapter: FluxAdapter) -> None:
+def test_sizes_that_do_not_fit_are_refused(adapter: DiffusersAdapter) -> None:
     assert adapter.latent_shape(32, 64) == (16, 8, 16)
     with pytest.raises(ConfigurationError, match="multiples of 8 pixels"):
         adapter.latent_shape(36, 32)
 
 
-def test_frozen_parts_are_frozen_and_a_student_is_not(adapter: FluxAdapter) -> None:
+def test_frozen_parts_are_frozen_and_a_student_is_not(adapter: DiffusersAdapter) -> None:
     teacher = adapter.load_teacher()
     student, _ = adapter.build_student(teacher, StudentOptions())
     assert not any(parameter.requires_grad for parameter in (*adapter.parameters(), *teacher.parameters()))
@@ -190,39 +191,39 @@ def test_frozen_parts_are_frozen_and_a_student_is_not(adapter: FluxAdapter) -> N
 )
 def test_a_missing_directory_is_one_sentence(pretrained: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
-        FluxAdapter(pretrained).check()
+        DiffusersAdapter(pretrained).check()
     assert "\n" not in str(caught.value)
     assert repr(pretrained) in str(caught.value)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"has no model_index\.json"):
-        FluxAdapter(str(tmp_path)).check()
+        DiffusersAdapter(str(tmp_path)).check()
 
 
 def test_an_unknown_hub_id_is_refused_within_seconds_without_network() -> None:
     start = time.perf_counter()
     with pytest.raises(ConfigurationError, match="cannot be fetched from the hub") as caught:
-        FluxAdapter("black-forest-labs/FLUX.0-none").check()
+        DiffusersAdapter("black-forest-labs/FLUX.0-none").check()
     assert time.perf_counter() - start < 5
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_precision_is_refused(teacher_directory: str) -> None:
     with pytest.raises(ConfigurationError, match=r"adapter\.torch_dtype is 'float8'; choose one of float32, bfloat16"):
-        FluxAdapter(teacher_directory, torch_dtype="float8").check()
+        DiffusersAdapter(teacher_directory, torch_dtype="float8").check()
 
 
 def test_nothing_works_before_load(teacher_directory: str) -> None:
     with pytest.raises(RuntimeError, match="call load"):
-        FluxAdapter(teacher_directory).encode_prompt(["a circle"])
+        DiffusersAdapter(teacher_directory).encode_prompt(["a circle"])
 
 
 # The attention backend
 
 
 def test_the_attention_backend_is_both_networks(teacher_directory: str) -> None:
-    adapter = FluxAdapter(teacher_directory, attention_backend="_native_math")
+    adapter = DiffusersAdapter(teacher_directory, attention_backend="_native_math")
     adapter.check()
     adapter.load()
     teacher = adapter.load_teacher()
@@ -233,7 +234,7 @@ def test_the_attention_backend_is_both_networks(teacher_directory: str) -> None:
         assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
     x, t = torch.randn(1, *adapter.latent_shape(32, 32)), torch.tensor([0.5])
     condition = adapter.encode_prompt(["a circle"])
-    default = FluxAdapter(teacher_directory)
+    default = DiffusersAdapter(teacher_directory)
     default.check()
     default.load()
     torch.testing.assert_close(
@@ -243,7 +244,7 @@ def test_the_attention_backend_is_both_networks(teacher_directory: str) -> None:
 
 def test_the_attention_backend_is_not_that_of_other_models(teacher_directory: str) -> None:
     before = _AttentionBackendRegistry.get_active_backend()
-    adapter = FluxAdapter(teacher_directory, attention_backend="_native_math")
+    adapter = DiffusersAdapter(teacher_directory, attention_backend="_native_math")
     adapter.load()
     adapter.build_student(adapter.load_teacher(), StudentOptions())
     assert _AttentionBackendRegistry.get_active_backend() == before
@@ -251,4 +252,4 @@ def test_the_attention_backend_is_not_that_of_other_models(teacher_directory: st
 
 def test_an_unknown_attention_backend_is_refused(teacher_directory: str) -> None:
     with pytest.raises(ConfigurationError, match=r"adapter\.attention_backend"):
-        FluxAdapter(teacher_directory, attention_backend="fast").check()
+        DiffusersAdapter(teacher_directory, attention_backend="fast").check()

@@ -3,14 +3,14 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.average_velocity_scheduler import AverageVelocityScheduler
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.flux import FluxAdapter, pack_latents
-from lightning_distill.models.two_time_flux_pipeline import TwoTimeFluxPipeline
+from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, noise, train_a_little
 
 
-def assemble(adapter: FluxAdapter, **scheduler: object) -> TwoTimeFluxPipeline:
+def assemble(adapter: DiffusersAdapter, **scheduler: object) -> TwoTimeFluxPipeline:
     student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions())
     parts = {"transformer": train_a_little(student).eval(), "scheduler": AverageVelocityScheduler(**scheduler)}
     pipeline = TwoTimeFluxPipeline(**{**adapter.pipeline.components, **parts})
@@ -19,7 +19,7 @@ def assemble(adapter: FluxAdapter, **scheduler: object) -> TwoTimeFluxPipeline:
 
 
 @pytest.fixture
-def pipeline(adapter: FluxAdapter) -> TwoTimeFluxPipeline:
+def pipeline(adapter: DiffusersAdapter) -> TwoTimeFluxPipeline:
     return assemble(adapter, shift=2.0)
 
 
@@ -28,13 +28,13 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 4, 5])
-def test_it_draws_what_training_draws_bit_for_bit(adapter: FluxAdapter, pipeline: TwoTimeFluxPipeline, nfe: int) -> None:
+def test_it_draws_what_training_draws_bit_for_bit(adapter: DiffusersAdapter, pipeline: TwoTimeFluxPipeline, nfe: int) -> None:
     images = pipeline(PROMPTS, num_inference_steps=nfe, generator=generators(3), output_type="pt").images
     assert torch.equal(images, draw(adapter, pipeline.transformer, PROMPTS, nfe))
     assert images.std() > 1e-3
 
 
-def test_with_embedded_guidance_and_shift_by_resolution(guided_adapter: FluxAdapter) -> None:
+def test_with_embedded_guidance_and_shift_by_resolution(guided_adapter: DiffusersAdapter) -> None:
     pipeline = assemble(guided_adapter, **FLUX_DEV_SHIFT)
     images = pipeline(PROMPTS, guidance_scale=4.5, generator=generators(3), output_type="pt").images
     assert torch.equal(images, draw(guided_adapter, pipeline.transformer, PROMPTS, 4, 4.5))
@@ -49,8 +49,7 @@ def test_a_step_is_one_forward(pipeline: TwoTimeFluxPipeline) -> None:
 
 
 def test_noise_comes_from_a_generator_or_as_latents(pipeline: TwoTimeFluxPipeline) -> None:
-    packed = pack_latents(noise(3))
-    given = pipeline(PROMPTS, latents=packed, output_type="latent").images
+    given = pipeline(PROMPTS, latents=noise(3), output_type="latent").images
     assert torch.equal(given, pipeline(PROMPTS, generator=generators(3), output_type="latent").images)
     one = [pipeline(PROMPTS, generator=torch.Generator().manual_seed(5), output_type="latent").images for _ in range(2)]
     assert torch.equal(*one)
@@ -90,7 +89,7 @@ def test_errors(pipeline: TwoTimeFluxPipeline) -> None:
         pipeline("a circle", height=36)
     with pytest.raises(ValueError, match="give at least 1"):
         pipeline("a circle", num_inference_steps=0)
-    with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
+    with pytest.raises(ValueError, match="either a prompt or embeddings"):
         pipeline()
 
 

@@ -1,0 +1,282 @@
+"""Every family of diffusers pipelines that students are known for, from a directory or a hub id."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.few_step import FewStepPipeline
+from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
+from lightning_distill.models.registry import SHIPPED, resolve_pretrained
+from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedder
+from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
+from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES: dict[str, type[FewStepPipeline]] = {family.stock_class.__name__: family for family in (TwoTimeFluxPipeline,)}
+"""By the name of the stock pipeline."""
+
+
+class DiffusersAdapter(ModelAdapter):
+    """A pipeline of diffusers; its family is read from its directory.
+
+    Args:
+        pretrained: A shipped name ("shapes-teacher"), a pipeline directory, or a hub id ("black-forest-labs/FLUX.1-dev").
+        revision: Revision of a hub id.
+        torch_dtype: Precision of the frozen parts: "float32", "bfloat16" or "float16". Time embeddings, and the weights
+            that train, are float32 in any case.
+        max_sequence_length: Tokens that prompts are padded to, or None for what the checkpoint's tokenizer was made for.
+        attention_backend: Name of a diffusers attention backend for teacher and student ("native", "_native_math", "flash"),
+            or None for diffusers' choice, which an exported pipeline uses in any case.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        torch_dtype: str = "float32",
+        max_sequence_length: int | None = None,
+        attention_backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_backend = attention_backend
+        self.pretrained = pretrained
+        self.revision = revision
+        self.torch_dtype = torch_dtype
+        self.max_sequence_length = max_sequence_length
+        self._pipeline: FewStepPipeline | None = None
+        self._family: type[FewStepPipeline] | None = None
+        self.embeds_guidance = False
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` where the settings cannot work."""
+        if self.torch_dtype not in DTYPES:
+            raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
+        self._check_attention_backend()
+        name = self.pretrained
+        directory = Path(resolve_pretrained(name))
+        if directory.is_dir():
+            if not (directory / "model_index.json").is_file():
+                raise ConfigurationError(
+                    f"adapter.pretrained is {name!r}, which has no model_index.json; give a diffusers pipeline directory"
+                )
+        elif name in SHIPPED or name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ConfigurationError(
+                f"adapter.pretrained is {name!r}, which is neither a pipeline directory nor a hub id like "
+                "'black-forest-labs/FLUX.1-dev'; correct the path, or use 'shapes-teacher', which ships with the package"
+            )
+        elif not isinstance(try_to_load_from_cache(name, "model_index.json", revision=self.revision), str):
+            self._reach_hub(name)
+        index = self._read(DiffusionPipeline, "model_index.json")
+        kind = index.get("_class_name")
+        if kind not in FAMILIES:
+            raise ConfigurationError(
+                f"adapter.pretrained is {name!r}, a {kind[-1] if isinstance(kind, list) else kind}; give a pipeline of "
+                f"{', '.join(FAMILIES)}"
+            )
+        self._family = FAMILIES[kind]
+        config = self._read(self._family.network_class, "transformer/config.json", subfolder="transformer")
+        self.embeds_guidance = bool(config.get("guidance_embeds", False))
+
+    def _read(self, kind: type[ConfigMixin], file: str, **where: str) -> dict[str, Any]:
+        try:
+            config: dict[str, Any] = kind.load_config(resolve_pretrained(self.pretrained), revision=self.revision, **where)
+        except OSError as error:
+            raise ConfigurationError(
+                f"adapter.pretrained is {self.pretrained!r}, whose {file} cannot be read; download the whole pipeline, "
+                "and log in if it is gated"
+            ) from error
+        return config
+
+    def _check_attention_backend(self) -> None:
+        known = [backend.value for backend in AttentionBackendName]
+        if self.attention_backend is not None and self.attention_backend not in known:
+            raise ConfigurationError(
+                f"adapter.attention_backend is {self.attention_backend!r}; choose one of {', '.join(known)}, or null"
+            )
+
+    def _use_attention_backend(self, network: TwoTimeModel) -> None:
+        if self.attention_backend is None:
+            return
+        # diffusers would make it the default of all models in the process; the context takes that back.
+        with attention_backend(self.attention_backend):
+            network.set_attention_backend(self.attention_backend)
+
+    def _reach_hub(self, name: str) -> None:
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().model_info(name, revision=self.revision, timeout=5)
+        except Exception as error:  # whatever the hub's client of the day raises, the remedy is the same
+            raise ConfigurationError(
+                f"adapter.pretrained is {name!r}, which is not in the local cache and cannot be fetched from the hub "
+                f"({type(error).__name__}); download it first, log in if it is gated, or give a pipeline directory"
+            ) from error
+
+    def load(self) -> None:
+        """Load the text encoders and the autoencoder, frozen and in evaluation mode."""
+        self.attach(
+            self.family.from_pretrained(
+                resolve_pretrained(self.pretrained),
+                transformer=None,
+                revision=self.revision,
+                torch_dtype=DTYPES[self.torch_dtype],
+                use_safetensors=True,
+            )
+        )
+
+    def attach(self, pipeline: FewStepPipeline) -> None:
+        """Take over a pipeline's tokenizers, scheduler, text encoders and autoencoder, frozen."""
+        self._pipeline, self._family = pipeline, type(pipeline)
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                setattr(self, name, component.requires_grad_(False).eval())
+
+    @property
+    def family(self) -> type[FewStepPipeline]:
+        """How the family draws."""
+        if self._family is None:
+            self.check()
+        assert self._family is not None
+        return self._family
+
+    @property
+    def pipeline(self) -> FewStepPipeline:
+        """The loaded pipeline, without its transformer."""
+        if self._pipeline is None:
+            raise RuntimeError("the adapter is not loaded yet; call load() first")
+        return self._pipeline
+
+    def load_teacher(self) -> nn.Module:
+        """Load the transformer, frozen and in evaluation mode."""
+        teacher = self.family.network_class.from_pretrained(
+            resolve_pretrained(self.pretrained),
+            subfolder="transformer",
+            revision=self.revision,
+            torch_dtype=DTYPES[self.torch_dtype],
+            use_safetensors=True,
+        )
+        return self.adopt(teacher)
+
+    def adopt(self, network: nn.Module) -> nn.Module:
+        """Note whether a transformer embeds the guidance scale, and freeze it."""
+        network = two_time(network)
+        self.embeds_guidance = bool(network.config.get("guidance_embeds", False))
+        self._use_attention_backend(network)
+        return network.requires_grad_(False).eval()
+
+    def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
+        """A trainable copy of the teacher with an interval input and, by default, smooth time."""
+        teacher, smooth = two_time(teacher), options.time_embedding == "smooth"
+        config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
+        config |= {
+            "interval_embedding": options.interval_embedding,
+            "time_frequency_bound": options.frequency_bound if smooth else None,
+            "interval_frequency_bound": options.frequency_bound,
+        }
+        # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
+        student = type(teacher).from_config(config).to(teacher.device)
+        missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+        if unexpected or not all(".interval_embedder." in name for name in missing):
+            raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
+        report = self._refit(teacher, student, options) if smooth else None
+        student.reset_interval_embedding()
+        self._use_attention_backend(student)
+        if options.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        return student.requires_grad_(True).train(), report
+
+    @staticmethod
+    def _refit(teacher: TwoTimeModel, student: TwoTimeModel, options: StudentOptions) -> SmoothTimeReport:
+        reports = []
+        for old, new in zip(teacher.timestep_embedders, student.timestep_embedders, strict=True):
+
+            def original(t: Tensor, old: TwoTimeEmbedding = old) -> Tensor:
+                return old.embed_times(t, t)
+
+            reports.append(refit_embedder(original, new.time_proj, new, options.derivative_penalty))
+        return max(reports, key=lambda report: report.fit_error)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens that prompts are padded to."""
+        return self.max_sequence_length or self.pipeline.sequence_length
+
+    def encode_prompt(self, prompts: list[str]) -> Condition:
+        """Conditions of B prompts."""
+        return self.pipeline.encode_condition(prompts, self.sequence_length)
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Those of the pipeline, `text_encoder`, `text_encoder_2` and so on."""
+        return {name: module for name, module in self.named_children() if name.startswith("text_encoder")}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        return self.pipeline.encode_latents(images)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
+        return self.pipeline.decode_latents(latents)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of an image of H x W pixels.
+
+        Raises:
+            ConfigurationError: If the size does not fit.
+        """
+        try:
+            return self.pipeline.latent_shape(height, width)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        """The scheduler's shift, which may grow with the resolution."""
+        return self.pipeline.time_shift(latent_shape)
+
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None
+    ) -> Tensor:
+        """Velocity (B, C, h, w) by one forward."""
+        return self.pipeline.average_velocity(two_time(network), x_t, None, t, condition, self._guidance(guidance_scale, t))
+
+    def average_velocity(
+        self,
+        student: nn.Module,
+        x_t: Tensor,
+        r: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+        return self.pipeline.average_velocity(two_time(student), x_t, r, t, condition, self._guidance(guidance_scale, t))
+
+    def _guidance(self, scale: Tensor | float | None, t: Tensor) -> Tensor | None:
+        if not self.embeds_guidance:
+            return None
+        if scale is None:
+            raise ConfigurationError("this checkpoint embeds the guidance scale; set guidance.scale, 3.5 is usual")
+        return torch.as_tensor(scale, device=t.device, dtype=torch.float32).expand(len(t))
+
+    def save_student(self, student: nn.Module, directory: Path) -> None:
+        """Write the family's few-step pipeline, which loads with `trust_remote_code=True`."""
+        save_few_step_pipeline(self.pipeline, two_time(student), self.sequence_length, directory)
+
+    def save_teacher(self, network: nn.Module, directory: Path) -> None:
+        """Write the family's stock pipeline."""
+        save_stock_pipeline(self.pipeline, two_time(network), directory)
+
+
+def two_time(network: nn.Module) -> TwoTimeModel:
+    """The network itself, which must be one that an adapter made."""
+    if not isinstance(network, TwoTimeModel):
+        raise TypeError(f"DiffusersAdapter works with its own transformers, not with {type(network).__name__}")
+    return network
