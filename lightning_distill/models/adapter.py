@@ -17,9 +17,12 @@ from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedder
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
+from lightning_distill.models.two_time_sd3 import TwoTimeStableDiffusion3Pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES: dict[str, type[FewStepPipeline]] = {family.stock_class.__name__: family for family in (TwoTimeFluxPipeline,)}
+FAMILIES: dict[str, type[FewStepPipeline]] = {
+    family.stock_class.__name__: family for family in (TwoTimeFluxPipeline, TwoTimeStableDiffusion3Pipeline)
+}
 """By the name of the stock pipeline."""
 
 

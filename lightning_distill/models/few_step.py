@@ -42,6 +42,8 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     """The two-time transformer."""
     prompt_tokenizer: ClassVar[str] = "tokenizer"
     """Component whose `model_max_length` tells how many tokens a prompt is padded to."""
+    default_sequence_length: ClassVar[int] = 512
+    """Most of those tokens, unless told otherwise: the stock pipeline's own default."""
 
     @abstractmethod
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     def sequence_length(self) -> int:
         """Tokens that prompts are padded to, unless told otherwise."""
         length: int = getattr(self, self.prompt_tokenizer).model_max_length
-        return min(512, length)
+        return min(self.default_sequence_length, length)
 
     def register_modules(self, **modules: Any) -> None:
         """Register the components, such that they compute what they compute in training, to the last bit."""

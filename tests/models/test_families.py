@@ -1,0 +1,213 @@
+"""What every teacher family must do, on a tiny pipeline of its own classes."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from lightning import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_distill.export import ModelCard, export_student, export_teacher
+from lightning_distill.flow.derivative import time_derivative
+from lightning_distill.methods import MeanFlow
+from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.validation import ValidationOptions
+from lightning_distill.models import DiffusersAdapter
+from lightning_distill.models.adapter import FAMILIES as KNOWN
+from lightning_distill.models.base import Condition, StudentOptions
+from lightning_distill.models.two_time import TwoTimeModel
+from tests.models.families import FAMILIES, LENGTH, save_family
+from tests.tiny import PROMPTS, draw, load_adapter, train_a_little
+
+SIZE = 32
+SCALE = 3.5
+DRAW = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+generators = [torch.Generator().manual_seed(i) for i in range(3)]
+torch.save(pipeline(sys.argv[3:], guidance_scale=3.5, generator=generators, output_type="pt").images, sys.argv[2])
+assert not any(name.startswith("lightning") for name in sys.modules), "the export needs its maker"
+"""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_family(request.param, tmp_path_factory.mktemp("family") / request.param)
+
+
+@pytest.fixture
+def adapter(directory: str) -> DiffusersAdapter:
+    return load_adapter(directory)
+
+
+def build(adapter: DiffusersAdapter, **options: Any) -> tuple[TwoTimeModel, TwoTimeModel]:
+    teacher = adapter.load_teacher()
+    return teacher, adapter.build_student(teacher, StudentOptions(**options))[0]
+
+
+def states(adapter: DiffusersAdapter, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Condition]:
+    """Latents, as many times and conditions."""
+    x = torch.randn(len(PROMPTS), *adapter.latent_shape(SIZE, SIZE), dtype=dtype)
+    condition = adapter.encode_prompt(PROMPTS)
+    t = torch.tensor([0.9, 0.6, 0.3], dtype=dtype)
+    return x, t, {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+
+
+def test_every_family_is_among_them() -> None:
+    assert {type(build()).__name__ for build in FAMILIES.values()} == set(KNOWN)
+
+
+def test_its_settings_are_the_stock_networks_and_two_times(adapter: DiffusersAdapter) -> None:
+    stock = DiffusionPipeline.from_pretrained(adapter.pretrained).transformer
+    network = adapter.load_teacher()
+    assert {name: network.config[name] for name in stock.config if not name.startswith("_")} == {
+        name: value for name, value in stock.config.items() if not name.startswith("_")
+    }
+    assert network.state_dict().keys() == stock.state_dict().keys()
+    assert network.timestep_embedders
+
+
+def test_it_draws_what_the_stock_pipeline_draws(adapter: DiffusersAdapter) -> None:
+    """Without guidance, or with embedded guidance; two branches are the adapters' own, tested with FLUX."""
+    stock = DiffusionPipeline.from_pretrained(adapter.pretrained)
+    stock.set_progress_bar_config(disable=True)
+    known = inspect.signature(type(stock).__call__).parameters
+    options = {"guidance_scale": SCALE if adapter.embeds_guidance else 1.0, "max_sequence_length": LENGTH}
+    options["sigmas"] = [1.0, 0.75, 0.5, 0.25]  # some schedulers would end their grid almost at 0
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    expected = stock(
+        PROMPTS,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=4,
+        generator=generators,
+        output_type="pt",
+        **{name: value for name, value in options.items() if name in known},
+    ).images
+    drawn = draw(adapter, adapter.load_teacher(), PROMPTS, 4, SCALE)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
+    assert drawn.std() > 1e-3
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+def test_a_new_student_is_the_teacher_for_every_interval(adapter: DiffusersAdapter) -> None:
+    x, t, condition = states(adapter)
+    teacher, student = build(adapter, time_embedding="original")
+    with torch.no_grad():
+        v = adapter.velocity(teacher, x, t, condition, SCALE)
+        for r in (torch.zeros(3), 0.4 * t, t):
+            assert torch.equal(adapter.average_velocity(student, x, r, t, condition, SCALE), v)
+        train_a_little(student)
+        assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), v, rtol=1e-3)
+
+
+def test_smooth_time_leaves_the_teacher_as_it_is_up_to_the_fit(adapter: DiffusersAdapter) -> None:
+    x, t, condition = states(adapter)
+    teacher = adapter.load_teacher()
+    student, report = adapter.build_student(teacher, StudentOptions())
+    assert report is not None
+    assert report.derivative_after < report.derivative_before
+    with torch.no_grad():
+        v = adapter.velocity(teacher, x, t, condition, SCALE)
+        u = adapter.average_velocity(student, x, 0.4 * t, t, condition, SCALE)
+    assert 0 < (u - v).norm() / v.norm() < report.fit_error
+
+
+def test_its_derivative_is_the_limit_of_differences(adapter: DiffusersAdapter) -> None:
+    _, student = build(adapter)
+    train_a_little(student).double()
+    x, t, condition = states(adapter, torch.float64)
+    v, r, step = torch.randn_like(x), 0.4 * t, 1e-4
+
+    def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return adapter.average_velocity(student, x, r, t, condition, SCALE)
+
+    u, dudt = time_derivative(average_velocity, x, r, t, v)
+    with torch.no_grad():
+        difference = (average_velocity(x + step * v, r, t + step) - average_velocity(x - step * v, r, t - step)) / (2 * step)
+        still = (average_velocity(x, r, t + step) - average_velocity(x, r, t - step)) / (2 * step)
+        assert torch.allclose(u, average_velocity(x, r, t))
+    assert (dudt - difference).norm() / difference.norm() < 1e-4
+    assert still.norm() / difference.norm() > 1e-3  # time itself counts
+
+
+def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:
+    adapter = load_adapter(directory, torch_dtype="bfloat16")
+    exact = load_adapter(directory)
+    x, t, condition = states(exact)
+    teacher = adapter.load_teacher()
+    with torch.no_grad():
+        v = adapter.velocity(teacher, x, t, condition, SCALE)
+        expected = exact.velocity(exact.load_teacher(), x, t, condition, SCALE)
+    assert v.dtype == torch.float32
+    assert (v - expected).norm() / expected.norm() < 0.05
+    assert teacher.dtype == torch.bfloat16
+    for embedder in teacher.timestep_embedders:
+        assert embedder.linear_1.weight.dtype == torch.float32
+
+
+def test_a_run_trains_resumes_and_draws_the_same_elsewhere(directory: str, tmp_path: Path) -> None:
+    def method() -> MeanFlow:
+        options = ValidationOptions(nfe=(4,), height=SIZE, width=SIZE, average_velocity=False)
+        guidance = Guidance("embedded" if adapter.embeds_guidance else "two_branch", SCALE)
+        return MeanFlow(
+            DiffusersAdapter(directory),
+            guidance=guidance,
+            solution="differential",
+            student=StudentOptions(gradient_checkpointing=True, max_drift=1.0),
+            validation=options,
+        )
+
+    def fit(module: MeanFlow, steps: int, **options: Any) -> MeanFlow:
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        data = [{"image": torch.rand(3, SIZE, SIZE) * 2 - 1, "prompt": prompt, "index": i} for i, prompt in enumerate(PROMPTS)]
+        trainer.fit(module, DataLoader(data, batch_size=3), **options)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module
+
+    adapter = load_adapter(directory)
+    first = fit(method(), 1)
+    before = {name: value.clone() for name, value in first.student.state_dict().items()}
+    second = fit(method(), 2, ckpt_path=tmp_path / "last.ckpt")
+    moved = [name for name, value in second.student.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved
+
+    student = second.student.eval()
+    export_student(adapter, student, tmp_path / "student", ModelCard("MeanFlow", "tiny", (4,), SIZE, SIZE, SCALE))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DRAW, str(tmp_path / "student"), str(tmp_path / "drawn.pt"), *PROMPTS]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    assert torch.equal(torch.load(tmp_path / "drawn.pt"), draw(adapter, student, PROMPTS, 4, SCALE))
+
+
+def test_a_teacher_is_written_in_stock_form(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    network = train_a_little(adapter.load_teacher())
+    out = export_teacher(adapter, network, tmp_path / "teacher", ModelCard("FlowMatching", "tiny", (32,), SIZE, SIZE))
+    again = load_adapter(str(out))
+    x, t, condition = states(adapter)
+    with torch.no_grad():
+        before = adapter.velocity(network, x, t, condition, SCALE)
+        assert torch.equal(again.velocity(again.load_teacher(), x, t, condition, SCALE), before)
+
+
+def test_latents_come_back_from_pictures(adapter: DiffusersAdapter) -> None:
+    images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    latents = adapter.encode_images(images)
+    assert latents.shape == (2, *adapter.latent_shape(SIZE, SIZE))
+    assert latents.dtype == torch.float32
+    assert adapter.decode_latents(latents).shape == images.shape
