@@ -64,9 +64,9 @@ def load_adapter(directory: str, **options: Any) -> DiffusersAdapter:
     return adapter
 
 
-def noise(count: int, first_seed: int = 0) -> Tensor:
-    """Latents (count, 16, 8, 8) of noise, one seed a sample."""
-    return torch.stack([torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(first_seed + i)) for i in range(count)])
+def noise(count: int, first_seed: int = 0, shape: tuple[int, ...] = (16, 8, 8)) -> Tensor:
+    """Latents (count, C, h, w) of noise, one seed a sample."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first_seed + i)) for i in range(count)])
 
 
 @torch.no_grad()
@@ -74,8 +74,9 @@ def draw(
     adapter: DiffusersAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
 ) -> Tensor:
     """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`."""
-    condition, x = adapter.encode_prompt(prompts), noise(len(prompts))
-    grid = adapter.time_grid(nfe, (16, 8, 8))
+    shape = adapter.latent_shape(32, 32)
+    condition, x = adapter.encode_prompt(prompts), noise(len(prompts), shape=shape)
+    grid = adapter.time_grid(nfe, shape)
     for t, r in itertools.pairwise(grid):
         start, end = t.expand(len(x)), r.expand(len(x))
         x = jump(x, adapter.average_velocity(student, x, end, start, condition, guidance_scale), end, start)

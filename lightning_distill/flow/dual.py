@@ -32,7 +32,7 @@ _TORCHS_OWN = ("__get__", "_make_dual", "_unpack_dual", "register_hook", "retain
 
 def unpack(x: Tensor) -> Dual:
     """The parts of a tensor within a dual level."""
-    return Dual(*_unpack_dual(x)) if x.is_floating_point() else Dual(x, None)
+    return Dual(*_unpack_dual(x)) if x.is_floating_point() or x.is_complex() else Dual(x, None)
 
 
 def pack(value: Tensor, tangent: Tensor | None) -> Tensor:

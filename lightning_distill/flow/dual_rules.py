@@ -247,7 +247,7 @@ LINEAR = _found(
     "add sub subtract neg rsub __rsub__ sum mean cumsum cat concat stack chunk split split_with_sizes tensor_split unbind",
     "reshape view view_as flatten unflatten transpose permute movedim swapaxes t squeeze unsqueeze expand expand_as",
     "repeat repeat_interleave tile roll flip pad tril triu narrow select index_select gather take_along_dim where",
-    "masked_fill contiguous clone detach to type_as float double half bfloat16 __getitem__",
+    "masked_fill view_as_complex view_as_real contiguous clone detach to type_as float double half bfloat16 __getitem__",
     "size dim numel stride is_floating_point is_contiguous zeros_like ones_like empty_like new_zeros",
 )
 """Operations without a product of two inputs: torch's own derivative of them has no graph and costs no more than they do."""

@@ -17,11 +17,20 @@ from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedder
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
+from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
+from lightning_distill.models.two_time_qwen_image import TwoTimeQwenImagePipeline
 from lightning_distill.models.two_time_sd3 import TwoTimeStableDiffusion3Pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES: dict[str, type[FewStepPipeline]] = {
-    family.stock_class.__name__: family for family in (TwoTimeFluxPipeline, TwoTimeStableDiffusion3Pipeline)
+    family.stock_class.__name__: family
+    for family in (
+        TwoTimeFlux2KleinPipeline,
+        TwoTimeFlux2Pipeline,
+        TwoTimeFluxPipeline,
+        TwoTimeQwenImagePipeline,
+        TwoTimeStableDiffusion3Pipeline,
+    )
 }
 """By the name of the stock pipeline."""
 
@@ -186,7 +195,7 @@ class DiffusersAdapter(ModelAdapter):
         # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
         student = type(teacher).from_config(config).to(teacher.device)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-        if unexpected or not all(".interval_embedder." in name for name in missing):
+        if unexpected or not all("timestep_embedder." in name for name in missing):
             raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
         report = self._refit(teacher, student, options) if smooth else None
         student.reset_interval_embedding()

@@ -108,13 +108,17 @@ class TwoTimeEmbedding(Float32TimestepEmbedding):
         interval_frequency_bound: float,
     ) -> None:
         channels, width, out = like.linear_1.in_features, like.linear_1.out_features, like.linear_2.out_features
-        super().__init__(channels, width, out_dim=out)
+        # A refit needs biases, which some models have not.
+        bias = like.linear_1.bias is not None or time_frequency_bound is not None
+        super().__init__(channels, width, out_dim=out, sample_proj_bias=bias)
         self.time_proj = features if time_frequency_bound is None else SmoothTimeProjection(time_frequency_bound, channels)
         self.interval_embedder: Float32TimestepEmbedding | None = None
         self.interval_proj: nn.Module | None = None
         if interval_embedding != "none":
-            self.interval_embedder = Float32TimestepEmbedding(channels, width, out_dim=out)
             cloned = interval_embedding == "clone"
+            self.interval_embedder = Float32TimestepEmbedding(
+                channels, width, out_dim=out, sample_proj_bias=bias if cloned else True
+            )
             self.interval_proj = self.time_proj if cloned else SmoothTimeProjection(interval_frequency_bound, channels)
         self.times: tuple[Tensor, Tensor] | None = None
 

@@ -4,11 +4,9 @@ This file imports torch, diffusers and siblings that travel with it: it is part 
 this package.
 """
 
-import math
 from typing import ClassVar
 
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
 from .few_step import FewStepPipeline
@@ -56,29 +54,3 @@ class TwoTimeStableDiffusion3Pipeline(FewStepPipeline, StableDiffusion3Pipeline)
             return_dict=False,
         )
         return velocity.to(x_t.dtype)
-
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, shifted and scaled."""
-        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
-        return ((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor).float()
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of an image of H x W pixels, both multiples of the VAE's factor times the patch."""
-        factor, multiple = self.vae_scale_factor, self.vae_scale_factor * self.patch_size
-        if height % multiple or width % multiple:
-            raise ValueError(f"images of {height} x {width} do not fit; use multiples of {multiple} pixels")
-        return self.vae.config.latent_channels, height // factor, width // factor
-
-    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """The scheduler's shift, which for 3.5 medium grows with the resolution."""
-        config = self.scheduler.config
-        if not config.use_dynamic_shifting:
-            return float(config.shift)
-        tokens = (latent_shape[-2] // self.patch_size) * (latent_shape[-1] // self.patch_size)
-        mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-        return math.exp(mu)

@@ -65,6 +65,15 @@ class Rope(nn.Module):
         return self.attention(h * cos + rotated * sin)
 
 
+class ComplexRope(Rope):
+    """The same rotation as a product of complex numbers, as Qwen-Image does it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        rotation = torch.polar(torch.ones_like(self.angles), self.angles).to(h.dtype.to_complex())
+        rotated = torch.view_as_complex(h.reshape(*h.shape[:-1], -1, 2)) * rotation
+        return self.attention(torch.view_as_real(rotated).flatten(-2))
+
+
 class Gated(nn.Module):
     """Shift, scale and gate of a normalised state, by the state's own mean."""
 
@@ -134,6 +143,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "attention_cross": lambda: Attention("cross"),
     "attention_causal_cross": lambda: Attention("causal_cross"),
     "rope": Rope,
+    "complex_rope": ComplexRope,
     "experts": MixtureOfExperts,
     "lora": Lora,
     "in_place": InPlace,

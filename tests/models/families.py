@@ -5,8 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 from lightning_distill.models.embedded import EOS, build_tokenizer
 from tests.tiny import WORDS, tiny_pipeline, tiny_vae
@@ -87,9 +111,95 @@ def stable_diffusion_3() -> DiffusionPipeline:
     )
 
 
+def qwen_vl(tokenizer: PreTrainedTokenizerFast, width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 10000.0}
+    text = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "rope_parameters": rope, **heads}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    vocabulary = tokenizer.convert_tokens_to_ids(EOS) + 1
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config={**text, "vocab_size": vocabulary}, vision_config=vision)
+    )
+
+
+def qwen_image() -> DiffusionPipeline:
+    tokenizer = build_tokenizer(WORDS, LENGTH)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True])
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9),
+        vae=vae,
+        text_encoder=qwen_vl(tokenizer),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def flux2_parts(guidance_embeds: bool, width: int) -> dict[str, Any]:
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * width,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    return {"vae": vae, "transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler(shift=2.0)}
+
+
+def flux2() -> DiffusionPipeline:
+    tokenizer, width = build_tokenizer(WORDS, LENGTH), 8
+    tokenizer.chat_template = "{{ messages[-1].content[0].text }}"
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": width}
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {"model_type": "mistral", "hidden_size": width, "num_hidden_layers": 30, **heads}
+    text["vocab_size"] = tokenizer.convert_tokens_to_ids(EOS) + 1
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    return Flux2Pipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(True, width))
+
+
+def flux2_klein() -> DiffusionPipeline:
+    tokenizer, width = build_tokenizer(WORDS, LENGTH), 8
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": width}
+    vocabulary = tokenizer.convert_tokens_to_ids(EOS) + 1
+    encoder = Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=28, **heads))
+    return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(False, width))
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux_guided": flux_guided,
+    "flux2": flux2,
+    "flux2_klein": flux2_klein,
+    "qwen_image": qwen_image,
     "stable_diffusion_3": stable_diffusion_3,
 }
 

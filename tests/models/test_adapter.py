@@ -11,7 +11,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.two_time_flux import image_ids, pack_latents, unpack_latents
+from lightning_distill.models.few_step import pack_latents, unpack_latents
+from lightning_distill.models.two_time_flux import image_ids
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise
 
 LENGTH = 8

@@ -33,7 +33,8 @@ import sys, torch
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 generators = [torch.Generator().manual_seed(i) for i in range(3)]
-torch.save(pipeline(sys.argv[3:], guidance_scale=3.5, generator=generators, output_type="pt").images, sys.argv[2])
+size = {"height": 32, "width": 32, "output_type": "pt"}
+torch.save(pipeline(sys.argv[3:], guidance_scale=3.5, generator=generators, **size).images, sys.argv[2])
 assert not any(name.startswith("lightning") for name in sys.modules), "the export needs its maker"
 """
 
@@ -84,7 +85,7 @@ def test_it_draws_what_the_stock_pipeline_draws(adapter: DiffusersAdapter) -> No
     options["sigmas"] = [1.0, 0.75, 0.5, 0.25]  # some schedulers would end their grid almost at 0
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     expected = stock(
-        PROMPTS,
+        prompt=PROMPTS,
         height=SIZE,
         width=SIZE,
         num_inference_steps=4,
@@ -148,7 +149,7 @@ def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:
         v = adapter.velocity(teacher, x, t, condition, SCALE)
         expected = exact.velocity(exact.load_teacher(), x, t, condition, SCALE)
     assert v.dtype == torch.float32
-    assert (v - expected).norm() / expected.norm() < 0.05
+    assert (v - expected).norm() / expected.norm() < 0.1
     assert teacher.dtype == torch.bfloat16
     for embedder in teacher.timestep_embedders:
         assert embedder.linear_1.weight.dtype == torch.float32

@@ -1,0 +1,80 @@
+"""Qwen-Image.
+
+This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
+this package.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from torch import Tensor
+
+from .few_step import FewStepPipeline, pack_latents, unpack_latents
+from .two_time import TwoTimeModel
+
+
+class TwoTimeQwenImageTransformer2DModel(TwoTimeModel, QwenImageTransformer2DModel):
+    """Qwen-Image transformer with a second time input; image tokens and prompts go in as in the stock one."""
+
+    feature_scale: ClassVar[float] = 1.0
+
+
+class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
+    """Qwen-Image in a few steps."""
+
+    stock_class = QwenImagePipeline
+    network_class = TwoTimeQwenImageTransformer2DModel
+
+    def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, L, D) of Qwen2.5-VL and `prompt_embeds_mask` (B, L), true where there is a token.
+
+        Of one length for all prompts, so that batches can be joined; what is padded is not attended to.
+        """
+        embeds, mask = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        missing = max_sequence_length - embeds.shape[1]
+        return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing)).bool()}
+
+    def average_velocity(
+        self,
+        network: TwoTimeModel,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: dict[str, Tensor],
+        guidance_scale: Tensor | None,
+    ) -> Tensor:
+        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
+        dtype, (height, width) = network.dtype, x_t.shape[-2:]
+        (tokens,) = network(
+            hidden_states=pack_latents(x_t).to(dtype),
+            encoder_hidden_states=condition["prompt_embeds"].to(dtype),
+            encoder_hidden_states_mask=condition["prompt_embeds_mask"],
+            timestep=t,
+            timestep_r=r,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            return_dict=False,
+        )
+        return unpack_latents(tokens.to(x_t.dtype), height, width)
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        channels: int = self.vae.config.z_dim
+        return channels
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, normalised channel by channel."""
+        latents = self.vae.encode(images.to(self.vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0].float()
+        return (latents - self._statistic("latents_mean", latents)) / self._statistic("latents_std", latents)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        latents = latents * self._statistic("latents_std", latents) + self._statistic("latents_mean", latents)
+        return self.vae.decode(latents.to(self.vae.dtype)[:, :, None], return_dict=False)[0][:, :, 0].float()
+
+    def _statistic(self, name: str, like: Tensor) -> Tensor:
+        return torch.tensor(self.vae.config[name], device=like.device)[:, None, None]
