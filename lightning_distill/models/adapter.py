@@ -20,6 +20,7 @@ from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
 from lightning_distill.models.two_time_qwen_image import TwoTimeQwenImagePipeline
 from lightning_distill.models.two_time_sd3 import TwoTimeStableDiffusion3Pipeline
+from lightning_distill.models.two_time_z_image import TwoTimeZImagePipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES: dict[str, type[FewStepPipeline]] = {
@@ -30,6 +31,7 @@ FAMILIES: dict[str, type[FewStepPipeline]] = {
         TwoTimeFluxPipeline,
         TwoTimeQwenImagePipeline,
         TwoTimeStableDiffusion3Pipeline,
+        TwoTimeZImagePipeline,
     )
 }
 """By the name of the stock pipeline."""
@@ -195,7 +197,8 @@ class DiffusersAdapter(ModelAdapter):
         # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
         student = type(teacher).from_config(config).to(teacher.device)
         missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-        if unexpected or not all("timestep_embedder." in name for name in missing):
+        own = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
+        if unexpected or not all(name.startswith(own) for name in missing):
             raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
         report = self._refit(teacher, student, options) if smooth else None
         student.reset_interval_embedding()

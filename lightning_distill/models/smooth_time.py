@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_distill.models.two_time import Float32TimestepEmbedding
 
 GRID = 4001
 """Times in [0, 1] at which the embedder is fitted."""
@@ -45,7 +46,7 @@ def largest_derivative(embedder: Callable[[Tensor], Tensor], times: Tensor) -> f
 def refit_embedder(
     original: Callable[[Tensor], Tensor],
     features: Callable[[Tensor], Tensor],
-    embedder: TimestepEmbedding,
+    embedder: Float32TimestepEmbedding,
     derivative_penalty: float,
     ridge: float = 1e-6,
 ) -> SmoothTimeReport:
@@ -68,13 +69,13 @@ def refit_embedder(
     Returns:
         The fit's error and the derivatives before and after.
     """
-    _draw_hidden_layer(embedder)
-    weight = embedder.linear_1.weight
-    times = torch.linspace(0, 1, GRID, device=weight.device)
+    first, activation, last = embedder.layers
+    _draw_hidden_layer(first)
+    times = torch.linspace(0, 1, GRID, device=first.weight.device)
     target = original(times).double()
 
     def design(t: Tensor) -> Tensor:
-        hidden = embedder.act(embedder.linear_1(features(t))).double()
+        hidden = activation(first(features(t))).double()
         return torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
 
     step = 1e-3
@@ -83,26 +84,25 @@ def refit_embedder(
     gram = matrix.T @ matrix
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
     solution = torch.linalg.solve(gram + derivative_penalty * slope.T @ slope + penalty, matrix.T @ target)
-    embedder.linear_2.weight.copy_(solution[:-1].T)
-    embedder.linear_2.bias.copy_(solution[-1])
+    last.weight.copy_(solution[:-1].T)
+    last.bias.copy_(solution[-1])
 
     def refitted(t: Tensor) -> Tensor:
-        result: Tensor = embedder.linear_2(embedder.act(embedder.linear_1(features(t))))
-        return result
+        return embedder.embed(features(t))
 
     error = (refitted(times).double() - target).norm() / (target - target.mean(0)).norm()
     inner = times[1:-1]
     return SmoothTimeReport(error.item(), largest_derivative(original, inner), largest_derivative(refitted, inner))
 
 
-def _draw_hidden_layer(embedder: TimestepEmbedding) -> None:
+def _draw_hidden_layer(first: nn.Linear) -> None:
     """Draw the first layer anew, from a generator of its own: a student does not depend on the run's seed.
 
     Features have variance 1/2, so that pre-activations have the standard deviation 2 from weights and from biases each.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter, std in (
-        (embedder.linear_1.weight, 2 * (2 / embedder.linear_1.in_features) ** 0.5),
-        (embedder.linear_1.bias, 2.0),
+        (first.weight, 2 * (2 / first.in_features) ** 0.5),
+        (first.bias, 2.0),
     ):
         parameter.copy_(std * torch.randn(parameter.shape, generator=generator))

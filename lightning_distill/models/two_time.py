@@ -76,10 +76,15 @@ class Float32TimestepEmbedding(TimestepEmbedding):
 
         return super()._apply(move_only, recurse)
 
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+        """First layer, activation and last layer."""
+        return self.linear_1, self.act, self.linear_2
+
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings (B, D) of features (B, F), in the precision of the weights."""
-        hidden = self.linear_1(features.to(self.linear_1.weight.dtype))
-        result: Tensor = self.linear_2(self.act(hidden))
+        first, activation, last = self.layers
+        result: Tensor = last(activation(first(features.to(first.weight.dtype))))
         return result
 
 
@@ -126,11 +131,12 @@ class TwoTimeEmbedding(Float32TimestepEmbedding):
         """Bring the interval embedder to its start: zeros behind the last layer, or a copy of the timestep embedder."""
         assert self.interval_embedder is not None
         if clone:
-            own = {name: value for name, value in self.state_dict().items() if not name.startswith("interval_embedder.")}
-            self.interval_embedder.load_state_dict(own)
+            for layer, own in zip(self.interval_embedder.layers, self.layers, strict=True):
+                layer.load_state_dict(own.state_dict())
         else:
-            nn.init.zeros_(self.interval_embedder.linear_2.weight)
-            nn.init.zeros_(self.interval_embedder.linear_2.bias)
+            last = self.interval_embedder.linear_2
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def embed_times(self, t: Tensor, r: Tensor) -> Tensor:
         """The embedding (B, D) of a step from t (B,) down to r (B,), in the precision of the weights."""
@@ -168,10 +174,16 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     """
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder"]
+    timestep_name: ClassVar[str] = "timestep"
+    """The stock forward's argument."""
     timestep_scale: ClassVar[float] = 1.0
-    """What the stock forward's `timestep` is at noise: 1, or 1000."""
+    """What that argument is at noise: 1, or 1000."""
     feature_scale: ClassVar[float] = 1000.0
     """What the model's own features of time get at noise."""
+    embedder_name: ClassVar[str] = "timestep_embedder"
+    """Of the modules that are replaced, within their parents."""
+    embedding_class: ClassVar[type[TwoTimeEmbedding]] = TwoTimeEmbedding
+    """What replaces them."""
 
     @register_to_config
     def __init__(
@@ -184,12 +196,13 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         super().__init__(**kwargs)
         if interval_embedding not in ("none", "zero", "clone"):
             raise ValueError(f"interval_embedding is {interval_embedding!r}; choose 'none', 'zero' or 'clone'")
-        found = [name for name, part in self.named_modules() if isinstance(part, TimestepEmbedding) and is_of_time(name)]
-        for name in found:
-            features = ScaledTimeProjection(self.get_submodule(f"{name.rpartition('.')[0]}.time_proj"), self.feature_scale)
-            stock = self.get_submodule(name)
-            settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
-            self.set_submodule(name, TwoTimeEmbedding(stock, features, *settings))
+        settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
+        for name, stock in [found for found in self.named_modules() if found[0].rpartition(".")[2] == self.embedder_name]:
+            self.set_submodule(name, self.embedding_class(stock, self.own_features(name), *settings))
+
+    def own_features(self, embedder: str) -> nn.Module:
+        """The features of times in [0, 1] that the stock class gives to one of its embedders."""
+        return ScaledTimeProjection(self.get_submodule(f"{embedder.rpartition('.')[0]}.time_proj"), self.feature_scale)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -235,12 +248,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         for embedder in embedders:
             embedder.times = t, r
         try:
-            return super().forward(*args, timestep=t * self.timestep_scale, **kwargs)
+            return super().forward(*args, **{self.timestep_name: t * self.timestep_scale}, **kwargs)
         finally:
             for embedder in embedders:
                 embedder.times = None
-
-
-def is_of_time(name: str) -> bool:
-    """Whether a module of this name embeds the timestep, and not a guidance scale or a size."""
-    return name.rpartition(".")[2] == "timestep_embedder"

@@ -17,6 +17,8 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -28,6 +30,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -194,6 +197,34 @@ def flux2_klein() -> DiffusionPipeline:
     return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, **flux2_parts(False, width))
 
 
+def z_image() -> DiffusionPipeline:
+    tokenizer, width = build_tokenizer(WORDS, LENGTH), 8
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": width}
+    vocabulary = tokenizer.convert_tokens_to_ids(EOS) + 1
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=width,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
+    with torch.no_grad():
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(),
+        text_encoder=Qwen3Model(Qwen3Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=2, **heads)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux_guided": flux_guided,
@@ -201,6 +232,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux2_klein": flux2_klein,
     "qwen_image": qwen_image,
     "stable_diffusion_3": stable_diffusion_3,
+    "z_image": z_image,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ZImagePipeline
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -81,7 +81,9 @@ def test_it_draws_what_the_stock_pipeline_draws(adapter: DiffusersAdapter) -> No
     stock = DiffusionPipeline.from_pretrained(adapter.pretrained)
     stock.set_progress_bar_config(disable=True)
     known = inspect.signature(type(stock).__call__).parameters
-    options = {"guidance_scale": SCALE if adapter.embeds_guidance else 1.0, "max_sequence_length": LENGTH}
+    # Z-Image counts guidance from 0
+    none = 0.0 if type(stock) is ZImagePipeline else 1.0
+    options = {"guidance_scale": SCALE if adapter.embeds_guidance else none, "max_sequence_length": LENGTH}
     options["sigmas"] = [1.0, 0.75, 0.5, 0.25]  # some schedulers would end their grid almost at 0
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     expected = stock(
@@ -126,7 +128,7 @@ def test_its_derivative_is_the_limit_of_differences(adapter: DiffusersAdapter) -
     _, student = build(adapter)
     train_a_little(student).double()
     x, t, condition = states(adapter, torch.float64)
-    v, r, step = torch.randn_like(x), 0.4 * t, 1e-4
+    v, r, step = torch.randn_like(x), 0.4 * t, 5e-4  # Z-Image rotates in float32 whatever comes
 
     def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return adapter.average_velocity(student, x, r, t, condition, SCALE)
@@ -152,7 +154,7 @@ def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:
     assert (v - expected).norm() / expected.norm() < 0.1
     assert teacher.dtype == torch.bfloat16
     for embedder in teacher.timestep_embedders:
-        assert embedder.linear_1.weight.dtype == torch.float32
+        assert embedder.layers[0].weight.dtype == torch.float32
 
 
 def test_a_run_trains_resumes_and_draws_the_same_elsewhere(directory: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from lightning_distill.models.smooth_time import SmoothTimeReport, largest_derivative, refit_embedder
-from lightning_distill.models.two_time import SmoothTimeProjection
+from lightning_distill.models.two_time import Float32TimestepEmbedding, SmoothTimeProjection
 
 BOUND = 2 * math.pi
 WIDTH = 64
@@ -43,7 +43,7 @@ class SmoothTime(nn.Module):
     def __init__(self, bound: float = BOUND) -> None:
         super().__init__()
         self.projection = SmoothTimeProjection(bound)
-        self.embedder = TimestepEmbedding(256, WIDTH)
+        self.embedder = Float32TimestepEmbedding(256, WIDTH)
 
     def features(self, t: Tensor) -> Tensor:
         return self.projection(t)

@@ -1,0 +1,104 @@
+"""Z-Image.
+
+This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
+this package.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.embeddings import TimestepEmbedding
+from torch import Tensor, nn
+
+from .few_step import FewStepPipeline
+from .two_time import TwoTimeEmbedding, TwoTimeModel
+
+
+class ZImageTimeProjection(nn.Module):
+    """Z-Image's own features of time, which it counts from noise to picture.
+
+    Args:
+        stock: The embedder that they are from.
+        scale: Of its times.
+    """
+
+    def __init__(self, stock: Any, scale: float) -> None:
+        super().__init__()
+        self.channels: int = stock.frequency_embedding_size
+        self.features = stock.timestep_embedding
+        self.scale = scale
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Features (B, channels) of times (B,) in [0, 1]."""
+        result: Tensor = self.features((1 - t) * self.scale, self.channels)
+        return result
+
+
+class TwoTimeZImageEmbedding(TwoTimeEmbedding):
+    """The same as its base class, with the weights under the stock embedder's names."""
+
+    def __init__(self, like: Any, *settings: Any) -> None:
+        first, _, last = like.mlp
+        super().__init__(TimestepEmbedding(first.in_features, first.out_features, out_dim=last.out_features), *settings)
+        self.mlp = nn.Sequential(self.linear_1, self.act, self.linear_2)
+        del self.linear_1, self.act, self.linear_2
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+        """First layer, activation and last layer."""
+        first, activation, last = self.mlp
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        return first, activation, last
+
+
+class TwoTimeZImageTransformer2DModel(TwoTimeModel, ZImageTransformer2DModel):
+    """Z-Image transformer with a second time input; latents and prompts go in as in the stock one."""
+
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["t_embedder"]
+    timestep_name: ClassVar[str] = "t"
+    embedder_name: ClassVar[str] = "t_embedder"
+    embedding_class: ClassVar[type[TwoTimeEmbedding]] = TwoTimeZImageEmbedding
+
+    def own_features(self, embedder: str) -> nn.Module:
+        """The features of times in [0, 1] that the stock class gives to its embedder."""
+        return ZImageTimeProjection(self.get_submodule(embedder), self.t_scale)
+
+
+class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):
+    """Z-Image in a few steps."""
+
+    stock_class = ZImagePipeline
+    network_class = TwoTimeZImageTransformer2DModel
+
+    def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, L, D) of the language model and `prompt_embeds_mask` (B, L), true where there is a token."""
+        # a copy: the stock method writes its template into the list
+        embeds = self._encode_prompt([*prompts], max_sequence_length=max_sequence_length)
+        padded = torch.stack([F.pad(each, (0, 0, 0, max_sequence_length - len(each))) for each in embeds])
+        lengths = torch.tensor([len(each) for each in embeds], device=padded.device)
+        mask = torch.arange(max_sequence_length, device=padded.device) < lengths[:, None]
+        return {"prompt_embeds": padded, "prompt_embeds_mask": mask}
+
+    def average_velocity(
+        self,
+        network: TwoTimeModel,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: dict[str, Tensor],
+        guidance_scale: Tensor | None,
+    ) -> Tensor:
+        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
+        prompt_embeds = condition["prompt_embeds"].to(network.dtype)
+        (pictures,) = network(
+            x=list(x_t.to(network.dtype)[:, :, None].unbind()),
+            timestep=t,
+            timestep_r=r,
+            cap_feats=[each[mask] for each, mask in zip(prompt_embeds, condition["prompt_embeds_mask"], strict=True)],
+            return_dict=False,
+        )
+        # Its velocity points from noise to picture.
+        return -torch.stack(pictures)[:, :, 0].to(x_t.dtype)
