@@ -18,7 +18,9 @@ from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedde
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
+from lightning_distill.models.two_time_hunyuan_image import TwoTimeHunyuanImagePipeline
 from lightning_distill.models.two_time_qwen_image import TwoTimeQwenImagePipeline
+from lightning_distill.models.two_time_sana import TwoTimeSanaPipeline
 from lightning_distill.models.two_time_sd3 import TwoTimeStableDiffusion3Pipeline
 from lightning_distill.models.two_time_z_image import TwoTimeZImagePipeline
 
@@ -29,7 +31,9 @@ FAMILIES: dict[str, type[FewStepPipeline]] = {
         TwoTimeFlux2KleinPipeline,
         TwoTimeFlux2Pipeline,
         TwoTimeFluxPipeline,
+        TwoTimeHunyuanImagePipeline,
         TwoTimeQwenImagePipeline,
+        TwoTimeSanaPipeline,
         TwoTimeStableDiffusion3Pipeline,
         TwoTimeZImagePipeline,
     )

@@ -129,7 +129,8 @@ class TwoTimeEmbedding(Float32TimestepEmbedding):
 
     def reset_interval_embedding(self, clone: bool) -> None:
         """Bring the interval embedder to its start: zeros behind the last layer, or a copy of the timestep embedder."""
-        assert self.interval_embedder is not None
+        if self.interval_embedder is None:
+            return
         if clone:
             for layer, own in zip(self.interval_embedder.layers, self.layers, strict=True):
                 layer.load_state_dict(own.state_dict())
@@ -174,16 +175,10 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     """
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder"]
-    timestep_name: ClassVar[str] = "timestep"
-    """The stock forward's argument."""
     timestep_scale: ClassVar[float] = 1.0
-    """What that argument is at noise: 1, or 1000."""
+    """What the stock forward's `timestep` is at noise: 1, or 1000."""
     feature_scale: ClassVar[float] = 1000.0
     """What the model's own features of time get at noise."""
-    embedder_name: ClassVar[str] = "timestep_embedder"
-    """Of the modules that are replaced, within their parents."""
-    embedding_class: ClassVar[type[TwoTimeEmbedding]] = TwoTimeEmbedding
-    """What replaces them."""
 
     @register_to_config
     def __init__(
@@ -197,12 +192,21 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         if interval_embedding not in ("none", "zero", "clone"):
             raise ValueError(f"interval_embedding is {interval_embedding!r}; choose 'none', 'zero' or 'clone'")
         settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
-        for name, stock in [found for found in self.named_modules() if found[0].rpartition(".")[2] == self.embedder_name]:
-            self.set_submodule(name, self.embedding_class(stock, self.own_features(name), *settings))
+        for name, stock in list(self.named_modules()):
+            if (replacement := self.embedding_of(name.rpartition(".")[2])) is not None:
+                self.set_submodule(name, replacement(stock, self.own_features(name), *settings))
+
+    def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
+        """What replaces a module of this name within its parent; None leaves it."""
+        return TwoTimeEmbedding if name == "timestep_embedder" else None
 
     def own_features(self, embedder: str) -> nn.Module:
         """The features of times in [0, 1] that the stock class gives to one of its embedders."""
         return ScaledTimeProjection(self.get_submodule(f"{embedder.rpartition('.')[0]}.time_proj"), self.feature_scale)
+
+    def stock_times(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Times as arguments of the stock forward."""
+        return {"timestep": t * self.timestep_scale}
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -248,7 +252,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         for embedder in embedders:
             embedder.times = t, r
         try:
-            return super().forward(*args, **{self.timestep_name: t * self.timestep_scale}, **kwargs)
+            return super().forward(*args, **self.stock_times(t, r), **kwargs)
         finally:
             for embedder in embedders:
                 embedder.times = None

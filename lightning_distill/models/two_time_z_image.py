@@ -58,13 +58,18 @@ class TwoTimeZImageTransformer2DModel(TwoTimeModel, ZImageTransformer2DModel):
     """Z-Image transformer with a second time input; latents and prompts go in as in the stock one."""
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["t_embedder"]
-    timestep_name: ClassVar[str] = "t"
-    embedder_name: ClassVar[str] = "t_embedder"
-    embedding_class: ClassVar[type[TwoTimeEmbedding]] = TwoTimeZImageEmbedding
+
+    def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
+        """What replaces a module of this name within its parent; None leaves it."""
+        return TwoTimeZImageEmbedding if name == "t_embedder" else None
 
     def own_features(self, embedder: str) -> nn.Module:
         """The features of times in [0, 1] that the stock class gives to its embedder."""
         return ZImageTimeProjection(self.get_submodule(embedder), self.t_scale)
+
+    def stock_times(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Times as arguments of the stock forward."""
+        return {"t": 1 - t}
 
 
 class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):

@@ -6,15 +6,21 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKLFlux2,
+    AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -23,6 +29,8 @@ from diffusers import (
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -114,10 +122,10 @@ def stable_diffusion_3() -> DiffusionPipeline:
     )
 
 
-def qwen_vl(tokenizer: PreTrainedTokenizerFast, width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+def qwen_vl(tokenizer: PreTrainedTokenizerFast, width: int = 16, layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 10000.0}
-    text = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2, "rope_parameters": rope, **heads}
+    text = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "rope_parameters": rope, **heads}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
     vocabulary = tokenizer.convert_tokens_to_ids(EOS) + 1
     return Qwen2_5_VLForConditionalGeneration(
@@ -225,12 +233,101 @@ def z_image() -> DiffusionPipeline:
     )
 
 
+def sana() -> DiffusionPipeline:
+    tokenizer, width = build_tokenizer(WORDS, LENGTH), 8
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_size": width}
+    vocabulary = tokenizer.convert_tokens_to_ids(EOS) + 1
+    gemma = Gemma2Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=1, query_pre_attn_scalar=4, **heads)
+    transformer = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=width,
+        sample_size=8,
+    )
+    vae = AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_qkv_multiscales=((), (5,), (5,)),
+        decoder_qkv_multiscales=((), (5,), (5,)),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.4,
+    )
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(gemma),
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def hunyuan_image(distilled: bool = False) -> DiffusionPipeline:
+    tokenizer, glyphs = build_tokenizer(WORDS, 32), build_tokenizer(WORDS, LENGTH)
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        rope_axes_dim=(4, 4),
+        guidance_embeds=distilled,
+        use_meanflow=distilled,
+    )
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=8,
+        block_out_channels=(32, 32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        sample_size=32,
+        scaling_factor=0.7,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+    return HunyuanImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=vae,
+        text_encoder=qwen_vl(tokenizer, layers=3),
+        tokenizer=tokenizer,
+        text_encoder_2=t5(glyphs, 16),
+        tokenizer_2=glyphs,
+        transformer=transformer,
+    )
+
+
+def hunyuan_image_distilled() -> DiffusionPipeline:
+    return hunyuan_image(distilled=True)
+
+
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux_guided": flux_guided,
     "flux2": flux2,
     "flux2_klein": flux2_klein,
+    "hunyuan_image": hunyuan_image,
+    "hunyuan_image_distilled": hunyuan_image_distilled,
     "qwen_image": qwen_image,
+    "sana": sana,
     "stable_diffusion_3": stable_diffusion_3,
     "z_image": z_image,
 }

@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline, ZImagePipeline
 from lightning import Trainer
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lightning_distill.export import ModelCard, export_student, export_teacher
@@ -84,6 +86,8 @@ def test_it_draws_what_the_stock_pipeline_draws(adapter: DiffusersAdapter) -> No
     # Z-Image counts guidance from 0
     none = 0.0 if type(stock) is ZImagePipeline else 1.0
     options = {"guidance_scale": SCALE if adapter.embeds_guidance else none, "max_sequence_length": LENGTH}
+    options["distilled_guidance_scale"] = SCALE
+    options["use_resolution_binning"] = False
     options["sigmas"] = [1.0, 0.75, 0.5, 0.25]  # some schedulers would end their grid almost at 0
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     expected = stock(
@@ -106,10 +110,13 @@ def test_a_new_student_is_the_teacher_for_every_interval(adapter: DiffusersAdapt
     teacher, student = build(adapter, time_embedding="original")
     with torch.no_grad():
         v = adapter.velocity(teacher, x, t, condition, SCALE)
-        for r in (torch.zeros(3), 0.4 * t, t):
-            assert torch.equal(adapter.average_velocity(student, x, r, t, condition, SCALE), v)
+        assert torch.equal(adapter.average_velocity(student, x, t, t, condition, SCALE), v)
+        for r in (torch.zeros(3), 0.4 * t):
+            u = adapter.average_velocity(student, x, r, t, condition, SCALE)
+            assert torch.equal(u, adapter.average_velocity(teacher, x, r, t, condition, SCALE))
+            assert torch.equal(u, v) or teacher.config.use_meanflow  # which has an r of its own
         train_a_little(student)
-        assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), v, rtol=1e-3)
+        assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), u, rtol=1e-3)
 
 
 def test_smooth_time_leaves_the_teacher_as_it_is_up_to_the_fit(adapter: DiffusersAdapter) -> None:
@@ -119,7 +126,7 @@ def test_smooth_time_leaves_the_teacher_as_it_is_up_to_the_fit(adapter: Diffuser
     assert report is not None
     assert report.derivative_after < report.derivative_before
     with torch.no_grad():
-        v = adapter.velocity(teacher, x, t, condition, SCALE)
+        v = adapter.average_velocity(teacher, x, 0.4 * t, t, condition, SCALE)
         u = adapter.average_velocity(student, x, 0.4 * t, t, condition, SCALE)
     assert 0 < (u - v).norm() / v.norm() < report.fit_error
 
@@ -128,18 +135,26 @@ def test_its_derivative_is_the_limit_of_differences(adapter: DiffusersAdapter) -
     _, student = build(adapter)
     train_a_little(student).double()
     x, t, condition = states(adapter, torch.float64)
-    v, r, step = torch.randn_like(x), 0.4 * t, 5e-4  # Z-Image rotates in float32 whatever comes
+    v, r = torch.randn_like(x), 0.4 * t
 
     def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return adapter.average_velocity(student, x, r, t, condition, SCALE)
 
+    def difference(v: Tensor, step: float) -> Tensor:
+        with torch.no_grad():
+            ahead, behind = (average_velocity(x + each * v, r, t + each) for each in (step, -step))
+        return (ahead - behind) / (2 * step)
+
     u, dudt = time_derivative(average_velocity, x, r, t, v)
-    with torch.no_grad():
-        difference = (average_velocity(x + step * v, r, t + step) - average_velocity(x - step * v, r, t - step)) / (2 * step)
-        still = (average_velocity(x, r, t + step) - average_velocity(x, r, t - step)) / (2 * step)
-        assert torch.allclose(u, average_velocity(x, r, t))
-    assert (dudt - difference).norm() / difference.norm() < 1e-4
-    assert still.norm() / difference.norm() > 1e-3  # time itself counts
+    torch.testing.assert_close(u, average_velocity(x, r, t).detach())
+    # Steps that are wide enough where a model rounds to float32 inside, and small enough where it has kinks (Sana).
+    errors = [((dudt - difference(v, step)).norm() / dudt.norm()).item() for step in (5e-4, 1e-5)]
+    assert min(errors) < 1e-3
+    assert difference(0 * v, 5e-4).norm() / dudt.norm() > 1e-3  # time itself counts
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        dual = average_velocity(forward_ad.make_dual(x, v), r, forward_ad.make_dual(t, torch.ones_like(t)))
+        exact = forward_ad.unpack_dual(dual).tangent
+    assert (dudt - exact).norm() / exact.norm() < 1e-6
 
 
 def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:

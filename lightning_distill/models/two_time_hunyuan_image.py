@@ -1,0 +1,131 @@
+"""HunyuanImage 2.1, base and distilled.
+
+This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
+this package.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from diffusers import HunyuanImagePipeline, HunyuanImageTransformer2DModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .few_step import FewStepPipeline
+from .two_time import TwoTimeEmbedding, TwoTimeModel
+
+
+def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a block, and again in the backward pass."""
+    return checkpoint(block.__call__, *args, use_reentrant=False, **kwargs)
+
+
+class EndTimeEmbedding(TwoTimeEmbedding):
+    """The embedding of r that the distilled checkpoints have of their own (`use_meanflow`)."""
+
+    def __init__(
+        self,
+        like: Any,
+        features: nn.Module,
+        interval_embedding: str,
+        time_frequency_bound: float | None,
+        interval_frequency_bound: float,
+    ) -> None:
+        super().__init__(like, features, "none", time_frequency_bound, interval_frequency_bound)
+
+    def embed_times(self, t: Tensor, r: Tensor) -> Tensor:
+        """The embedding (B, D) of r (B,)."""
+        return super().embed_times(r, r)
+
+
+class TwoTimeHunyuanImageTransformer2DModel(TwoTimeModel, HunyuanImageTransformer2DModel):
+    r"""HunyuanImage transformer with a second time input; latents and prompts go in as in the stock one.
+
+    With `use_meanflow` it has one of its own, :math:`(E_t(t) + E_r(r)) / 2`, and is trained on from there.
+    """
+
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder", "timestep_embedder_r"]
+    timestep_scale: ClassVar[float] = 1000.0
+
+    def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
+        """What replaces a module of this name within its parent; None leaves it."""
+        return EndTimeEmbedding if name == "timestep_embedder_r" else super().embedding_of(name)
+
+    def stock_times(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Times as arguments of the stock forward."""
+        own = {"timestep_r": r * self.timestep_scale} if self.config.use_meanflow else {}
+        # The stock embedding is of the precision of its times.
+        return {name: times.to(self.dtype) for name, times in (super().stock_times(t, r) | own).items()}
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """Run blocks again in the backward pass; diffusers' default does not take the keywords that these blocks are given."""
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpointed)
+
+
+class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
+    """HunyuanImage 2.1 in a few steps."""
+
+    stock_class = HunyuanImagePipeline
+    network_class = TwoTimeHunyuanImageTransformer2DModel
+    default_sequence_length: ClassVar[int] = 1000
+    patch_size = 1
+
+    def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
+        """Embeddings (B, L, D) of Qwen2.5-VL and, of quoted text in the prompts, ByT5, each with its mask (B, L)."""
+        embeds, mask = self._get_qwen_prompt_embeds(
+            self.tokenizer,
+            self.text_encoder,
+            prompts,
+            tokenizer_max_length=max_sequence_length,
+            template=self.prompt_template_encode,
+            drop_idx=self.prompt_template_encode_start_idx,
+        )
+        embeds, mask, glyph_embeds, glyph_mask = self.encode_prompt(
+            prompts, batch_size=len(prompts), prompt_embeds=embeds, prompt_embeds_mask=mask
+        )
+        return {
+            "prompt_embeds": embeds,
+            "prompt_embeds_mask": mask,
+            "prompt_embeds_2": glyph_embeds,
+            "prompt_embeds_mask_2": glyph_mask,
+        }
+
+    def average_velocity(
+        self,
+        network: TwoTimeModel,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: dict[str, Tensor],
+        guidance_scale: Tensor | None,
+    ) -> Tensor:
+        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
+        dtype = network.dtype
+        (velocity,) = network(
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=condition["prompt_embeds"].to(dtype),
+            encoder_attention_mask=condition["prompt_embeds_mask"],
+            encoder_hidden_states_2=condition["prompt_embeds_2"].to(dtype),
+            encoder_attention_mask_2=condition["prompt_embeds_mask_2"],
+            timestep=t,
+            timestep_r=r,
+            guidance=None if guidance_scale is None else guidance_scale.to(dtype) * 1000,
+            return_dict=False,
+        )
+        return velocity.to(x_t.dtype)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, scaled."""
+        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
+        return (latents * self.vae.config.scaling_factor).float()
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        latents = latents / self.vae.config.scaling_factor
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    @property
+    def default_size(self) -> int:
+        """Pixels of a side where none are asked for: the stock pipeline's default."""
+        size: int = self.default_sample_size * self.vae_scale_factor
+        return size

@@ -1,0 +1,88 @@
+"""Sana.
+
+This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
+this package.
+"""
+
+import inspect
+from typing import ClassVar
+
+from diffusers import SanaPipeline, SanaTransformer2DModel
+from torch import Tensor, nn
+
+from .few_step import FewStepPipeline
+from .two_time import ScaledTimeProjection, TwoTimeModel
+
+INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+"""What Sana's prompts are preceded by, unless told otherwise."""
+
+
+class TwoTimeSanaTransformer2DModel(TwoTimeModel, SanaTransformer2DModel):
+    """Sana transformer with a second time input; latents and prompts go in as in the stock one."""
+
+    def own_features(self, embedder: str) -> nn.Module:
+        """The features of times in [0, 1] that the stock class gives to its embedder."""
+        parent = embedder.rpartition(".")[0]
+        return ScaledTimeProjection(self.get_submodule(f"{parent}.time_proj"), 1000 * self.config.timestep_scale)
+
+
+class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
+    """Sana in a few steps."""
+
+    stock_class = SanaPipeline
+    network_class = TwoTimeSanaTransformer2DModel
+    default_sequence_length: ClassVar[int] = 300
+    patch_size = 1
+
+    def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, L, D) of the language model and `prompt_attention_mask` (B, L)."""
+        embeds, mask, _, _ = self.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+            complex_human_instruction=INSTRUCTION,
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def average_velocity(
+        self,
+        network: TwoTimeModel,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: dict[str, Tensor],
+        guidance_scale: Tensor | None,
+    ) -> Tensor:
+        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
+        dtype = network.dtype
+        (velocity,) = network(
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=condition["prompt_embeds"].to(dtype),
+            encoder_attention_mask=condition["prompt_attention_mask"],
+            timestep=t,
+            timestep_r=r,
+            guidance=None if guidance_scale is None else guidance_scale * network.config.guidance_embeds_scale,
+            return_dict=False,
+        )
+        return velocity.to(x_t.dtype)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1], scaled."""
+        latents: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent
+        return (latents * self.vae.config.scaling_factor).float()
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        latents = latents / self.vae.config.scaling_factor
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    @property
+    def default_size(self) -> int:
+        """Pixels of a side where none are asked for: what the transformer was made for."""
+        size: int = self.transformer.config.sample_size * self.vae_scale_factor
+        return size
+
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        """The scheduler's shift, whose name depends on its kind."""
+        config = self.scheduler.config
+        return float(config.get("flow_shift") or config.get("shift", 1.0))
