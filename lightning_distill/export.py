@@ -117,7 +117,9 @@ def _export(
         shutil.rmtree(leftover, ignore_errors=True)
     unfinished.mkdir(parents=True)
     save(unfinished)
-    (unfinished / "README.md").write_text(render_card(card, kind, adapter.embeds_guidance))
+    own = {"guidance_scale": card.guidance_scale} if adapter.embeds_guidance else {}
+    arguments = own if kind == "student" else adapter.stock_arguments(card.guidance_scale)
+    (unfinished / "README.md").write_text(render_card(card, kind, arguments))
     (unfinished / MARK).write_text(json.dumps({"kind": kind, "lightning_distill": __version__, "method": card.method}) + "\n")
     _check_weights(unfinished, network)
     for path in (*unfinished.rglob("*"), unfinished):
@@ -151,19 +153,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def render_card(card: ModelCard, kind: str, embeds_guidance: bool) -> str:
+def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> str:
     """The README of an export in Markdown, with the metadata that the hub reads.
 
     Args:
         card: What it says.
         kind: "student" or "teacher".
-        embeds_guidance: Whether the network takes the guidance scale as an input.
+        arguments: Of the pipeline, besides prompt, steps and size.
     """
     student = kind == "student"
     base = [] if Path(card.teacher).exists() or "/" not in card.teacher else [f"base_model: {card.teacher}"]
-    guidance = [f"guidance_scale={card.guidance_scale:g}"] if embeds_guidance else []
-    if not (student or embeds_guidance):
-        guidance = ['negative_prompt=""', f"true_cfg_scale={card.guidance_scale:g}"]
     facts = {
         "Method": card.method,
         "Teacher" if student else "Started from": _name(card.teacher),
@@ -176,15 +175,14 @@ def render_card(card: ModelCard, kind: str, embeds_guidance: bool) -> str:
     lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", *base, "tags: [lightning-distill]", "---", ""]
     lines += [f"# {title}", "", _STUDENT.format(steps=_listed(card.nfe)) if student else _TEACHER, "", "```python"]
     lines += ["from diffusers import DiffusionPipeline", "", f"pipeline = DiffusionPipeline.from_pretrained({_LOAD[kind]})"]
-    arguments = [
-        '"a prompt"',
-        *guidance,
+    inputs = [
+        '"a prompt"' if student else 'prompt="a prompt"',
+        *(f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()),
         f"num_inference_steps={max(card.nfe) if student else 32}",
         f"height={card.height}",
         f"width={card.width}",
-        *([] if student else ["max_sequence_length=min(512, pipeline.tokenizer_2.model_max_length)"]),
     ]
-    lines += ["image = pipeline(", *(f"    {argument}," for argument in arguments), ").images[0]", "```", ""]
+    lines += ["image = pipeline(", *(f"    {each}," for each in inputs), ").images[0]", "```", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
     if card.figures:
         lines += ["", "## Measured", "", "| | |", "|---|---:|"]
@@ -202,7 +200,7 @@ _STUDENT = (
 )
 _TEACHER = (
     "A stock text-to-image pipeline of diffusers. Where the transformer does not embed the guidance scale, guidance costs a "
-    "second branch, `true_cfg_scale` with an empty negative prompt. Prompts are padded to the length they had in training."
+    "second branch. Prompts are padded to the length they had in training."
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
@@ -15,6 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 import lightning_distill.models
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.adapter import FAMILIES, stock_options
+from lightning_distill.models.few_step import FewStepPipeline, tokenizer_within
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser("lightning_distill sample", description="Draw pictures with a pipeline directory.")
     parser.add_argument(
-        "--pipeline", required=True, help=f"directory of an exported student or a FLUX pipeline, or {', '.join(SHIPPED)}"
+        "--pipeline",
+        required=True,
+        help=f"directory of an exported student or a stock pipeline of a known family, or {', '.join(SHIPPED)}",
     )
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated: the pictures make a grid")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
@@ -81,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32) -> FluxPipeline:
+def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """A pipeline on the GPU if there is one.
 
     Args:
@@ -90,7 +94,7 @@ def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch
         torch_dtype: Precision to load with.
 
     Raises:
-        ConfigurationError: If there is no pipeline of FLUX's kind, or it brings code that is not trusted.
+        ConfigurationError: If there is no pipeline of a known family, or it brings code that is not trusted.
     """
     directory = Path(resolve_pretrained(name))
     if not (directory / "model_index.json").is_file():
@@ -106,8 +110,10 @@ def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch
     pipeline = DiffusionPipeline.from_pretrained(
         directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
     )
-    if not isinstance(pipeline, FluxPipeline):
-        raise ConfigurationError(f"--pipeline {name!r} is a {type(pipeline).__name__}; give a FLUX pipeline")
+    if not is_student(pipeline) and type(pipeline).__name__ not in FAMILIES:
+        raise ConfigurationError(
+            f"--pipeline {name!r} is a {type(pipeline).__name__}; give an exported student, or one of {', '.join(FAMILIES)}"
+        )
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -118,7 +124,7 @@ def is_own_code(file: Path) -> bool:
 
 
 def sample(
-    pipeline: FluxPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
     nfe: int,
@@ -130,7 +136,7 @@ def sample(
     """Pictures (B, 3, H, W) in [0, 1] of B prompts; picture i starts from the noise of `seed + i`.
 
     Args:
-        pipeline: A student's, or a stock `FluxPipeline`.
+        pipeline: A student's, or a stock one of a known family.
         prompts: B prompts.
         nfe: Steps.
         seed: Seed of the first picture.
@@ -142,40 +148,58 @@ def sample(
         ConfigurationError: If the pictures' size does not fit, a student is asked for guidance, or a word is unknown to a
             tokenizer of whole words.
     """
+    family = few_step(pipeline)
     for prompt in prompts:
-        check_words(pipeline, prompt)
-    size = pipeline.vae.config.sample_size
-    height, width, multiple = height or size, width or size, 2 * pipeline.vae_scale_factor
-    if height % multiple or width % multiple:
-        raise ConfigurationError(f"--height {height} and --width {width} do not fit; give multiples of {multiple}")
+        check_words(family, prompt)
+    height, width = height or family.default_size, width or family.default_size
+    try:
+        family.latent_shape(height, width)
+    except ValueError as error:
+        raise ConfigurationError(f"--height {height} and --width {width}: {error}") from error
     settings = {"height": height, "width": width, "num_inference_steps": nfe, "output_type": "pt"}
-    # FluxPipeline itself would pad to 512 tokens, whatever the transformer was trained with.
-    settings["max_sequence_length"] = min(512, pipeline.tokenizer_2.model_max_length)
+    # Stock pipelines would pad to their own length, whatever the transformer was trained with.
+    settings |= stock_options(type(pipeline), family.sequence_length)
     images = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = list(prompts[start : start + BATCH_SIZE])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         guidance = guidance_arguments(pipeline, guidance_scale, len(batch))
-        images.append(pipeline(batch, generator=generators, **settings, **guidance).images.float().cpu())
+        images.append(pipeline(prompt=batch, generator=generators, **settings, **guidance).images.float().cpu())
     return torch.cat(images)
 
 
-def guidance_arguments(pipeline: FluxPipeline, guidance_scale: float | None, batch_size: int) -> dict[str, Any]:
+def is_student(pipeline: DiffusionPipeline) -> bool:
+    """Whether a pipeline draws in a few steps: its class may be the one in its directory, and not this package's."""
+    return hasattr(type(pipeline), "stock_class")
+
+
+def few_step(pipeline: DiffusionPipeline) -> FewStepPipeline:
+    """The pipeline of a student, or of a teacher the one that knows its family."""
+    if is_student(pipeline):
+        student: FewStepPipeline = pipeline
+        return student
+    return FAMILIES[type(pipeline).__name__](**pipeline.components)
+
+
+def guidance_arguments(pipeline: DiffusionPipeline, guidance_scale: float | None, batch_size: int) -> dict[str, Any]:
     """How to ask a pipeline for guidance: by its input, by a second branch, or, for a student, not at all."""
-    if pipeline.transformer.config.guidance_embeds:
-        return {"guidance_scale": 3.5 if guidance_scale is None else guidance_scale}
-    if guidance_scale is None or guidance_scale == 1:
-        return {}
-    if type(pipeline) is not FluxPipeline:
+    embeds_guidance = bool(pipeline.transformer.config.get("guidance_embeds", False))
+    if is_student(pipeline) and not embeds_guidance:
+        if guidance_scale is None or guidance_scale == 1:
+            return {}
         raise ConfigurationError(
             f"--guidance_scale is {guidance_scale:g}, but this student has its guidance built in; leave --guidance_scale out"
         )
-    return {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * batch_size}
+    scale = (3.5 if embeds_guidance else 1.0) if guidance_scale is None else guidance_scale
+    if is_student(pipeline):
+        return {"guidance_scale": scale}
+    arguments = FAMILIES[type(pipeline).__name__].stock_guidance(scale, embeds_guidance)
+    return {name: [value] * batch_size if name == "negative_prompt" else value for name, value in arguments.items()}
 
 
-def check_words(pipeline: FluxPipeline, prompt: str) -> None:
+def check_words(pipeline: FewStepPipeline, prompt: str) -> None:
     """Refuse words that a tokenizer of whole words does not know; tokenizers of word pieces know all."""
-    tokenizer = pipeline.tokenizer_2
+    tokenizer = tokenizer_within(getattr(pipeline, pipeline.prompt_tokenizer))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordLevel":
         return

@@ -242,7 +242,7 @@ def test_card_tells_method_teacher_steps_figures_and_how_to_load() -> None:
     card = ModelCard(
         "MeanFlow", "black-forest-labs/FLUX.1-dev", (1, 2, 4), 512, 768, 4.5, 1000, 12.34, {"val/accuracy": 0.98765}, "Made so."
     )
-    text = render_card(card, "student", embeds_guidance=True)
+    text = render_card(card, "student", {"guidance_scale": 4.5})
     for part in (
         "library_name: diffusers",
         "base_model: black-forest-labs/FLUX.1-dev",
@@ -278,7 +278,7 @@ def test_code_in_the_card_runs(kind: str, embeds_guidance: bool, tmp_path: Path,
 
 def test_a_path_in_the_card_is_cut_to_its_name(tmp_path: Path) -> None:
     (tmp_path / "my-teacher").mkdir()
-    text = render_card(ModelCard("MeanFlow", str(tmp_path / "my-teacher"), (4,), 32, 32), "student", embeds_guidance=False)
+    text = render_card(ModelCard("MeanFlow", str(tmp_path / "my-teacher"), (4,), 32, 32), "student", {})
     assert str(tmp_path) not in text
     assert "| Teacher | my-teacher |" in text
     assert "base_model" not in text

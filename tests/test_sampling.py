@@ -18,6 +18,7 @@ from lightning_distill.models import registry
 from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.few_step import pack_latents
 from lightning_distill.sampling import GAP, main, write_grid
+from tests.models.families import save_family
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_tiny_pipeline, train_a_little
 
 
@@ -128,6 +129,16 @@ def test_a_teacher_draws_with_two_branch_guidance(made: dict[str, Path], scale: 
     assert np.abs(difference).max() <= 1
 
 
+def test_students_and_teachers_of_other_families_draw(tmp_path: Path) -> None:
+    adapter = load_adapter(save_family("stable_diffusion_3", tmp_path / "teacher"))
+    student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions())
+    export_student(adapter, student, tmp_path / "student", ModelCard("MeanFlow", "tiny", (1,), 32, 32))
+    for name, scale in (("teacher", ["--guidance_scale", "2.5"]), ("student", [])):
+        out = tmp_path / f"{name}.png"
+        main(["--pipeline", str(tmp_path / name), *prompts(*PROMPTS), "--nfe", "2", *scale, "--out", str(out)])
+        assert read(out).shape == (64 + GAP, 64 + GAP, 3)
+
+
 def test_a_teacher_with_embedded_guidance_takes_the_scale_as_input(made: dict[str, Path]) -> None:
     pipeline = sampling.load_pipeline(str(made["guided"]))
     assert sampling.guidance_arguments(pipeline, None, 2) == {"guidance_scale": 3.5}
@@ -194,7 +205,7 @@ def test_weights_in_pickles_are_refused(made: dict[str, Path], tmp_path: Path) -
         (["--nfe", "0"], "--nfe is 0; give a number of steps of at least 1"),
         (["--scale", "0"], "--scale is 0; give a whole factor of at least 1"),
         (["--out", "x.jpg"], "--out is 'x.jpg'; give a file name that ends in .png"),
-        (["--height", "20"], "--height 20 and --width 32 do not fit; give multiples of 8"),
+        (["--height", "20"], "--height 20 and --width 32: images of 20 x 32 do not fit; use multiples of 8 pixels"),
         (["--guidance_scale", "3"], "this student has its guidance built in; leave --guidance_scale out"),
         (
             ["--prompt", "a purple circle"],

@@ -1,5 +1,6 @@
 """Every family of diffusers pipelines that students are known for, from a directory or a hub id."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,11 @@ class DiffusersAdapter(ModelAdapter):
             raise ConfigurationError("this checkpoint embeds the guidance scale; set guidance.scale, 3.5 is usual")
         return torch.as_tensor(scale, device=t.device, dtype=torch.float32).expand(len(t))
 
+    def stock_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments by which the pipeline of `save_teacher` draws as training does, besides prompt, steps and size."""
+        guidance = self.family.stock_guidance(guidance_scale, self.embeds_guidance)
+        return guidance | stock_options(self.family.stock_class, self.sequence_length)
+
     def save_student(self, student: nn.Module, directory: Path) -> None:
         """Write the family's few-step pipeline, which loads with `trust_remote_code=True`."""
         save_few_step_pipeline(self.pipeline, two_time(student), self.sequence_length, directory)
@@ -299,3 +305,10 @@ def two_time(network: nn.Module) -> TwoTimeModel:
     if not isinstance(network, TwoTimeModel):
         raise TypeError(f"DiffusersAdapter works with its own transformers, not with {type(network).__name__}")
     return network
+
+
+def stock_options(kind: type[DiffusionPipeline], max_sequence_length: int) -> dict[str, Any]:
+    """Arguments by which a stock pipeline pads its prompts as training does, and draws in the size that is asked for."""
+    options = {"max_sequence_length": max_sequence_length, "use_resolution_binning": False}
+    known = inspect.signature(kind.__call__).parameters
+    return {name: value for name, value in options.items() if name in known}

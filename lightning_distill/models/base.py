@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,10 @@ class ModelAdapter(nn.Module, ABC):
     @abstractmethod
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write a stock diffusers pipeline of a network of one time, with all its components."""
+
+    def stock_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments by which the pipeline of `save_teacher` draws as training does, besides prompt, steps and size."""
+        return {}
 
     def guided_velocity(
         self,

@@ -121,6 +121,11 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         return math.exp(mu)
 
+    @classmethod
+    def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
+        """Arguments by which the stock pipeline guides a teacher; 1 is no guidance where it is not embedded."""
+        return {"guidance_scale": guidance_scale}
+
     @property
     def sequence_length(self) -> int:
         """Tokens that prompts are padded to, unless told otherwise."""

@@ -4,7 +4,7 @@ This file imports torch, diffusers and siblings that travel with it: it is part 
 this package.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -24,6 +24,13 @@ class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):
     stock_class = FluxPipeline
     network_class = TwoTimeFluxTransformer2DModel
     prompt_tokenizer: ClassVar[str] = "tokenizer_2"
+
+    @classmethod
+    def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
+        """Arguments by which the stock pipeline guides a teacher: an input, or a branch for an empty negative prompt."""
+        if embeds_guidance:
+            return {"guidance_scale": guidance_scale}
+        return {} if guidance_scale == 1 else {"negative_prompt": "", "true_cfg_scale": guidance_scale}
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """`prompt_embeds` (B, L, D) of T5 and `pooled_prompt_embeds` (B, P) of CLIP."""

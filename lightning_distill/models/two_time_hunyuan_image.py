@@ -70,6 +70,11 @@ class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
     default_sequence_length: ClassVar[int] = 1000
     patch_size = 1
 
+    @classmethod
+    def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
+        """Arguments by which the stock pipeline guides a teacher: an input, or its own component, which they do not change."""
+        return {"distilled_guidance_scale": guidance_scale} if embeds_guidance else {}
+
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """Embeddings (B, L, D) of Qwen2.5-VL and, of quoted text in the prompts, ByT5, each with its mask (B, L)."""
         embeds, mask = self._get_qwen_prompt_embeds(

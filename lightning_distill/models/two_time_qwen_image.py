@@ -4,7 +4,7 @@ This file imports torch, diffusers and siblings that travel with it: it is part 
 this package.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,11 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
 
     stock_class = QwenImagePipeline
     network_class = TwoTimeQwenImageTransformer2DModel
+
+    @classmethod
+    def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
+        """Arguments by which the stock pipeline guides a teacher: a branch for an empty negative prompt."""
+        return {} if guidance_scale == 1 else {"negative_prompt": "", "true_cfg_scale": guidance_scale}
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """`prompt_embeds` (B, L, D) of Qwen2.5-VL and `prompt_embeds_mask` (B, L), true where there is a token.

@@ -35,13 +35,23 @@ class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
     patch_size = 1
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """`prompt_embeds` (B, L, D) of the language model and `prompt_attention_mask` (B, L)."""
-        embeds, mask, _, _ = self.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=INSTRUCTION,
-        )
+        """`prompt_embeds` (B, L, D) of the language model and `prompt_attention_mask` (B, L).
+
+        As in the stock pipeline, the empty prompt of guidance goes without the instruction.
+        """
+
+        def encode(prompts: list[str], instruction: list[str] | None) -> tuple[Tensor, Tensor]:
+            embeds, mask, _, _ = self.encode_prompt(
+                prompts,
+                do_classifier_free_guidance=False,
+                max_sequence_length=max_sequence_length,
+                complex_human_instruction=instruction,
+            )
+            return embeds, mask
+
+        embeds, mask = encode(prompts, INSTRUCTION)
+        if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
+            embeds[empty], mask[empty] = encode([""] * len(empty), None)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def average_velocity(

@@ -78,6 +78,11 @@ class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):
     stock_class = ZImagePipeline
     network_class = TwoTimeZImageTransformer2DModel
 
+    @classmethod
+    def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
+        """Arguments by which the stock pipeline guides a teacher; it counts from 0."""
+        return {"guidance_scale": guidance_scale - 1}
+
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """`prompt_embeds` (B, L, D) of the language model and `prompt_embeds_mask` (B, L), true where there is a token."""
         # a copy: the stock method writes its template into the list
