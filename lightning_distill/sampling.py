@@ -63,11 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser("lightning_distill sample", description="Draw pictures with a pipeline directory.")
-    parser.add_argument(
-        "--pipeline",
-        required=True,
-        help=f"directory of an exported student or a stock pipeline of a known family, or {', '.join(SHIPPED)}",
-    )
+    known = f"directory of an exported student or of a stock pipeline of a known family, or {', '.join(SHIPPED)}"
+    parser.add_argument("--pipeline", required=True, help=known)
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated: the pictures make a grid")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--nfe", type=int, default=4, help="steps (default: 4)")

@@ -4,12 +4,14 @@ This file imports torch, diffusers and siblings that travel with it: it is part 
 this package.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
@@ -31,9 +33,9 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     """Draws with a two-time transformer, told start and end of each step, under `AverageVelocityScheduler`.
 
     To be inherited before a stock pipeline, whose components, loading and devices it keeps. Guidance is distilled into the
-    transformer, so a step is one forward. A family says how prompts, latents and velocities look, and training asks the same
-    methods. Latents are (B, C, h, w), float32, normalised to about unit scale; times are (B,), float32, in [0, 1], and 1 is
-    noise.
+    transformer, so a step is one forward. A family says how prompts and velocities look, and latents where its autoencoder is
+    not the usual one; training asks the same methods. Latents are (B, C, h, w), float32, normalised to about unit scale; times
+    are (B,), float32, in [0, 1], and 1 is noise.
     """
 
     stock_class: ClassVar[type[DiffusionPipeline]]
@@ -42,6 +44,10 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     """The two-time transformer."""
     prompt_tokenizer: ClassVar[str] = "tokenizer"
     """Component whose `model_max_length` tells how many tokens a prompt is padded to."""
+    default_sequence_length: ClassVar[int] = 512
+    """Most of those tokens, unless told otherwise: the stock pipeline's own default."""
+    patch_size = 2
+    """Latents on a side of an image token."""
 
     @abstractmethod
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
@@ -73,31 +79,57 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             guidance_scale: (B,), where the network embeds it.
         """
 
-    @abstractmethod
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, shifted and scaled."""
+        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
+        return ((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor).float()
 
-    @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
-    @abstractmethod
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        channels: int = self.vae.config.latent_channels
+        return channels
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of an image of H x W pixels.
 
         Raises:
-            ValueError: If the size does not fit.
+            ValueError: If they are no multiples of the autoencoder's factor times the transformer's patch.
         """
+        factor, multiple = self.vae_scale_factor, self.vae_scale_factor * self.patch_size
+        if height % multiple or width % multiple:
+            raise ValueError(f"images of {height} x {width} do not fit; use multiples of {multiple} pixels")
+        return self.latent_channels, height // factor, width // factor
+
+    @property
+    def default_size(self) -> int:
+        """Pixels of a side where none are asked for: what the autoencoder was made for, or the stock pipeline's default."""
+        size: int = self.vae.config.get("sample_size") or self.default_sample_size * self.vae_scale_factor
+        return size
 
     def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """Shift of the grid of times toward noise for latents (C, h, w); 1 is an even grid."""
-        return float(self.scheduler.config.shift)
+        """Shift of the grid of times toward noise for latents (C, h, w): the scheduler's, which may grow with their size."""
+        config = self.scheduler.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        tokens = (latent_shape[-2] // self.patch_size) * (latent_shape[-1] // self.patch_size)
+        mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        return math.exp(mu)
+
+    @classmethod
+    def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
+        """Arguments by which the stock pipeline guides a teacher; 1 is no guidance where it is not embedded."""
+        return {"guidance_scale": guidance_scale}
 
     @property
     def sequence_length(self) -> int:
         """Tokens that prompts are padded to, unless told otherwise."""
-        length: int = getattr(self, self.prompt_tokenizer).model_max_length
-        return min(512, length)
+        return min(self.default_sequence_length, tokenizer_within(getattr(self, self.prompt_tokenizer)).model_max_length)
 
     def register_modules(self, **modules: Any) -> None:
         """Register the components, such that they compute what they compute in training, to the last bit."""
@@ -150,8 +182,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         """
         if (prompt is None) == (not condition):
             raise ValueError("pass either a prompt or embeddings of prompts")
-        size = self.vae.config.sample_size
-        shape = self.latent_shape(height or size, width or size)
+        shape = self.latent_shape(height or self.default_size, width or self.default_size)
         device = self._execution_device
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -181,3 +212,22 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     def embeds_guidance(self) -> bool:
         """Whether the transformer takes the guidance scale as an input."""
         return bool(self.transformer.config.get("guidance_embeds", False))
+
+
+def tokenizer_within(component: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(component, "tokenizer", component)
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """Tokens (B, h/2 * w/2, 4 C) of latents (B, C, h, w), each a 2 x 2 patch, in FLUX's order."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents (B, C, height, width) of tokens (B, N, 4 C): the inverse of `pack_latents`."""
+    batch, _, width_4c = tokens.shape
+    patches = tokens.reshape(batch, height // 2, width // 2, width_4c // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, width_4c // 4, height, width)

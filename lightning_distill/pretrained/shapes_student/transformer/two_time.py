@@ -76,10 +76,15 @@ class Float32TimestepEmbedding(TimestepEmbedding):
 
         return super()._apply(move_only, recurse)
 
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+        """First layer, activation and last layer."""
+        return self.linear_1, self.act, self.linear_2
+
     def embed(self, features: Tensor) -> Tensor:
         """Embeddings (B, D) of features (B, F), in the precision of the weights."""
-        hidden = self.linear_1(features.to(self.linear_1.weight.dtype))
-        result: Tensor = self.linear_2(self.act(hidden))
+        first, activation, last = self.layers
+        result: Tensor = last(activation(first(features.to(first.weight.dtype))))
         return result
 
 
@@ -108,25 +113,31 @@ class TwoTimeEmbedding(Float32TimestepEmbedding):
         interval_frequency_bound: float,
     ) -> None:
         channels, width, out = like.linear_1.in_features, like.linear_1.out_features, like.linear_2.out_features
-        super().__init__(channels, width, out_dim=out)
+        # A refit needs biases, which some models have not.
+        bias = like.linear_1.bias is not None or time_frequency_bound is not None
+        super().__init__(channels, width, out_dim=out, sample_proj_bias=bias)
         self.time_proj = features if time_frequency_bound is None else SmoothTimeProjection(time_frequency_bound, channels)
         self.interval_embedder: Float32TimestepEmbedding | None = None
         self.interval_proj: nn.Module | None = None
         if interval_embedding != "none":
-            self.interval_embedder = Float32TimestepEmbedding(channels, width, out_dim=out)
             cloned = interval_embedding == "clone"
+            self.interval_embedder = Float32TimestepEmbedding(
+                channels, width, out_dim=out, sample_proj_bias=bias if cloned else True
+            )
             self.interval_proj = self.time_proj if cloned else SmoothTimeProjection(interval_frequency_bound, channels)
         self.times: tuple[Tensor, Tensor] | None = None
 
     def reset_interval_embedding(self, clone: bool) -> None:
         """Bring the interval embedder to its start: zeros behind the last layer, or a copy of the timestep embedder."""
-        assert self.interval_embedder is not None
+        if self.interval_embedder is None:
+            return
         if clone:
-            own = {name: value for name, value in self.state_dict().items() if not name.startswith("interval_embedder.")}
-            self.interval_embedder.load_state_dict(own)
+            for layer, own in zip(self.interval_embedder.layers, self.layers, strict=True):
+                layer.load_state_dict(own.state_dict())
         else:
-            nn.init.zeros_(self.interval_embedder.linear_2.weight)
-            nn.init.zeros_(self.interval_embedder.linear_2.bias)
+            last = self.interval_embedder.linear_2
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def embed_times(self, t: Tensor, r: Tensor) -> Tensor:
         """The embedding (B, D) of a step from t (B,) down to r (B,), in the precision of the weights."""
@@ -180,12 +191,22 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         super().__init__(**kwargs)
         if interval_embedding not in ("none", "zero", "clone"):
             raise ValueError(f"interval_embedding is {interval_embedding!r}; choose 'none', 'zero' or 'clone'")
-        found = [name for name, part in self.named_modules() if isinstance(part, TimestepEmbedding) and is_of_time(name)]
-        for name in found:
-            features = ScaledTimeProjection(self.get_submodule(f"{name.rpartition('.')[0]}.time_proj"), self.feature_scale)
-            stock = self.get_submodule(name)
-            settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
-            self.set_submodule(name, TwoTimeEmbedding(stock, features, *settings))
+        settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
+        for name, stock in list(self.named_modules()):
+            if (replacement := self.embedding_of(name.rpartition(".")[2])) is not None:
+                self.set_submodule(name, replacement(stock, self.own_features(name), *settings))
+
+    def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
+        """What replaces a module of this name within its parent; None leaves it."""
+        return TwoTimeEmbedding if name == "timestep_embedder" else None
+
+    def own_features(self, embedder: str) -> nn.Module:
+        """The features of times in [0, 1] that the stock class gives to one of its embedders."""
+        return ScaledTimeProjection(self.get_submodule(f"{embedder.rpartition('.')[0]}.time_proj"), self.feature_scale)
+
+    def stock_times(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Times as arguments of the stock forward."""
+        return {"timestep": t * self.timestep_scale}
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -231,12 +252,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         for embedder in embedders:
             embedder.times = t, r
         try:
-            return super().forward(*args, timestep=t * self.timestep_scale, **kwargs)
+            return super().forward(*args, **self.stock_times(t, r), **kwargs)
         finally:
             for embedder in embedders:
                 embedder.times = None
-
-
-def is_of_time(name: str) -> bool:
-    """Whether a module of this name embeds the timestep, and not a guidance scale or a size."""
-    return name.rpartition(".")[2] == "timestep_embedder"
