@@ -1,6 +1,7 @@
-"""Data: the Shapes world, and captioned pictures from a directory."""
+"""Data: the Shapes world, captioned pictures from a directory, and prompts alone."""
 
 from lightning_distill.data.image_folder import ImageFolder, ImageFolderDataset
+from lightning_distill.data.prompts import PromptDataset, Prompts
 from lightning_distill.data.shapes_datamodule import ShapesData, ShapesDataset
 
-__all__ = ["ImageFolder", "ImageFolderDataset", "ShapesData", "ShapesDataset"]
+__all__ = ["ImageFolder", "ImageFolderDataset", "PromptDataset", "Prompts", "ShapesData", "ShapesDataset"]

@@ -1,6 +1,6 @@
 """Loaders that go on, after an interruption, with the very sample that came next."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -25,6 +25,9 @@ class ResumableData(LightningDataModule):
     Raises:
         ConfigurationError: If a setting is out of its range.
     """
+
+    has_images: ClassVar[bool] = True
+    """Whether batches have pictures beside their prompts."""
 
     def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()

@@ -116,6 +116,11 @@ class TeacherStudentBase(SamplingModule):
             condition: Of the batch's prompts.
         """
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether `objective` looks at the latents of pictures; where it does not, prompts alone will do."""
+        return True
+
     # Set-up
 
     def prepare_data(self) -> None:
@@ -126,6 +131,12 @@ class TeacherStudentBase(SamplingModule):
         """Refuse settings that cannot work, before anything large is loaded."""
         self.adapter.check()
         self.guidance.check(self.adapter.embeds_guidance)
+        data = getattr(self._trainer, "datamodule", None)
+        if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
+            raise ConfigurationError(
+                f"data is {type(data).__name__}, which has no pictures, and {type(self).__name__} trains on them; give data "
+                "that has, or to MeanFlow model.trajectory_fraction 1"
+            )
 
     def configure_model(self) -> None:
         """Load the teacher and build the student."""
@@ -172,6 +183,12 @@ class TeacherStudentBase(SamplingModule):
         self._latent_cache.update(zip(places, latents.unbind() if places else (), strict=True))
         return latents
 
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents (B, C, h, w) of a batch's pictures; of prompts alone there are none, which shows in a loss that used them."""
+        if "image" in batch:
+            return self.encode_images(batch)
+        return torch.full((len(batch["prompt"]), *self.latent_shape), torch.nan, device=self.device)
+
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Condition:
         """Conditions of B prompts."""
@@ -190,7 +207,7 @@ class TeacherStudentBase(SamplingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean of the method's loss, and its curves."""
-        objective = self.objective(self.encode_images(batch), self.encode_prompt(batch["prompt"]))
+        objective = self.objective(self.latents(batch), self.encode_prompt(batch["prompt"]))
         loss = objective.loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in objective.logs.items()})

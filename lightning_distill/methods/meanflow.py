@@ -52,9 +52,10 @@ class MeanFlow(TeacherStudentBase):
         solver_steps: Sub-steps of the discrete solution over an interval, even on the sampling grid.
         bootstrap_step: Length of the teacher's step in the bootstrapped solution, in (0, 1], measured on the sampling grid:
             1/8 is one of eight sampling steps.
-        trajectory_fraction: Share of the training states that are not noised data but states of the student's own
-            trajectory, in [0, 1]: noise, moved to t by up to `trajectory_jumps` jumps. It is there that sampling asks the
-            student (backward distillation, arXiv 2405.05224).
+        trajectory_fraction: Share of the training states that are not noised data but states of a trajectory from noise to t,
+            in [0, 1]. With 1, no data but prompts are needed.
+        trajectory_source: Whose trajectory: "student", where sampling asks the student (backward distillation, arXiv
+            2405.05224), or "teacher", by as many steps of `solver`.
         trajectory_jumps: Most jumps of such a trajectory; the number is drawn for each batch.
         derivative: Of the differential solution: "exact", by dual numbers, or "finite_difference", for a student with an
             operation that has no forward-mode rule, at the cost of two more forward passes.
@@ -78,6 +79,7 @@ class MeanFlow(TeacherStudentBase):
         solver_steps: int = 4,
         bootstrap_step: float = 0.125,
         trajectory_fraction: float = 0.0,
+        trajectory_source: Literal["student", "teacher"] = "student",
         trajectory_jumps: int = 3,
         derivative: Literal["exact", "finite_difference"] = "exact",
         tangent_warmup_steps: int = 0,
@@ -97,6 +99,8 @@ class MeanFlow(TeacherStudentBase):
             raise ConfigurationError(f"model.bootstrap_step is {bootstrap_step}; choose a length in (0, 1], 0.125 is usual")
         if not 0 <= trajectory_fraction <= 1:
             raise ConfigurationError(f"model.trajectory_fraction is {trajectory_fraction}; choose a share in [0, 1], 0 is none")
+        if trajectory_source not in ("student", "teacher"):
+            raise ConfigurationError(f"model.trajectory_source is {trajectory_source!r}; choose student or teacher")
         if trajectory_jumps < 1:
             raise ConfigurationError(f"model.trajectory_jumps is {trajectory_jumps}; take at least 1")
         if derivative not in ("exact", "finite_difference"):
@@ -116,6 +120,7 @@ class MeanFlow(TeacherStudentBase):
         self.solver_steps = solver_steps
         self.bootstrap_step = bootstrap_step
         self.trajectory_fraction = trajectory_fraction
+        self.trajectory_source = trajectory_source
         self.trajectory_jumps = trajectory_jumps
         self.derivative = derivative
         self.tangent_warmup_steps = tangent_warmup_steps
@@ -163,7 +168,8 @@ class MeanFlow(TeacherStudentBase):
         if self.trajectory_fraction > 0:
             rows = (torch.rand(len(x0), device=x0.device) < self.trajectory_fraction).nonzero()[:, 0]
             if len(rows):  # a network cannot be asked for nothing
-                x_t[rows] = self.roll_out(noise[rows], t[rows], select(rows, condition), scale[rows])
+                parts = select(rows, condition), select(rows, null), scale[rows]
+                x_t[rows] = self.roll_out(noise[rows], t[rows], *parts)
 
         u, target, logs = self.regression(x_t, r, t, condition, null, scale)
         loss = self.loss(u, target)
@@ -174,13 +180,20 @@ class MeanFlow(TeacherStudentBase):
             logs |= alignment_logs
         return Objective(loss, t, logs)
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether some of the training states are noised data."""
+        return self.trajectory_fraction < 1
+
     @torch.no_grad()
-    def roll_out(self, noise: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
-        """States (B, C, h, w) that the student itself reaches at t (B,) from noise, in a random number of jumps."""
-        jumps = int(torch.randint(1, self.trajectory_jumps + 1, ()))
+    def roll_out(self, noise: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+        """States (B, C, h, w) that are reached at t (B,) from noise, in a random number of jumps or teacher's steps."""
+        jumps, start = int(torch.randint(1, self.trajectory_jumps + 1, ())), torch.ones_like(t)
+        if self.trajectory_source == "teacher":
+            return self._integrate(noise, t, start, jumps, condition, null, scale)
         x = noise
-        for start, end in pairwise(substeps(torch.ones_like(t), t, jumps, self._shift(noise))):
-            x = jump(x, self._evaluate(x, end, start, condition, scale), end, start)
+        for s, end in pairwise(substeps(start, t, jumps, self._shift(noise))):
+            x = jump(x, self._evaluate(x, end, s, condition, scale), end, s)
         return x
 
     def regression(

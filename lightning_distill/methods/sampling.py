@@ -16,7 +16,7 @@ from lightning_distill.methods.validation import AverageVelocityReference, Valid
 from lightning_distill.models.base import Condition, ModelAdapter
 
 Batch = dict[str, Any]
-"""`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1]; `index` (B,), the samples' places in the data set."""
+"""`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1], if there are pictures; `index` (B,), places in the data set."""
 
 
 class SamplingModule(LightningModule, ABC):

@@ -65,26 +65,32 @@ class AverageVelocityReference:
     @classmethod
     @torch.no_grad()
     def measure(cls, module: SamplingModule, batch: dict[str, Any]) -> AverageVelocityReference:
-        """Integrate the guided teacher of `module` by Heun's method from noisy versions of the batch's pictures."""
+        """Integrate the guided teacher of `module` by Heun's method.
+
+        From noisy versions of the batch's pictures, or, where it has none, from states of the teacher's own trajectories.
+        """
         options = module.validation
-        images, prompts = batch["image"][: options.samples], batch["prompt"][: options.samples]
-        x0, condition = module.adapter.encode_images(images), module.encode_prompt(prompts)
-        null = module.null_condition(len(x0))
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(options.seed)).to(x0)
+        prompts = batch["prompt"][: options.samples]
+        x0 = module.adapter.encode_images(batch["image"][: options.samples]) if "image" in batch else None
+        condition, null = module.encode_prompt(prompts), module.null_condition(len(prompts))
+        shape = module.latent_shape if x0 is None else x0.shape[1:]
+        noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(options.seed)).to(module.device)
+        shift = module.adapter.time_shift(tuple(shape))
         result = cls([], [], [], [], condition)
 
         def teacher_velocity(x: Tensor, t: Tensor) -> Tensor:
             return module.sampling_velocity(x, t, t, condition, null, "teacher")
 
+        def move(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
+            return integrate(teacher_velocity, x, start, end, options.solver_steps, "heun", shift)
+
         for end, start in options.intervals:
-            r, t = torch.full((len(x0),), end, device=x0.device), torch.full((len(x0),), start, device=x0.device)
-            x_t = interpolate(x0, noise, t)
-            shift = module.adapter.time_shift(tuple(x_t.shape[1:]))
-            x_r = integrate(teacher_velocity, x_t, t, r, options.solver_steps, "heun", shift)
+            r, t = (torch.full((len(prompts),), time, device=module.device) for time in (end, start))
+            x_t = move(noise, torch.ones_like(t), t) if x0 is None else interpolate(x0, noise, t)
             result.x_t.append(x_t)
             result.r.append(r)
             result.t.append(t)
-            result.u.append((x_t - x_r) / (start - end))
+            result.u.append((x_t - move(x_t, t, r)) / (start - end))
         return result
 
     @torch.no_grad()

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -118,14 +118,46 @@ def test_differential_target_is_the_identity_with_the_derivative_along_the_teach
     torch.testing.assert_close(logs["dudt_norm"], dudt.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("jumps", [1, 3])
-def test_states_of_an_exact_students_trajectory_are_the_teachers(jumps) -> None:
-    module = method(trajectory_jumps=jumps)
+@pytest.mark.parametrize(("source", "jumps", "tolerance"), [("student", 1, 1e-4), ("student", 3, 1e-4), ("teacher", 64, 0.05)])
+def test_states_of_a_trajectory_are_on_the_teachers(source, jumps, tolerance) -> None:
+    """Where jumps of an exact student lead, and steps of the teacher, if they are many."""
+    module = method(trajectory_source=source, trajectory_jumps=jumps, solver="heun")
     noise, t, condition = torch.randn(16, 3, 4, 4), torch.linspace(0, 1, 16), {"caption": torch.zeros(16)}
     for seed in range(4):
         torch.manual_seed(seed)
-        x_t = module.roll_out(noise, t, condition, torch.ones(16))
-        torch.testing.assert_close(x_t, GAUSSIAN.flow_map(noise, torch.ones(16), t), rtol=1e-4, atol=1e-4)
+        x_t = module.roll_out(noise, t, condition, condition, torch.ones(16))
+        torch.testing.assert_close(x_t, GAUSSIAN.flow_map(noise, torch.ones(16), t), rtol=tolerance, atol=tolerance)
+
+
+class Captions(LightningDataModule):
+    """Of `Pictures`, without them."""
+
+    has_images = False
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return DataLoader([{"prompt": "", "index": i} for i in range(64)], batch_size=8)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self.train_dataloader()
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_prompts_alone_will_do(source, tmp_path) -> None:
+    module = method(trajectory_fraction=1.0, trajectory_source=source, alignment=TrajectoryAlignment(weight=0.1))
+    with torch.no_grad():
+        module.student.bias.add_(1.0)
+    run = trainer(tmp_path, max_steps=64, max_epochs=-1)
+    module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.03)
+    run.fit(module, datamodule=Captions())
+    assert module.student.bias.abs() < 0.2
+    assert run.callback_metrics["val/average_velocity_error"] < 0.1
+
+
+def test_noised_pictures_need_pictures(tmp_path) -> None:
+    module = MeanFlow(GaussianAdapter("small"), validation=VALIDATION, trajectory_fraction=0.9)
+    with pytest.raises(ConfigurationError, match="Captions, which has no pictures"):
+        trainer(tmp_path).fit(module, datamodule=Captions())
+    assert not hasattr(module, "student")
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
@@ -210,6 +242,7 @@ def test_improved_guidance_mixes_the_student_in(points) -> None:
         ({"bootstrap_step": 0.0}, "model.bootstrap_step"),
         ({"trajectory_fraction": 1.1}, "model.trajectory_fraction"),
         ({"trajectory_jumps": 0}, "model.trajectory_jumps"),
+        ({"trajectory_source": "data"}, "model.trajectory_source"),
         ({"tangent_warmup_steps": -1}, "model.tangent_warmup_steps"),
         ({"caption_dropout": 1.0}, "model.caption_dropout"),
         ({"ema_decay": 1.0}, "model.ema_decay"),
