@@ -279,6 +279,10 @@ class DiffusersAdapter(ModelAdapter):
         """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
         return self.pipeline.average_velocity(two_time(student), x_t, r, t, condition, self._guidance(guidance_scale, t))
 
+    def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
+        """The guided velocity of two branches, (B, C, h, w) each, under scales (B,), as the family mixes them."""
+        return self.pipeline.mix_guidance(v_cond, v_null, scale)
+
     def _guidance(self, scale: Tensor | float | None, t: Tensor) -> Tensor | None:
         if not self.embeds_guidance:
             return None

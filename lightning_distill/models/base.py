@@ -131,6 +131,10 @@ class ModelAdapter(nn.Module, ABC):
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write a stock diffusers pipeline of a network of one time, with all its components."""
 
+    def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
+        """The guided velocity of two branches, (B, C, h, w) each, under scales (B,): `v_null + scale (v_cond - v_null)`."""
+        return classifier_free(v_cond, v_null, scale)
+
     def stock_arguments(self, guidance_scale: float) -> dict[str, Any]:
         """Arguments by which the pipeline of `save_teacher` draws as training does, besides prompt, steps and size."""
         return {}
@@ -166,4 +170,4 @@ class ModelAdapter(nn.Module, ABC):
         v = self.velocity(network, torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         v_cond, v_null = v.split([len(x_t), len(rows)])
         scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))[rows]
-        return v_cond.index_copy(0, rows, classifier_free(v_cond[rows], v_null, scale))
+        return v_cond.index_copy(0, rows, self.mix_guidance(v_cond[rows], v_null, scale))

@@ -121,6 +121,10 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         return math.exp(mu)
 
+    def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
+        """The teacher's guided velocity of two branches, (B, C, h, w) each, under scales (B,) (arXiv 2207.12598)."""
+        return v_cond + (scale - 1)[:, None, None, None] * (v_cond - v_null)
+
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
         """Arguments by which the stock pipeline guides a teacher; 1 is no guidance where it is not embedded."""

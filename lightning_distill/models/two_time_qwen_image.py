@@ -65,6 +65,13 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
         )
         return unpack_latents(tokens.to(x_t.dtype), height, width)
 
+    def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
+        """The teacher's guided velocity of two branches, each token brought to the length that it has with its prompt."""
+        cond = pack_latents(v_cond)
+        mixed = pack_latents(super().mix_guidance(v_cond, v_null, scale))
+        length, own = (tokens.norm(dim=-1, keepdim=True) for tokens in (mixed, cond))
+        return unpack_latents(mixed * (own / length), *v_cond.shape[-2:])
+
     @property
     def latent_channels(self) -> int:
         """C of the latents."""
