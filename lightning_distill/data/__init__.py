@@ -1,7 +1,17 @@
-"""Data: the Shapes world, captioned pictures from a directory, and prompts alone."""
+"""Data: the Shapes world, captioned pictures from a directory or from tar files, and prompts alone."""
 
 from lightning_distill.data.image_folder import ImageFolder, ImageFolderDataset
+from lightning_distill.data.image_text import ImageText, ImageTextDataset
 from lightning_distill.data.prompts import PromptDataset, Prompts
 from lightning_distill.data.shapes_datamodule import ShapesData, ShapesDataset
 
-__all__ = ["ImageFolder", "ImageFolderDataset", "PromptDataset", "Prompts", "ShapesData", "ShapesDataset"]
+__all__ = [
+    "ImageFolder",
+    "ImageFolderDataset",
+    "ImageText",
+    "ImageTextDataset",
+    "PromptDataset",
+    "Prompts",
+    "ShapesData",
+    "ShapesDataset",
+]

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
 
 METADATA = "metadata.jsonl"
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""All that PIL raises of a file that it cannot read."""
 _DEEP = ("I", "F")  # modes of more than 8 bits, which PIL's conversion to RGB would clip
 
 
@@ -88,7 +90,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         path = self.directory / sample.file_name
         try:
             return read_image(path, height, width)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that PIL raises
+        except UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise UnreadableImageError(
                 f"{path} of line {sample.line} of {self.directory / METADATA} cannot be read as a picture ({reason}); "
@@ -185,14 +187,14 @@ class ImageFolder(ResumableData):
         return self.evaluation_loader(ImageFolderDataset(validation.directory, validation.samples, size=None))
 
 
-def read_image(path: Path, height: int, width: int) -> Tensor:
+def read_image(source: Path | BinaryIO, height: int, width: int) -> Tensor:
     """A picture (3, height, width), float in [-1, 1], resized by antialiased bicubic filtering and cropped at its center.
 
     Raises:
         OSError: If the file is missing, broken or of an unknown format.
         ValueError: If it has more than 8 bits a channel.
     """
-    with Image.open(path) as file:
+    with Image.open(source) as file:
         image: Image.Image = ImageOps.exif_transpose(file)
     if image.mode.startswith(_DEEP):
         raise ValueError("it has more than 8 bits a channel")

@@ -55,7 +55,10 @@ class ResumableData(LightningDataModule):
             ConfigurationError: If a process would not get a single batch.
         """
         self.refuse_too_few(len(dataset))  # type: ignore[arg-type]
-        sampler = EpochSampler(dataset, self.batch_size, self.seed, *self._replicas())
+        return self.resumable_loader(dataset, EpochSampler(dataset, self.batch_size, self.seed, *self._replicas()))
+
+    def resumable_loader(self, dataset: Batches, sampler: EpochSampler) -> StatefulDataLoader:
+        """Batches in a sampler's order."""
         if self.trainer:  # Lightning sets the epoch too, but only after worker processes have begun to fetch
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)

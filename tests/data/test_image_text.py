@@ -1,0 +1,249 @@
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from PIL import Image
+
+from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
+from lightning_distill.callbacks.random_state import RandomState
+from lightning_distill.data import ImageText
+from lightning_distill.data.image_folder import UnreadableImageError
+from lightning_distill.data.tar_shards import INDEX, TarShards, scan
+from lightning_distill.errors import ConfigurationError
+from tests.toy import ToyModule, read_losses
+
+SHAPES = [(32, 32), (24, 44), (46, 22)]
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def picture(value: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (value,) * 3).save(file, kind)
+    return file.getvalue()
+
+
+def write_shard(path: Path, first: int, count: int) -> Path:
+    """Pictures of one gray each, picture i of the value 5 i, in three shapes, captions as texts and as JSON in turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i in range(first, first + count):
+            add(archive, f"part/{i:04}.png", picture(5 * i, SHAPES[i % 3]))
+            if i % 2:
+                add(archive, f"part/{i:04}.json", json.dumps({"caption": f"picture {i}", "other": 1}).encode())
+            else:
+                add(archive, f"part/{i:04}.txt", f"picture {i}\n".encode())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(3):
+        write_shard(tmp_path / "shards" / f"{number:03}.tar", 16 * number, 16)
+    write_shard(tmp_path / "validation.tar", 0, 5)
+    return tmp_path
+
+
+def ready(folder: Path, stage: str = "fit", **settings: Any) -> ImageText:
+    defaults = {"batch_size": 4, "num_workers": 0, "height": 32, "width": 32, "multiple": 8}
+    shards = {"shards": str(folder / "shards" / "*.tar"), "validation_shards": str(folder / "validation.tar")}
+    data = ImageText(**shards | defaults | settings)
+    data.setup(stage)
+    return data
+
+
+def test_batches_are_of_one_shape_and_of_what_their_captions_say(folder: Path) -> None:
+    shapes, seen = set(), []
+    for batch in ready(folder).train_dataloader():
+        assert batch["image"].dtype == torch.float32
+        assert batch["broken"] == []
+        shapes.add(tuple(batch["image"].shape[1:]))
+        for prompt, image in zip(batch["prompt"], batch["image"], strict=True):
+            assert torch.allclose(image, torch.tensor(int(prompt.split()[1]) * 5 / 127.5 - 1), atol=1e-5)
+            seen.append(prompt)
+    assert len(seen) == len(set(seen)) == 48
+    assert shapes == {(3, 32, 32), (3, 24, 40), (3, 40, 24)}
+
+
+def test_one_bucket_is_the_size_asked_for(folder: Path) -> None:
+    batches = list(ready(folder, largest_ratio=1.0, height=16, width=24).train_dataloader())
+    assert {tuple(batch["image"].shape) for batch in batches} == {(4, 3, 16, 24)}
+
+
+def test_validation_is_of_the_size_asked_for_and_in_order(folder: Path) -> None:
+    data = ready(folder, "validate", validation_samples=3)
+    (batch,) = data.val_dataloader()
+    assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
+    assert batch["image"].shape == (3, 3, 32, 32)
+
+
+def test_small_pictures_may_be_left_out(folder: Path) -> None:
+    prompts = [prompt for batch in ready(folder, min_side=25).train_dataloader() for prompt in batch["prompt"]]
+    assert len(prompts) == 16
+    assert {int(prompt.split()[1]) % 3 for prompt in prompts} == {0}
+
+
+# Shards
+
+
+def test_headers_are_read_once_and_again_when_a_shard_changes(folder: Path) -> None:
+    path = folder / "shards" / "000.tar"
+    first = TarShards([path])
+    kept = path.with_name(path.name + INDEX)
+    text = kept.read_text()
+    kept.write_text(text.replace("picture 3", "told by the index"))
+    assert TarShards([path]).caption(3) == "told by the index"
+    write_shard(path, 0, 15)
+    assert len(TarShards([path])) == 15
+    assert first.picture(2).read() == picture(10, SHAPES[2])
+    kept.write_text(text)  # of the shard before
+    assert len(TarShards([path])) == 15
+
+
+def test_shards_without_captioned_pictures_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        add(archive, "a.png", picture(0, (8, 8)))
+        add(archive, "b.txt", b"of no picture")
+    with pytest.raises(ConfigurationError, match=r"no picture .* with a caption .* 'text'"):
+        TarShards([path], caption_key="text")
+
+
+def test_other_files_and_pictures_without_captions_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        add(archive, "a.JPG", picture(100, (9, 8), "JPEG"))
+        add(archive, "a.cls", b"7")
+        add(archive, "a.txt", "ein Hügel".encode())
+        add(archive, "b.png", picture(0, (8, 8)))
+        add(archive, "c.png", b"not a picture")
+        add(archive, "c.txt", b"broken")
+        add(archive, "d.webp", picture(0, (8, 8), "WEBP"))
+        add(archive, "d.json", b'{"caption": 3}')
+        add(archive, "e.pyd", b"cos\nsystem\n(S'echo'\ntR.")
+        add(archive, "../../f.png", picture(0, (8, 8)))
+        add(archive, "../../f.txt", b"outside")
+    samples, unreadable = scan(path, "caption")
+    assert unreadable == 1
+    assert [(sample.caption, sample.height, sample.width) for sample in samples] == [("ein Hügel", 8, 9), ("outside", 8, 8)]
+
+
+def test_a_shard_that_is_none_is_one_sentence(folder: Path) -> None:
+    (folder / "shards" / "003.tar").write_bytes(b"not a tar file" * 100)
+    with pytest.raises(ConfigurationError, match=r"003\.tar of data\.shards is no plain tar file"):
+        ready(folder)
+
+
+# Broken pictures
+
+
+def broken_shard(folder: Path, count: int) -> None:
+    """Pictures whose header can be read, and nothing else."""
+    with tarfile.open(folder / "shards" / "broken.tar", "w") as archive:
+        for i in range(count):
+            add(archive, f"broken {i}.png", picture(0, (32, 32))[:60])
+            add(archive, f"broken {i}.txt", b"broken")
+
+
+def test_broken_pictures_are_left_out_and_told_of(folder: Path) -> None:
+    broken_shard(folder, 2)
+    data = ready(folder, largest_ratio=1.0)
+    batches = list(data.train_dataloader())
+    told = [description for batch in batches for description in batch["broken"]]
+    kept = [prompt for batch in batches for prompt in batch["prompt"]]
+    assert len(kept) + len(told) == 48
+    assert "broken" not in kept
+    assert 0 < len(told) <= 2
+    assert all("broken.tar" in description for description in told)
+    with pytest.warns(UserWarning, match="leaves out broken"):
+        transferred = [data.on_before_batch_transfer(batch, 0) for batch in batches]
+    assert not any("broken" in batch for batch in transferred)
+    assert data.state_dict() == {"seen": 48, "broken": len(told)}
+
+
+def test_too_many_of_them_end_the_run() -> None:
+    data = ImageText("x.tar", "y.tar", max_broken_share=0.01)
+    data.load_state_dict({"seen": 1500, "broken": 14})
+    good = {"prompt": ["a"] * 4, "broken": []}
+    data.on_before_batch_transfer(dict(good), 0)
+    with pytest.raises(UnreadableImageError, match=r"16 of 1509 pictures .* data\.max_broken_share 0\.01"):
+        data.on_before_batch_transfer({"prompt": ["a"] * 3, "broken": ["b", "c"]}, 0)
+
+
+def test_a_batch_of_nothing_else_is_an_error(folder: Path) -> None:
+    for path in (folder / "shards").glob("*.tar"):
+        path.unlink()
+    broken_shard(folder, 8)
+    with pytest.raises(UnreadableImageError, match="no picture of a batch can be read, the first being broken"):
+        list(ready(folder).train_dataloader())
+
+
+# Resume
+
+
+@pytest.mark.parametrize("taken", [1, 5])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_where_its_state_was_saved(folder: Path, taken: int, num_workers: int) -> None:
+    whole = [batch["prompt"] for batch in ready(folder).train_dataloader()]
+    loader = ready(folder, num_workers=num_workers).train_dataloader()
+    iterator = iter(loader)
+    before = [next(iterator)["prompt"] for _ in range(taken)]
+    state = loader.state_dict()
+    again = ready(folder, num_workers=num_workers).train_dataloader()
+    again.load_state_dict(state)
+    assert before + [batch["prompt"] for batch in again] == whole
+
+
+def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+    def fit(name: str, steps: int, **options: Any) -> object:
+        seed_everything(0)
+        losses = tmp_path / f"{name}.jsonl"
+        callbacks = [RandomState(), AtomicCheckpoint(dirpath=str(tmp_path / name), every_n_train_steps=5)]
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            callbacks=callbacks,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(ToyModule(losses=str(losses)), datamodule=ready(folder, largest_ratio=1.0), **options)
+        return read_losses(losses)
+
+    whole = fit("whole", 16)
+    fit("part", 5)
+    resumed = fit("part", 16, ckpt_path=tmp_path / "part" / "last.ckpt")
+    assert resumed == whole
+    assert len(whole) == 16
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"height": 20}, r"data\.height is 20; set it to a multiple of data\.multiple, 8"),
+        ({"largest_ratio": 0.5}, r"data\.largest_ratio is 0\.5"),
+        ({"max_broken_share": 1.0}, r"data\.max_broken_share is 1\.0"),
+        ({"validation_samples": 0}, r"data\.validation_samples is 0"),
+        ({"min_side": -1}, r"data\.min_side is -1"),
+        ({"shards": "absent/*.tar"}, r"data\.shards has 'absent/\*\.tar', which stands for no \.tar file"),
+        ({"batch_size": 100}, "48 training samples do not hold a batch"),
+        ({"batch_size": 17}, "no bucket holds a batch"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str, folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ready(folder, **settings)
