@@ -1,9 +1,10 @@
-"""Large sets of captioned pictures, in tar files, as a LightningDataModule."""
+"""Large sets of captioned pictures, in tar files or data sets of Hugging Face, as a LightningDataModule."""
 
 import glob
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_distill.data.buckets import BucketSampler, aspect_buckets, nearest_bucket
+from lightning_distill.data.hub_images import HubImages
 from lightning_distill.data.image_folder import UNREADABLE, UnreadableImageError, read_image
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.data.tar_shards import TarShards
@@ -20,17 +22,38 @@ ENOUGH = 1000
 """Samples from which on the share of broken ones is looked at."""
 
 
+class Source(Protocol):
+    """Where captioned pictures are."""
+
+    unreadable: int
+    """Pictures that were passed over, since not even their size could be read."""
+
+    def __len__(self) -> int: ...
+
+    def place(self, index: int) -> str:
+        """Where a sample is, for messages."""
+
+    def caption(self, index: int) -> str:
+        """What a picture shows."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+
+    def picture(self, index: int) -> io.BytesIO:
+        """The bytes of a picture."""
+
+
 class ImageTextDataset(Dataset[dict[str, Any]]):
     """Captions and pictures, fetched a batch at a time, all of the size of the first one's bucket.
 
     Args:
-        shards: Where they are.
-        places: Of the samples within the shards.
+        source: Where they are.
+        places: Of the samples within the source.
         sizes: (height, width) in pixels that each is brought to.
     """
 
-    def __init__(self, shards: TarShards, places: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
-        self.shards = shards
+    def __init__(self, source: Source, places: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
+        self.source = source
         self.places = list(places)
         self.sizes = list(sizes)
 
@@ -55,15 +78,15 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         for index in indices:
             place = self.places[index]
             try:
-                images.append(read_image(self.shards.picture(place), *self.sizes[indices[0]]))
+                images.append(read_image(self.source.picture(place), *self.sizes[indices[0]]))
             except UNREADABLE as error:
-                broken.append(f"{self.shards.place(place)} ({' '.join(str(error).split())})")
+                broken.append(f"{self.source.place(place)} ({' '.join(str(error).split())})")
             else:
                 kept.append(index)
         if not kept:
-            raise UnreadableImageError(f"no picture of a batch can be read, the first being {broken[0]}; replace the shard")
+            raise UnreadableImageError(f"no picture of a batch can be read, the first being {broken[0]}; replace it")
         return {
-            "prompt": [self.shards.caption(self.places[index]) for index in kept],
+            "prompt": [self.source.caption(self.places[index]) for index in kept],
             "image": torch.stack(images),
             "index": torch.tensor(kept, dtype=torch.int64),
             "broken": broken,
@@ -71,22 +94,25 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
 
 class ImageText(ResumableData):
-    """Pictures with captions from tar files in webdataset's layout, in buckets of aspect ratios.
+    """Pictures with captions from tar files in webdataset's layout, or a data set of Hugging Face, in buckets of aspect ratios.
 
     A picture is resized until it covers the size of its bucket, keeping its proportions, and cropped at its center; a batch is
     of one bucket. The order of an epoch is a function of (`seed`, epoch) alone, so a run resumed in the middle of an epoch sees
-    what the uninterrupted run would have seen, with any number of workers. What lies where in the shards is read once, and
-    kept in files beside them.
+    what the uninterrupted run would have seen, with any number of workers. What lies where, and of which size, is read once,
+    and kept in files beside the shards, or in the cache of `datasets`.
 
     A picture that cannot be read is left out of its batch, counted and told of; past `max_broken_share` of all the run ends.
 
-    Validation, test and prediction use the first samples of `validation_shards`, brought to height x width.
+    Validation, test and prediction use the first samples of `validation_source`, brought to height x width.
 
     Args:
-        shards: Tar files to train on: a path, with `*` and `?` for many, or a list of such.
-        validation_shards: Tar files to validate on, likewise.
+        source: What to train on: tar files, a path with `*` and `?` for many; a hub id; a directory that `datasets` reads, of
+            Parquet files or in the layout of `imagefolder`; or `.parquet` files, a path with `*` for many.
+        validation_source: What to validate on, likewise; None takes the split `validation` of `source`, which tar files have
+            not.
         validation_samples: Number of samples of those.
-        caption_key: Key of the caption where captions are `.json`; `.txt` is the caption itself.
+        image_column: Column of the pictures of a data set of Hugging Face.
+        caption_column: Column of its captions; of tar files the key of the caption where it is `.json`.
         height: Pixels of the square, or other, size whose area all buckets have.
         width: Likewise.
         multiple: Of which all heights and widths of buckets are multiples: what the model's latents and patches need.
@@ -103,10 +129,11 @@ class ImageText(ResumableData):
 
     def __init__(
         self,
-        shards: str | list[str],
-        validation_shards: str | list[str],
+        source: str,
+        validation_source: str | None = None,
         validation_samples: int = 64,
-        caption_key: str = "caption",
+        image_column: str = "image",
+        caption_column: str = "caption",
         height: int = 512,
         width: int = 512,
         multiple: int = 16,
@@ -129,10 +156,15 @@ class ImageText(ResumableData):
             raise ConfigurationError(f"data.validation_samples is {validation_samples}; set it to 1 or more")
         if min_side < 0:
             raise ConfigurationError(f"data.min_side is {min_side}; set it to 0 or more pixels")
-        self.shards = shards
-        self.validation_shards = validation_shards
+        if source.endswith(".tar") and validation_source is None:
+            raise ConfigurationError(
+                "data.validation_source is null, and tar files have no split for it; give some of the shards"
+            )
+        self.source = source
+        self.validation_source = validation_source
         self.validation_samples = validation_samples
-        self.caption_key = caption_key
+        self.image_column = image_column
+        self.caption_column = caption_column
         self.size = (height, width)
         self.buckets = aspect_buckets(height, width, multiple, largest_ratio)
         self.min_side = min_side
@@ -143,29 +175,44 @@ class ImageText(ResumableData):
         self._train_buckets: list[int] = []
         self._validation: ImageTextDataset | None = None
 
-    def prepare_data(self) -> None:
-        """Read the shards' headers, in one process of a machine, unless that was done before."""
-        for pattern, setting in ((self.shards, "data.shards"), (self.validation_shards, "data.validation_shards")):
-            TarShards(find_shards(pattern, setting), self.caption_key)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Look up what is in the shards; pictures are read when they are asked for.
+    def open_source(self, train: bool) -> Source:
+        """What to train on, or what to validate on.
 
         Raises:
-            ConfigurationError: If there are no shards or samples, or training has less than a batch.
+            ConfigurationError: If there is nothing.
+        """
+        name, setting, split = self.source, "data.source", "train"
+        if not train and self.validation_source is None:
+            split = "validation"
+        elif not train and self.validation_source is not None:
+            name, setting = self.validation_source, "data.validation_source"
+        if name.endswith(".tar"):
+            return TarShards(find_shards(name, setting), self.caption_column)
+        return HubImages(name, split, self.image_column, self.caption_column, setting)
+
+    def prepare_data(self) -> None:
+        """Look up what is there, in one process of a machine, unless that was done before."""
+        for train in (True, False):
+            self.open_source(train)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Look up what is there; pictures are read when they are asked for.
+
+        Raises:
+            ConfigurationError: If there is nothing, or training has less than a batch.
         """
         if self._validation is None:
-            shards = TarShards(find_shards(self.validation_shards, "data.validation_shards"), self.caption_key)
-            places = list(range(min(self.validation_samples, len(shards))))
-            self._validation = ImageTextDataset(shards, places, [self.size] * len(places))
+            source = self.open_source(train=False)
+            places = list(range(min(self.validation_samples, len(source))))
+            self._validation = ImageTextDataset(source, places, [self.size] * len(places))
         if stage in ("fit", None) and self._train is None:
-            shards = TarShards(find_shards(self.shards, "data.shards"), self.caption_key)
-            places = [i for i in range(len(shards)) if min(shards.size(i)) >= self.min_side]
-            self._train_buckets = [nearest_bucket(*shards.size(i), self.buckets) for i in places]
-            self._train = ImageTextDataset(shards, places, [self.buckets[bucket] for bucket in self._train_buckets])
+            source = self.open_source(train=True)
+            places = [i for i in range(len(source)) if min(source.size(i)) >= self.min_side]
+            self._train_buckets = [nearest_bucket(*source.size(i), self.buckets) for i in places]
+            self._train = ImageTextDataset(source, places, [self.buckets[bucket] for bucket in self._train_buckets])
             rank_zero_info(
                 f"ImageText: {len(places)} pictures in {len(set(self._train_buckets))} buckets; left out are "
-                f"{len(shards) - len(places)} smaller than data.min_side and {shards.unreadable} that cannot be read"
+                f"{len(source) - len(places)} smaller than data.min_side and {source.unreadable} that cannot be read"
             )
             self.refuse_too_few(len(places))
             if len(self._sampler()) == 0:
@@ -207,7 +254,7 @@ class ImageText(ResumableData):
         if self.seen >= ENOUGH and self.broken > self.max_broken_share * self.seen:
             raise UnreadableImageError(
                 f"{self.broken} of {self.seen} pictures cannot be read, more than data.max_broken_share "
-                f"{self.max_broken_share}; replace the shards, or raise it"
+                f"{self.max_broken_share}; replace them, or raise it"
             )
         return batch
 
@@ -220,22 +267,18 @@ class ImageText(ResumableData):
         self.seen, self.broken = state_dict["seen"], state_dict["broken"]
 
 
-def find_shards(patterns: str | Sequence[str], setting: str) -> list[Path]:
-    """The files that one or several patterns stand for, in order.
+def find_shards(pattern: str, setting: str) -> list[Path]:
+    """The files that a pattern stands for, in order.
 
     Raises:
-        ConfigurationError: If a pattern stands for none.
+        ConfigurationError: If it stands for none.
     """
-    found: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        files = sorted(Path(name) for name in glob.glob(pattern) if name.endswith(".tar"))
-        if not files:
-            raise ConfigurationError(f"{setting} has {pattern!r}, which stands for no .tar file; correct the path")
-        found += files
-    return list(dict.fromkeys(found))
+    if not (files := sorted(Path(name) for name in glob.glob(pattern))):
+        raise ConfigurationError(f"{setting} is {pattern!r}, which stands for no file; correct the path")
+    return files
 
 
 def _ready(dataset: ImageTextDataset | None) -> ImageTextDataset:
     if dataset is None:
-        raise RuntimeError("ImageText has not read its shards yet; call setup(stage) first")
+        raise RuntimeError("ImageText has not looked up its pictures yet; call setup(stage) first")
     return dataset

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from lightning_distill.data.image_folder import UNREADABLE
 from lightning_distill.errors import ConfigurationError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -66,7 +67,8 @@ class TarShards:
             self.unreadable += unreadable
         if not self.samples:
             raise ConfigurationError(
-                f"data.shards holds no picture ({', '.join(PICTURES)}) with a caption (.txt, or .json with {caption_key!r})"
+                f"{self.paths[0]} and what follows hold no picture ({', '.join(PICTURES)}) with a caption (.txt, or .json with "
+                f"the key {caption_key!r}); correct the path, or set data.caption_column"
             )
         self._files: dict[int, BinaryIO] = {}
 
@@ -145,7 +147,7 @@ def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
                 if ending in PICTURES:
                     try:
                         width, height = Image.open(content).size  # reads the header only
-                    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                    except UNREADABLE:
                         unreadable += 1
                         continue
                     pictures[key], sizes[key] = member, (height, width)
@@ -154,7 +156,7 @@ def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
                     if text is not None:
                         captions[key] = text
     except tarfile.TarError as error:
-        raise ConfigurationError(f"{path} of data.shards is no plain tar file ({error}); replace or remove it") from error
+        raise ConfigurationError(f"{path} is no plain tar file ({error}); replace or remove it") from error
     return [
         TarSample(member.name, member.offset_data, member.size, captions[key], *sizes[key])
         for key, member in pictures.items()

@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 def ready(folder: Path, stage: str = "fit", **settings: Any) -> ImageText:
     defaults = {"batch_size": 4, "num_workers": 0, "height": 32, "width": 32, "multiple": 8}
-    shards = {"shards": str(folder / "shards" / "*.tar"), "validation_shards": str(folder / "validation.tar")}
+    shards = {"source": str(folder / "shards" / "*.tar"), "validation_source": str(folder / "validation.tar")}
     data = ImageText(**shards | defaults | settings)
     data.setup(stage)
     return data
@@ -114,7 +114,7 @@ def test_shards_without_captioned_pictures_are_refused(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as archive:
         add(archive, "a.png", picture(0, (8, 8)))
         add(archive, "b.txt", b"of no picture")
-    with pytest.raises(ConfigurationError, match=r"no picture .* with a caption .* 'text'"):
+    with pytest.raises(ConfigurationError, match=r"no picture .* with a caption .*'text'"):
         TarShards([path], caption_key="text")
 
 
@@ -139,8 +139,65 @@ def test_other_files_and_pictures_without_captions_are_passed_over(tmp_path: Pat
 
 def test_a_shard_that_is_none_is_one_sentence(folder: Path) -> None:
     (folder / "shards" / "003.tar").write_bytes(b"not a tar file" * 100)
-    with pytest.raises(ConfigurationError, match=r"003\.tar of data\.shards is no plain tar file"):
+    with pytest.raises(ConfigurationError, match=r"003\.tar is no plain tar file"):
         ready(folder)
+
+
+# Data sets of Hugging Face
+
+
+@pytest.fixture
+def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same pictures as in `folder`, in two files, one without a caption and one broken; and a folder to validate on."""
+    datasets = pytest.importorskip("datasets", reason='needs datasets: pip install -c constraints.txt -e ".[data]"')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for part in range(2):
+        rows = [{"bytes": picture(5 * i, SHAPES[i % 3]), "path": None} for i in range(24 * part, 24 * part + 24)]
+        captions = [f"picture {i}" for i in range(24 * part, 24 * part + 24)]
+        if part:
+            rows[-1]["bytes"], captions[-2] = b"not a picture", None
+        columns = {"image": rows, "caption": captions, "id": list(range(24))}
+        features = datasets.Features(
+            {"image": datasets.Image(), "caption": datasets.Value("string"), "id": datasets.Value("int64")}
+        )
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f"{part}.parquet")
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(picture(5 * i, (32, 32)))
+    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"picture {i}"}) for i in range(3)]
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_data_sets_of_hugging_face_are_read_the_same_way(parquet: Path) -> None:
+    sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "pictures")}
+    data = ready(parquet, batch_size=2, **sources)
+    seen = []
+    for batch in data.train_dataloader():
+        assert len({tuple(image.shape) for image in batch["image"]}) == 1
+        for prompt, image in zip(batch["prompt"], batch["image"], strict=True):
+            assert torch.allclose(image, torch.tensor(int(prompt.split()[1]) * 5 / 127.5 - 1), atol=1e-5)
+            seen.append(prompt)
+    assert set(seen) <= {f"picture {i}" for i in range(46)}
+    assert 44 <= len(seen) == len(set(seen))
+    (batch,) = ready(parquet, "validate", **sources).val_dataloader()
+    assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "absent/*.parquet"}, r"data\.source is 'absent/\*\.parquet', of which no split 'train' can be loaded"),
+        ({"caption_column": "text"}, r"data\.caption_column is 'text', and .* has image, caption, id; choose one of these"),
+        ({"image_column": "png"}, r"data\.image_column is 'png'"),
+        ({"validation_source": None}, r"no split 'validation' can be loaded"),
+    ],
+)
+def test_data_sets_that_cannot_be_used_are_one_sentence(settings: dict[str, Any], message: str, parquet: Path) -> None:
+    sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "*.parquet")}
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        ready(parquet, **sources | settings)
+    assert "\n" not in str(caught.value)
 
 
 # Broken pictures
@@ -239,7 +296,8 @@ def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(folder: Path, tmp
         ({"max_broken_share": 1.0}, r"data\.max_broken_share is 1\.0"),
         ({"validation_samples": 0}, r"data\.validation_samples is 0"),
         ({"min_side": -1}, r"data\.min_side is -1"),
-        ({"shards": "absent/*.tar"}, r"data\.shards has 'absent/\*\.tar', which stands for no \.tar file"),
+        ({"source": "absent/*.tar"}, r"data\.source is 'absent/\*\.tar', which stands for no file"),
+        ({"validation_source": None}, r"data\.validation_source is null, and tar files have no split"),
         ({"batch_size": 100}, "48 training samples do not hold a batch"),
         ({"batch_size": 17}, "no bucket holds a batch"),
     ],
