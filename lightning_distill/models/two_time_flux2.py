@@ -5,6 +5,7 @@ this package.
 """
 
 import math
+from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
@@ -33,29 +34,23 @@ class FewStepFlux2(FewStepPipeline):
         prompt_embeds, _ = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)
         return {"prompt_embeds": prompt_embeds}
 
-    def average_velocity(
-        self,
-        network: TwoTimeModel,
-        x_t: Tensor,
-        r: Tensor | None,
-        t: Tensor,
-        condition: dict[str, Tensor],
-        guidance_scale: Tensor | None,
-    ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
-        dtype, prompt_embeds = network.dtype, condition["prompt_embeds"]
-        length, (height, width) = prompt_embeds.shape[1], x_t.shape[-2:]
-        (tokens,) = network(
-            hidden_states=x_t.flatten(2).mT.to(dtype),
-            encoder_hidden_states=prompt_embeds.to(dtype),
-            timestep=t,
-            timestep_r=r,
-            guidance=guidance_scale,
-            img_ids=positions(1, height, width, 1, x_t.device),
-            txt_ids=positions(1, 1, 1, length, x_t.device),
-            return_dict=False,
-        )
-        return tokens.to(x_t.dtype).mT.unflatten(2, (height, width))
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times."""
+        length, (height, width) = condition["prompt_embeds"].shape[1], x_t.shape[-2:]
+        return {
+            "hidden_states": x_t.flatten(2).mT,
+            "encoder_hidden_states": condition["prompt_embeds"],
+            "guidance": guidance_scale,
+            "img_ids": positions(1, height, width, 1, x_t.device),
+            "txt_ids": positions(1, 1, 1, length, x_t.device),
+        }
+
+    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) of what the transformer returns."""
+        tokens: Tensor = output
+        return tokens.mT.unflatten(2, (height, width))
 
     @property
     def latent_channels(self) -> int:

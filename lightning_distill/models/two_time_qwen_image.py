@@ -43,27 +43,20 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
         missing = max_sequence_length - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing)).bool()}
 
-    def average_velocity(
-        self,
-        network: TwoTimeModel,
-        x_t: Tensor,
-        r: Tensor | None,
-        t: Tensor,
-        condition: dict[str, Tensor],
-        guidance_scale: Tensor | None,
-    ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
-        dtype, (height, width) = network.dtype, x_t.shape[-2:]
-        (tokens,) = network(
-            hidden_states=pack_latents(x_t).to(dtype),
-            encoder_hidden_states=condition["prompt_embeds"].to(dtype),
-            encoder_hidden_states_mask=condition["prompt_embeds_mask"],
-            timestep=t,
-            timestep_r=r,
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
-            return_dict=False,
-        )
-        return unpack_latents(tokens.to(x_t.dtype), height, width)
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times."""
+        return {
+            "hidden_states": pack_latents(x_t),
+            "encoder_hidden_states": condition["prompt_embeds"],
+            "encoder_hidden_states_mask": condition["prompt_embeds_mask"],
+            "img_shapes": [[(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]] * len(x_t),
+        }
+
+    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) of what the transformer returns."""
+        return unpack_latents(output, height, width)
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
         """The teacher's guided velocity of two branches, each token brought to the length that it has with its prompt."""

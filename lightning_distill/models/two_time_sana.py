@@ -5,7 +5,7 @@ this package.
 """
 
 import inspect
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
@@ -54,37 +54,17 @@ class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
             embeds[empty], mask[empty] = encode([""] * len(empty), None)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
-    def average_velocity(
-        self,
-        network: TwoTimeModel,
-        x_t: Tensor,
-        r: Tensor | None,
-        t: Tensor,
-        condition: dict[str, Tensor],
-        guidance_scale: Tensor | None,
-    ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
-        dtype = network.dtype
-        (velocity,) = network(
-            hidden_states=x_t.to(dtype),
-            encoder_hidden_states=condition["prompt_embeds"].to(dtype),
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=t,
-            timestep_r=r,
-            guidance=None if guidance_scale is None else guidance_scale * network.config.guidance_embeds_scale,
-            return_dict=False,
-        )
-        return velocity.to(x_t.dtype)
-
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1], scaled."""
-        latents: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent
-        return (latents * self.vae.config.scaling_factor).float()
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
-        latents = latents / self.vae.config.scaling_factor
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times."""
+        scale = None if guidance_scale is None else guidance_scale * network.config.guidance_embeds_scale
+        return {
+            "hidden_states": x_t,
+            "encoder_hidden_states": condition["prompt_embeds"],
+            "encoder_attention_mask": condition["prompt_attention_mask"],
+            "guidance": scale,
+        }
 
     @property
     def default_size(self) -> int:

@@ -4,7 +4,7 @@ This file imports torch, diffusers and siblings that travel with it: it is part 
 this package.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
@@ -34,23 +34,12 @@ class TwoTimeStableDiffusion3Pipeline(FewStepPipeline, StableDiffusion3Pipeline)
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
-    def average_velocity(
-        self,
-        network: TwoTimeModel,
-        x_t: Tensor,
-        r: Tensor | None,
-        t: Tensor,
-        condition: dict[str, Tensor],
-        guidance_scale: Tensor | None,
-    ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
-        dtype = network.dtype
-        (velocity,) = network(
-            hidden_states=x_t.to(dtype),
-            encoder_hidden_states=condition["prompt_embeds"].to(dtype),
-            pooled_projections=condition["pooled_prompt_embeds"].to(dtype),
-            timestep=t,
-            timestep_r=r,
-            return_dict=False,
-        )
-        return velocity.to(x_t.dtype)
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times."""
+        return {
+            "hidden_states": x_t,
+            "encoder_hidden_states": condition["prompt_embeds"],
+            "pooled_projections": condition["pooled_prompt_embeds"],
+        }

@@ -92,23 +92,14 @@ class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):
         mask = torch.arange(max_sequence_length, device=padded.device) < lengths[:, None]
         return {"prompt_embeds": padded, "prompt_embeds_mask": mask}
 
-    def average_velocity(
-        self,
-        network: TwoTimeModel,
-        x_t: Tensor,
-        r: Tensor | None,
-        t: Tensor,
-        condition: dict[str, Tensor],
-        guidance_scale: Tensor | None,
-    ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
-        prompt_embeds = condition["prompt_embeds"].to(network.dtype)
-        (pictures,) = network(
-            x=list(x_t.to(network.dtype)[:, :, None].unbind()),
-            timestep=t,
-            timestep_r=r,
-            cap_feats=[each[mask] for each, mask in zip(prompt_embeds, condition["prompt_embeds_mask"], strict=True)],
-            return_dict=False,
-        )
-        # Its velocity points from noise to picture.
-        return -torch.stack(pictures)[:, :, 0].to(x_t.dtype)
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times."""
+        prompts = zip(condition["prompt_embeds"], condition["prompt_embeds_mask"], strict=True)
+        return {"x": list(x_t[:, :, None].unbind()), "cap_feats": [each[mask] for each, mask in prompts]}
+
+    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) of what the transformer returns."""
+        # The model's velocity points from noise to picture.
+        return -torch.stack(output)[:, :, 0]

@@ -59,6 +59,23 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         """
 
     @abstractmethod
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times.
+
+        Args:
+            x_t: Latents (B, C, h, w), of the transformer's dtype.
+            condition: Of `encode_condition`; embeddings are of that dtype too.
+            guidance_scale: (B,), float32, where the transformer embeds it.
+            network: The transformer.
+        """
+
+    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) of what the transformer returns."""
+        velocity: Tensor = output
+        return velocity
+
     def average_velocity(
         self,
         network: TwoTimeModel,
@@ -78,16 +95,27 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             condition: Of `encode_condition`.
             guidance_scale: (B,), where the network embeds it.
         """
+        # Text encoders may be kept in lower precision than the transformer.
+        dtype = network.dtype
+        condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+        inputs = self.network_inputs(x_t.to(dtype), condition, guidance_scale, network)
+        (output,) = network(**inputs, timestep=t, timestep_r=r, return_dict=False)
+        return self.velocity_of(output, *x_t.shape[-2:]).to(x_t.dtype)
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, shifted and scaled."""
-        latents = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
-        return ((latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor).float()
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        return ((latents - self._latent_shift) * self.vae.config.scaling_factor).float()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        latents = latents / self.vae.config.scaling_factor + self._latent_shift
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    @property
+    def _latent_shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
 
     @property
     def latent_channels(self) -> int:

@@ -37,31 +37,23 @@ class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):
         prompt_embeds, pooled, _ = self.encode_prompt(prompts, None, max_sequence_length=max_sequence_length)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
-    def average_velocity(
-        self,
-        network: TwoTimeModel,
-        x_t: Tensor,
-        r: Tensor | None,
-        t: Tensor,
-        condition: dict[str, Tensor],
-        guidance_scale: Tensor | None,
-    ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None."""
-        prompt_embeds = condition["prompt_embeds"]
-        # Text encoders may be kept in lower precision than the transformer, and its time embeddings are in higher.
-        dtype = network.x_embedder.weight.dtype
-        (tokens,) = network(
-            hidden_states=pack_latents(x_t).to(dtype),
-            encoder_hidden_states=prompt_embeds.to(dtype),
-            pooled_projections=condition["pooled_prompt_embeds"].to(dtype),
-            timestep=t,
-            timestep_r=r,
-            guidance=guidance_scale,
-            img_ids=image_ids(x_t.shape[-2] // 2, x_t.shape[-1] // 2, x_t.device),
-            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=x_t.device),
-            return_dict=False,
-        )
-        return unpack_latents(tokens.to(x_t.dtype), x_t.shape[-2], x_t.shape[-1])
+    def network_inputs(
+        self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
+    ) -> dict[str, Any]:
+        """Arguments of the transformer, but for the times."""
+        rows, columns = x_t.shape[-2] // 2, x_t.shape[-1] // 2
+        return {
+            "hidden_states": pack_latents(x_t),
+            "encoder_hidden_states": condition["prompt_embeds"],
+            "pooled_projections": condition["pooled_prompt_embeds"],
+            "guidance": guidance_scale,
+            "img_ids": image_ids(rows, columns, x_t.device),
+            "txt_ids": torch.zeros(condition["prompt_embeds"].shape[1], 3, device=x_t.device),
+        }
+
+    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) of what the transformer returns."""
+        return unpack_latents(output, height, width)
 
 
 def image_ids(rows: int, columns: int, device: torch.device) -> Tensor:
