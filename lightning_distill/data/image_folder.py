@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
@@ -169,21 +168,9 @@ class ImageFolder(ResumableData):
                 self._train = ImageFolderDataset(self.directory, read_metadata(self.directory, "data.directory"), self.size)
             self.refuse_too_few(len(self._train))
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled batches of `prompt`, `image`, `index`; the incomplete last batch is left out."""
-        return self.training_loader(_ready(self._train))
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Batches of `prompt`, `image`, `index` in a fixed order."""
-        return self.evaluation_loader(_ready(self._validation))
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
-        return self.evaluation_loader(_ready(self._validation))
-
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The validation captions without their pictures: batches of `prompt` and `index`."""
-        validation = _ready(self._validation)
+        validation = self.ready(self._validation)
         return self.evaluation_loader(ImageFolderDataset(validation.directory, validation.samples, size=None))
 
 
@@ -252,9 +239,3 @@ def split(samples: Sequence[CaptionedImage], share: float) -> tuple[list[Caption
     chosen = set(files[: max(1, round(share * len(files)))])
     train = [sample for sample in samples if sample.file_name not in chosen]
     return train, [sample for sample in samples if sample.file_name in chosen]
-
-
-def _ready(dataset: ImageFolderDataset | None) -> ImageFolderDataset:
-    if dataset is None:
-        raise RuntimeError("ImageFolder has not read its metadata yet; call setup(stage) first")
-    return dataset

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_distill.data.buckets import BucketSampler, aspect_buckets, nearest_bucket
@@ -222,23 +222,11 @@ class ImageText(ResumableData):
                 )
 
     def _sampler(self) -> BucketSampler:
-        return BucketSampler(_ready(self._train), self._train_buckets, self.batch_size, self.seed, *self._replicas())
+        return BucketSampler(self.ready(self._train), self._train_buckets, self.batch_size, self.seed, *self._replicas())
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled batches of `prompt`, `image`, `index`, each of one bucket."""
-        return self.resumable_loader(_ready(self._train), self._sampler())
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Batches of `prompt`, `image`, `index` in a fixed order."""
-        return self.evaluation_loader(_ready(self._validation))
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
-        return self.evaluation_loader(_ready(self._validation))
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
-        return self.evaluation_loader(_ready(self._validation))
+        return self.resumable_loader(self.ready(self._train), self._sampler())
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count the pictures that were left out of a batch.
@@ -276,9 +264,3 @@ def find_shards(pattern: str, setting: str) -> list[Path]:
     if not (files := sorted(Path(name) for name in glob.glob(pattern))):
         raise ConfigurationError(f"{setting} is {pattern!r}, which stands for no file; correct the path")
     return files
-
-
-def _ready(dataset: ImageTextDataset | None) -> ImageTextDataset:
-    if dataset is None:
-        raise RuntimeError("ImageText has not looked up its pictures yet; call setup(stage) first")
-    return dataset

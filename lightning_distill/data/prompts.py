@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import Dataset
 
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
@@ -96,22 +95,6 @@ class Prompts(ResumableData):
                 self._train = PromptDataset(read_prompts(self.file, "data.file"))
             self.refuse_too_few(len(self._train))
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled batches of `prompt`, `index`; the incomplete last batch is left out."""
-        return self.training_loader(_ready(self._train))
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Batches of `prompt`, `index` in a fixed order."""
-        return self.evaluation_loader(_ready(self._validation))
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
-        return self.evaluation_loader(_ready(self._validation))
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
-        return self.evaluation_loader(_ready(self._validation))
-
 
 def read_prompts(path: Path, setting: str) -> list[str]:
     """The prompts of a file, each once, in their order.
@@ -149,9 +132,3 @@ def split(prompts: Sequence[str], count: int) -> tuple[list[str], list[str]]:
     """Prompts to train on and prompts to validate on, each in their order; those with the smallest hashes validate."""
     chosen = set(sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count])
     return [prompt for prompt in prompts if prompt not in chosen], [prompt for prompt in prompts if prompt in chosen]
-
-
-def _ready(dataset: PromptDataset | None) -> PromptDataset:
-    if dataset is None:
-        raise RuntimeError("Prompts has not read its file yet; call setup(stage) first")
-    return dataset

@@ -1,6 +1,6 @@
 """Loaders that go on, after an interruption, with the very sample that came next."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,6 +12,7 @@ from lightning_distill.errors import ConfigurationError
 
 Batches = Dataset[dict[str, Any]]
 """A data set that makes a whole batch of a list of indices, in `__getitems__`."""
+DatasetT = TypeVar("DatasetT", bound=Batches)
 
 
 class ResumableData(LightningDataModule):
@@ -38,6 +39,34 @@ class ResumableData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self._train: Batches | None = None
+        self._validation: Batches | None = None
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Shuffled batches; the incomplete last one is left out."""
+        return self.training_loader(self.ready(self._train))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Batches in a fixed order."""
+        return self.evaluation_loader(self.ready(self._validation))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The same as for validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The same as for validation."""
+        return self.val_dataloader()
+
+    def ready(self, dataset: DatasetT | None) -> DatasetT:
+        """The data set, which `setup` makes.
+
+        Raises:
+            RuntimeError: If it has not.
+        """
+        if dataset is None:
+            raise RuntimeError(f"{type(self).__name__} is not set up yet; call setup(stage) first")
+        return dataset
 
     def refuse_too_few(self, samples: int) -> None:
         """Raise `ConfigurationError` where a process would not get a single training batch."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.data.shapes import CATEGORIES, Prompt, prompts, render, sample_scene
@@ -109,21 +108,13 @@ class ShapesData(ResumableData):
         if stage in ("test", None) and self._test is None:
             self._test = _draw_evaluation("test", self.prompts_per_category, held_out=self.held_out)
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled batches of `prompt`, `image`, `index`; the incomplete last batch is left out."""
-        return self.training_loader(_ready(self._train))
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Batches of `prompt`, `image`, `index` in a fixed order."""
-        return self.evaluation_loader(_ready(self._validation))
-
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Batches of `prompt`, `image`, `index` in a fixed order; of held-out compositions if `held_out` is set."""
-        return self.evaluation_loader(_ready(self._test))
+        return self.evaluation_loader(self.ready(self._test))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The validation prompts without their pictures: batches of `prompt` and `index`."""
-        return self.evaluation_loader(ShapesDataset(_ready(self._validation).texts))
+        return self.evaluation_loader(ShapesDataset(self.ready(self._validation).texts))
 
     def _draw_training(self) -> ShapesDataset:
         pool = prompts(held_out=False)
@@ -168,9 +159,3 @@ def _checked(weights: dict[str, float] | None) -> dict[str, float]:
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
         raise ConfigurationError(f"data.category_weights is {weights}; give weights of 0 or more, at least one above 0")
     return dict(weights)
-
-
-def _ready(dataset: ShapesDataset | None) -> ShapesDataset:
-    if dataset is None:
-        raise RuntimeError("ShapesData has not drawn its pictures yet; call setup(stage) first")
-    return dataset
