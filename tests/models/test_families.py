@@ -79,13 +79,17 @@ def test_its_settings_are_the_stock_networks_and_two_times(adapter: DiffusersAda
     assert network.timestep_embedders
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_it_draws_what_the_stock_pipeline_draws(adapter: DiffusersAdapter, guided: bool) -> None:
+def test_it_draws_what_the_stock_pipeline_draws(adapter: DiffusersAdapter) -> None:
+    """Without guidance and with two branches, or with guidance as an input."""
     stock = DiffusionPipeline.from_pretrained(adapter.pretrained)
     stock.set_progress_bar_config(disable=True)
-    if guided and (adapter.embeds_guidance or type(stock) is HunyuanImagePipeline):
-        pytest.skip("guidance is an input, or, of HunyuanImage, a component whose mix depends on the steps before")
-    scale = SCALE if adapter.embeds_guidance or guided else 1.0
+    # HunyuanImage's guidance is a component whose mix depends on the steps before.
+    branches = [1.0] if type(stock) is HunyuanImagePipeline else [1.0, SCALE]
+    for scale in [SCALE] if adapter.embeds_guidance else branches:
+        assert_draws_the_same(adapter, stock, scale)
+
+
+def assert_draws_the_same(adapter: DiffusersAdapter, stock: DiffusionPipeline, scale: float) -> None:
     options = adapter.stock_arguments(scale)
     # Some schedulers would end their grid almost at 0.
     options["sigmas"] = [1.0, 0.75, 0.5, 0.25]
