@@ -256,7 +256,9 @@ class TeacherStudentBase(SamplingModule):
         return float((change / size) ** 0.5)
 
     def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
+        """Give each process draws of its own, and start the clock of the throughput."""
+        if self.global_rank > 0:  # all were seeded alike, which the networks' first weights need and times and noise must not
+            torch.manual_seed((torch.initial_seed() + self.global_rank) % 2**63)
         self._clock = (time.perf_counter(), 0)
 
     @property

@@ -11,14 +11,14 @@ import pytest
 SCRIPT = """
 import json, sys
 import torch
-from lightning import Trainer
+from lightning import Trainer, seed_everything
 from torch.utils.data import DataLoader
 from lightning_distill.methods import MeanFlow, TrajectoryAlignment
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.methods.test_meanflow import VALIDATION, Pictures
 
 solution, out = sys.argv[1:]
-torch.manual_seed(0)
+seed_everything(0)
 module = MeanFlow(
     GaussianAdapter("small", teacher="small"), validation=VALIDATION, solution=solution, ema_decay=0.9,
     alignment=TrajectoryAlignment(critic_lr=1e-2), optimizer=lambda p: torch.optim.Adam(p, lr=1e-2),
@@ -27,11 +27,10 @@ trainer = Trainer(
     default_root_dir=out, max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
 )
-module.configure_model()  # the same weights in both processes, then noise of their own
-torch.manual_seed(trainer.global_rank)
 trainer.fit(module, DataLoader(Pictures(), batch_size=8), DataLoader(Pictures(), batch_size=8))
 sums = {name: sum(p.double().sum().item() for p in network.parameters())
         for name, network in (("student", module.student), ("critic", module.alignment.critic), ("ema", module.ema))}
+sums["next"] = torch.rand(()).item()
 with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(sums, file)
 """
@@ -46,6 +45,7 @@ def test_two_processes_stay_equal_with_alignment(solution: str, tmp_path: Path) 
     done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first.pop("next") != second.pop("next")  # times and noise are not drawn twice
     assert first == pytest.approx(second, abs=1e-9)
     assert first["student"] != first["ema"]
 
