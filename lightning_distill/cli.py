@@ -20,7 +20,8 @@ import lightning_distill.callbacks
 import lightning_distill.callbacks.checkpoint
 import lightning_distill.data
 import lightning_distill.methods
-import lightning_distill.models  # noqa: F401  # these are imported so that short class names resolve in configs
+import lightning_distill.models
+import lightning_distill.strategies  # noqa: F401  # these are imported so that short class names resolve in configs
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite

@@ -67,16 +67,15 @@ class ExportPipeline(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on the first process."""
-        if self._target is None or not trainer.is_global_zero:
+        if self._target is None:
             return
         assert isinstance(pl_module, TeacherStudentBase), "setup has refused others"
-        card = self.model_card(trainer, pl_module)
-        network = pl_module.sampling_student
-        if pl_module.has_teacher:
-            export_student(pl_module.adapter, network, self._target, card)
-        else:
-            transformer = network.get_submodule("transformer")
-            export_teacher(pl_module.adapter, transformer, self._target, card)
+        trained = pl_module.sampling_student
+        network = pl_module.adapter.whole_copy(trained if pl_module.has_teacher else trained.get_submodule("transformer"))
+        if not trainer.is_global_zero:
+            return
+        export = export_student if pl_module.has_teacher else export_teacher
+        export(pl_module.adapter, network, self._target, self.model_card(trainer, pl_module))
         rank_zero_info(f"Exported the {'student' if pl_module.has_teacher else 'teacher'} to {self._target}")
 
     def model_card(self, trainer: Trainer, module: TeacherStudentBase) -> ModelCard:

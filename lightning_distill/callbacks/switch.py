@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.meanflow import PHASES
+from lightning_distill.models.sharding import Sharding
 
-SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 Weights = dict[str, dict[str, Tensor]]
 
 
@@ -117,7 +116,7 @@ class SwitchSolution(Callback):
                 f"model.solution is {self.to!r} already, which SwitchSolution switches to; start from another solution or "
                 "leave the callback out"
             )
-        if self.guard_factor is not None and isinstance(trainer.strategy, SHARDED):
+        if self.guard_factor is not None and isinstance(trainer.strategy, Sharding):
             raise ConfigurationError(
                 "SwitchSolution.guard_factor keeps a copy of the whole weights, and a sharded strategy has none; set it to null"
             )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, jump, predict_x0, renoise
+from lightning_distill.methods.side_optimizer import ReplicatedOptimizer
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.sharding import Sharding, SideOptimizer
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import TeacherStudentBase
@@ -95,7 +96,7 @@ class TrajectoryAlignment(nn.Module):
         self.critic_clip = critic_clip
         self.start_step = start_step
         self.critic_warmup_steps = critic_warmup_steps
-        self._optimizer: torch.optim.AdamW | None = None
+        self._optimizer: SideOptimizer | None = None
         self._pending_state: dict[str, Any] | None = None
 
     critic: nn.Module
@@ -136,8 +137,8 @@ class TrajectoryAlignment(nn.Module):
 
     def roll_out(self, module: TeacherStudentBase, noise: Tensor, condition: Condition, scale: Tensor) -> TrajectoryState:
         """Roll the student over a grid of random length to the end of a random segment, with gradient through that only."""
-        nfe = self.nfe[int(torch.randint(len(self.nfe), ()))]
-        last = int(torch.randint(nfe, ()))
+        nfe = module.first_process(self.nfe[int(torch.randint(len(self.nfe), ()))])
+        last = module.first_process(int(torch.randint(nfe, ())))
         grid = module.adapter.time_grid(nfe, tuple(noise.shape[1:])).to(noise.device)
         x = noise
         with_gradient = torch.is_grad_enabled()
@@ -181,33 +182,31 @@ class TrajectoryAlignment(nn.Module):
         return (((1 - state.s) * b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
 
     def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:
-        optimizer = self.optimizer()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer = self.optimizer(module.sharding)
         with torch.enable_grad():
             loss = self.critic_loss(module, state, condition, scale)
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        if dist.is_available() and dist.is_initialized():
-            whole = torch.cat([gradient.flatten() for gradient in gradients])  # one message; each has its latency
-            dist.all_reduce(whole)
-            gradients = (whole / dist.get_world_size()).split([parameter.numel() for parameter in parameters])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        nn.utils.clip_grad_norm_(parameters, self.critic_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(loss)
         return loss.detach()
 
-    def optimizer(self) -> torch.optim.AdamW:
-        """The critic's optimizer, made on first use: by then the critic is on its device."""
+    def optimizer(self, sharding: Sharding | None = None) -> SideOptimizer:
+        """The critic's optimizer, made on first use: by then the critic is on its device.
+
+        Args:
+            sharding: The strategy, where it has spread the critic over processes.
+        """
         if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.critic_lr, betas=(0.0, 0.99), weight_decay=0)
+            adamw = torch.optim.AdamW(self.critic.parameters(), lr=self.critic_lr, betas=(0.0, 0.99), weight_decay=0)
             if self._pending_state is not None:
-                self._optimizer.load_state_dict(self._pending_state)
+                adamw.load_state_dict(self._pending_state)
+            if sharding is None:
+                self._optimizer = ReplicatedOptimizer(adamw, self.critic_clip)
+            else:
+                self._optimizer = sharding.side_optimizer(self.critic, adamw, self.critic_clip)
         return self._optimizer
 
     def optimizer_state(self) -> dict[str, Any]:
         """State of the critic's optimizer, for a checkpoint."""
-        return self.optimizer().state_dict()
+        return self.optimizer().optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Restore the critic's optimizer from a checkpoint."""

@@ -10,17 +10,21 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
+from lightning_distill.methods.average import ShardedAverage
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.sampling import Batch, SamplingModule
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.sharding import Sharding, SideOptimizer
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.optimizers import split_parameters
 
@@ -100,7 +104,7 @@ class TeacherStudentBase(SamplingModule):
         self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
         self.cache_latents = cache_latents
         self.strict_loading = False  # checkpoints leave the frozen parts out
-        self.ema: AveragedModel | None = None
+        self.ema: AveragedModel | ShardedAverage | None = None
         self.smooth_time_report: SmoothTimeReport | None = None
         self._latent_cache: dict[int, Tensor] = {}
         self._null_condition: Condition | None = None
@@ -131,6 +135,7 @@ class TeacherStudentBase(SamplingModule):
         """Refuse settings that cannot work, before anything large is loaded."""
         self.adapter.check()
         self.guidance.check(self.adapter.embeds_guidance)
+        self._check_strategy()
         data = getattr(self._trainer, "datamodule", None)
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
@@ -138,15 +143,43 @@ class TeacherStudentBase(SamplingModule):
                 "that has, or to MeanFlow model.trajectory_fraction 1"
             )
 
+    def _check_strategy(self) -> None:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if self.sharding is not None and (self.train_text_encoders or not self.adapter.shards):
+            what = "model.train_text_encoders" if self.train_text_encoders else type(self.adapter).__name__
+            raise ConfigurationError(f"{what} does not go with a strategy that shards networks; set trainer.strategy to ddp")
+        if self.sharding is None and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            raise ConfigurationError(
+                f"trainer.strategy is a {type(strategy).__name__}, which derivatives and shared networks do not pass; choose "
+                "fsdp2, deepspeed_stage_3 or ddp"
+            )
+
     def configure_model(self) -> None:
         """Load the teacher and build the student."""
         if hasattr(self, "student"):
             return
+        self.adapter.sharding = self.sharding
         self.adapter.load()
         self.build_networks()
         if self.ema_decay is not None:
-            self.ema = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
+            self.ema = self.build_average(self.ema_decay)
             self.ema.requires_grad_(False)
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """The trainer's strategy, if it spreads networks over processes."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, Sharding) else None
+
+    def build_average(self, decay: float) -> AveragedModel | ShardedAverage:
+        """The average of what is trained, which starts like it."""
+        if self.sharding is None:
+            return AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        return ShardedAverage(self.build_trained(), decay)
+
+    def build_trained(self) -> nn.Module:
+        """A network like `trained` at its start."""
+        return self.adapter.build_student(self.teacher, self.student_options)[0]
 
     def build_networks(self) -> None:
         """Load the teacher and build the student; a method that needs other networks extends this."""
@@ -266,15 +299,53 @@ class TeacherStudentBase(SamplingModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
         return self.trainer.global_step % every == 0
 
+    # What processes that share a network decide together: each must call it as often as the others
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether a flag is set in any of the processes that share networks; else as it is."""
+        if self.sharding is None:
+            return flag
+        return bool(self.trainer.strategy.reduce(torch.tensor(float(flag), device=self.device), reduce_op="sum") > 0)
+
+    def first_process(self, number: int) -> int:
+        """The number of the first of the processes that share networks; else as it is."""
+        return number if self.sharding is None else self.trainer.strategy.broadcast(number)
+
+    def rows_where(self, mask: Tensor) -> tuple[Tensor, int]:
+        """Rows of a batch (N,) that a network is called with, and how many of them count.
+
+        A network cannot be asked for nothing, so it is not called where there are none; but where other processes call it, it
+        is called with row 0, which does not count.
+        """
+        rows = mask.nonzero()[:, 0]
+        if self.any_process(len(rows) > 0) and len(rows) == 0:
+            return rows.new_zeros(1), 0
+        return rows, len(rows)
+
+    def side_optimizers(self) -> dict[str, SideOptimizer]:
+        """Of networks that train on losses of their own, by names under which they are saved; made when first asked for."""
+        return {}
+
+    @property
+    def side_networks(self) -> tuple[str, ...]:
+        """Paths of those networks within this module."""
+        return ()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradients, before clipping."""
         gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         if gradients and self._logs_now:
-            self.log("train/grad_norm", torch.stack(torch._foreach_norm(gradients)).norm())
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the average: before checkpoints of this step are written."""
+        taken = getattr(self.trainer.strategy, "steps_taken", None)
         super().optimizer_step(*args, **kwargs)
+        if taken is not None and self.trainer.strategy.steps_taken == taken:  # type: ignore[attr-defined]
+            return  # DeepSpeed has accumulated gradients
+        if self._logs_now and (norm := getattr(self.trainer.strategy, "gradient_norm", lambda: None)()) is not None:
+            self.log("train/grad_norm", norm)  # where gradients are out of sight, as in DeepSpeed
         if self.ema is not None:
             self.ema.update_parameters(self.trained)
 
@@ -297,6 +368,8 @@ class TeacherStudentBase(SamplingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a part of what is trained; loading is not strict, since frozen parts are left out."""
+        if self.sharding is not None:  # its strategy has looked
+            return
         expected = {k for k in self.state_dict() if not k.startswith(self.frozen_prefixes)}
         if missing := sorted(expected - checkpoint["state_dict"].keys()):
             raise ConfigurationError(

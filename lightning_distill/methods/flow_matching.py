@@ -63,6 +63,10 @@ class FlowMatching(TeacherStudentBase):
             self.networks.update(self.adapter.text_encoders())
             self.networks.requires_grad_(True).train()
 
+    def build_trained(self) -> nn.Module:
+        """A network like `trained` at its start."""
+        return nn.ModuleDict({"transformer": self.adapter.load_teacher()})
+
     @property
     def trained(self) -> nn.Module:
         """The network, and the text encoders if they train along."""

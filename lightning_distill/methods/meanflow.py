@@ -24,6 +24,7 @@ from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.condition import null_rows, select
 from lightning_distill.methods.derivative_check import check_derivative, precision
 from lightning_distill.models.base import Condition
+from lightning_distill.models.sharding import SideOptimizer
 
 Solution = Literal["discrete", "bootstrapped", "differential"]
 PHASES: dict[str, int] = {"discrete": 0, "bootstrapped": 1, "differential": 2}
@@ -166,10 +167,10 @@ class MeanFlow(TeacherStudentBase):
         scale = self.guidance.draw(len(x0), x0.device)
         x_t = interpolate(x0, noise, t)
         if self.trajectory_fraction > 0:
-            rows = (torch.rand(len(x0), device=x0.device) < self.trajectory_fraction).nonzero()[:, 0]
-            if len(rows):  # a network cannot be asked for nothing
+            rows, count = self.rows_where(torch.rand(len(x0), device=x0.device) < self.trajectory_fraction)
+            if len(rows):
                 parts = select(rows, condition), select(rows, null), scale[rows]
-                x_t[rows] = self.roll_out(noise[rows], t[rows], *parts)
+                x_t[rows[:count]] = self.roll_out(noise[rows], t[rows], *parts)[:count]
 
         u, target, logs = self.regression(x_t, r, t, condition, null, scale)
         loss = self.loss(u, target)
@@ -188,7 +189,8 @@ class MeanFlow(TeacherStudentBase):
     @torch.no_grad()
     def roll_out(self, noise: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
         """States (B, C, h, w) that are reached at t (B,) from noise, in a random number of jumps or teacher's steps."""
-        jumps, start = int(torch.randint(1, self.trajectory_jumps + 1, ())), torch.ones_like(t)
+        jumps = self.first_process(int(torch.randint(1, self.trajectory_jumps + 1, ())))
+        start = torch.ones_like(t)
         if self.trajectory_source == "teacher":
             return self._integrate(noise, t, start, jumps, condition, null, scale)
         x = noise
@@ -217,14 +219,15 @@ class MeanFlow(TeacherStudentBase):
     @torch.no_grad()
     def _integrated(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
         target = torch.empty_like(x_t)
-        narrow, wide = (t <= r).nonzero()[:, 0], (t > r).nonzero()[:, 0]
+        narrow, count = self.rows_where(t <= r)
         if len(narrow):
             parts = select(narrow, condition), select(narrow, null), scale[narrow]
-            target[narrow] = self._velocity(x_t[narrow], t[narrow], *parts)
+            target[narrow[:count]] = self._velocity(x_t[narrow], t[narrow], *parts)[:count]
+        wide, count = self.rows_where(t > r)
         if len(wide):
             solve = self._discrete if self.solution == "discrete" else self._bootstrapped
             parts = select(wide, condition), select(wide, null), scale[wide]
-            target[wide] = solve(x_t[wide], r[wide], t[wide], *parts)
+            target[wide[:count]] = solve(x_t[wide], r[wide], t[wide], *parts)[:count]
         return target
 
     def _differential(
@@ -237,9 +240,9 @@ class MeanFlow(TeacherStudentBase):
             conditions, scales = select(rows, condition), scale[rows]
             return lambda x, r, t: self.adapter.average_velocity(self.student, x, r, t, conditions, scales)
 
-        narrow, wide = (t <= r).nonzero()[:, 0], (t > r).nonzero()[:, 0]
+        (narrow, narrow_count), (wide, wide_count) = self.rows_where(t <= r), self.rows_where(t > r)
         target, u, logs = v.clone(), [], {}
-        if len(narrow):  # a network cannot be asked for nothing
+        if len(narrow):
             u.append(network(narrow)(x_t[narrow], r[narrow], t[narrow]))
         if len(wide):
             point = x_t[wide], r[wide], t[wide]
@@ -248,8 +251,15 @@ class MeanFlow(TeacherStudentBase):
             else:
                 value, dudt = network(wide)(*point), self.difference(network(wide), *point, v[wide])
             u.append(value)
-            target[wide] -= self.tangent_weight * expand(t - r, v)[wide] * dudt
+            counted = wide[:wide_count]
+            target[counted] -= self.tangent_weight * expand(t - r, v)[counted] * dudt[:wide_count]
             logs["dudt_norm"] = rms(dudt)
+        if narrow_count < len(narrow):  # computed along, for the other processes' sake; so must be its backward pass
+            u = [u[1] + 0 * u[0].sum()]
+            narrow = narrow[:0]
+        elif wide_count < len(wide):
+            u = [u[0] + 0 * u[1].sum()]
+            wide = wide[:0]
         order = torch.cat([narrow, wide]).argsort()
         return torch.cat(u)[order], target, logs
 
@@ -313,11 +323,20 @@ class MeanFlow(TeacherStudentBase):
             critic = [f"alignment.{name}" for name, _ in self.alignment.named_parameters()]
             self._ddp_params_and_buffers_to_ignore = critic
 
+    def side_optimizers(self) -> dict[str, SideOptimizer]:
+        """The critic's."""
+        return {} if self.alignment is None else {"critic": self.alignment.optimizer(self.sharding)}
+
+    @property
+    def side_networks(self) -> tuple[str, ...]:
+        """The critic."""
+        return () if self.alignment is None else ("alignment.critic",)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the phase, so that a resumed run continues in it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["meanflow"] = {"solution": self._solution, "differential_since": self._differential_since}
-        if self.alignment is not None:
+        if self.alignment is not None and self.sharding is None:
             checkpoint["alignment_optimizer"] = self.alignment.optimizer_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -325,7 +344,7 @@ class MeanFlow(TeacherStudentBase):
         super().on_load_checkpoint(checkpoint)
         self._solution = checkpoint["meanflow"]["solution"]
         self._differential_since = checkpoint["meanflow"]["differential_since"]
-        if self.alignment is not None:
+        if self.alignment is not None and self.sharding is None:
             self.alignment.load_optimizer_state(checkpoint["alignment_optimizer"])
 
 

@@ -2,9 +2,10 @@
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from huggingface_hub import try_to_load_from_cache
@@ -15,7 +16,9 @@ from lightning_distill.models.base import Condition, ModelAdapter, StudentOption
 from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
+from lightning_distill.models.sharded_networks import empty_network, stored_transformer
 from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedder
+from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
@@ -54,6 +57,8 @@ class DiffusersAdapter(ModelAdapter):
         attention_backend: Name of a diffusers attention backend for teacher and student ("native", "_native_math", "flash"),
             or None for diffusers' choice, which an exported pipeline uses in any case.
     """
+
+    shards: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -140,6 +145,12 @@ class DiffusersAdapter(ModelAdapter):
 
     def load(self) -> None:
         """Load the text encoders and the autoencoder, frozen and in evaluation mode."""
+        self._load_pipeline()
+        if self.sharding is not None:
+            for encoder in self.text_encoders().values():
+                self.sharding.shard_encoder(encoder)
+
+    def _load_pipeline(self) -> None:
         self.attach(
             self.family.from_pretrained(
                 resolve_pretrained(self.pretrained),
@@ -174,6 +185,13 @@ class DiffusersAdapter(ModelAdapter):
 
     def load_teacher(self) -> nn.Module:
         """Load the transformer, frozen and in evaluation mode."""
+        if self.sharding is not None:
+            config = self._read(self.family.network_class, "transformer/config.json", subfolder="transformer")
+            weights = self._stored()
+            empty = empty_network(self.family.network_class, config, weights).to(DTYPES[self.torch_dtype])
+            self.adopt(empty)
+            self.sharding.shard(empty, weights)
+            return empty
         teacher = self.family.network_class.from_pretrained(
             resolve_pretrained(self.pretrained),
             subfolder="transformer",
@@ -200,17 +218,38 @@ class DiffusersAdapter(ModelAdapter):
             "interval_frequency_bound": options.frequency_bound,
         }
         # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
-        student = type(teacher).from_config(config).to(teacher.device)
-        missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-        own = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
-        if unexpected or not all(name.startswith(own) for name in missing):
-            raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
+        weights = None if self.sharding is None else self._stored()
+        if weights is not None:
+            student = empty_network(self.family.network_class, config, weights)
+            teacher = empty_network(self.family.network_class, dict(teacher.config), weights)  # with its whole embedders
+        else:
+            student = type(teacher).from_config(config).to(teacher.device)
+            missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+            own = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
+            if unexpected or not all(name.startswith(own) for name in missing):
+                raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
         report = self._refit(teacher, student, options) if smooth else None
         student.reset_interval_embedding()
         self._use_attention_backend(student)
         if options.gradient_checkpointing:
             student.enable_gradient_checkpointing()
-        return student.requires_grad_(True).train(), report
+        student.requires_grad_(True).train()
+        if self.sharding is not None:
+            self.sharding.shard(student, weights)
+        return student, report
+
+    def _stored(self) -> StoredWeights:
+        return stored_transformer(resolve_pretrained(self.pretrained), self.revision)
+
+    def whole_copy(self, network: nn.Module) -> nn.Module:
+        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        if self.sharding is None:
+            return network
+        with init_empty_weights(include_buffers=False):
+            copy = self.family.network_class.from_config(dict(two_time(network).config))
+        if state := self.sharding.gather(network):
+            copy.load_state_dict({**state, **dict(network.named_buffers())}, assign=True, strict=False)
+        return copy
 
     @staticmethod
     def _refit(teacher: TwoTimeModel, student: TwoTimeModel, options: StudentOptions) -> SmoothTimeReport:

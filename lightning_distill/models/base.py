@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_distill.flow.guidance import classifier_free, inside_interval
 from lightning_distill.flow.times import step_grid
+from lightning_distill.models.sharding import Sharding
 from lightning_distill.models.smooth_time import SmoothTimeReport
 
 Condition = dict[str, Tensor]
@@ -50,6 +51,11 @@ class ModelAdapter(nn.Module, ABC):
     embeds_guidance: bool = False
     """Whether the checkpoint takes the guidance scale as an input; otherwise guidance costs a second branch."""
 
+    shards: ClassVar[bool] = False
+    """Whether networks can be spread over processes by `sharding`."""
+    sharding: Sharding | None = None
+    """The strategy that spreads networks over processes as they are loaded and built, or None where each has them whole."""
+
     teacher_time_frequency: ClassVar[float] = 1000.0
     """Largest angular frequency of the teacher's own features of t, in rad per unit of t."""
 
@@ -76,6 +82,10 @@ class ModelAdapter(nn.Module, ABC):
         Returns:
             The student, and how well its refitted time embedder follows the teacher's (None if it was not refitted).
         """
+
+    def whole_copy(self, network: nn.Module) -> nn.Module:
+        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        return network
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str]) -> Condition:

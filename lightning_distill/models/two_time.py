@@ -135,7 +135,10 @@ class TwoTimeEmbedding(Float32TimestepEmbedding):
             for layer, own in zip(self.interval_embedder.layers, self.layers, strict=True):
                 layer.load_state_dict(own.state_dict())
         else:
-            last = self.interval_embedder.linear_2
+            first, _, last = self.interval_embedder.layers
+            with torch.random.fork_rng(devices=[]):  # a student does not depend on the run's seed, nor on how it is built
+                torch.manual_seed(0)
+                first.load_state_dict(nn.Linear(first.in_features, first.out_features).state_dict())
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 

@@ -1,0 +1,69 @@
+"""Networks that no process ever holds as a whole: built without memory, then filled part by part from files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.stored_weights import StoredWeights
+from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
+
+
+def stored_transformer(pretrained: str, revision: str | None) -> StoredWeights:
+    """The weights of a pipeline's transformer, in a directory or, once downloaded, in the hub's cache.
+
+    Raises:
+        ConfigurationError: If they are not in safetensors.
+    """
+    directory = Path(pretrained)
+    if not directory.is_dir():
+        directory = Path(snapshot_download(pretrained, revision=revision, allow_patterns="transformer/*"))
+    try:
+        return StoredWeights.of_component(directory / "transformer")
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"adapter.pretrained is {pretrained!r}, whose transformer cannot be read in parts ({error}); convert it to "
+            "safetensors"
+        ) from error
+
+
+def empty_network(network_class: type[TwoTimeModel], config: dict[str, Any], weights: StoredWeights) -> TwoTimeModel:
+    """A network whose parameters take no memory yet, but for embedders of time that have something of their own.
+
+    Those are small, and a student's are computed from whole ones. They are drawn or read, float32, on the CPU. Stored buffers
+    are read.
+
+    Args:
+        network_class: Of the family.
+        config: Of the network.
+        weights: The pipeline's.
+
+    Raises:
+        RuntimeError: If the files lack a weight.
+    """
+    with init_empty_weights(include_buffers=False):
+        network: TwoTimeModel = network_class.from_config(config)
+    for path, embedder in network.named_modules():
+        if isinstance(embedder, TwoTimeEmbedding):
+            _fill(embedder, path, weights)
+    if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta and name not in weights]:
+        raise RuntimeError(f"the transformer's files do not match its configuration: they lack {missing}")
+    for name, buffer in network.named_buffers():
+        if name in weights:
+            buffer.copy_(weights.read(name))
+    return network
+
+
+@torch.no_grad()
+def _fill(embedder: TwoTimeEmbedding, path: str, weights: StoredWeights) -> None:
+    embedder.to_empty(device="cpu")
+    for module in embedder.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    for name, parameter in embedder.named_parameters():
+        if (stored := f"{path}.{name}") in weights and (value := weights.read(stored)).shape == parameter.shape:
+            parameter.copy_(value)

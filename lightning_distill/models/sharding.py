@@ -1,0 +1,66 @@
+"""What networks ask of a strategy that spreads their weights over processes, and what of a weight is here."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_distill.models.stored_weights import StoredWeights
+
+
+@runtime_checkable
+class Sharding(Protocol):
+    """A strategy under which no process holds a whole network. All its processes call these methods together."""
+
+    def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
+        """Spread a network over the processes, in place.
+
+        Args:
+            network: Parameters on the meta device are read from `weights` by their names, in the dtype they have; all others
+                are taken from the first process.
+            weights: Where to read from.
+        """
+
+    def shard_encoder(self, encoder: nn.Module) -> None:
+        """Spread a frozen text encoder, which may call its parts in ways of its own, in place."""
+
+    def gather(self, network: nn.Module) -> dict[str, Tensor]:
+        """A network's whole parameters by name, on the CPU of the first process; of the others, nothing."""
+
+    def side_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> "SideOptimizer":
+        """How a network that was spread trains on a loss of its own, beside the one that the trainer knows.
+
+        Args:
+            network: Such as a critic.
+            optimizer: Of all its parameters.
+            clip: Largest norm of its gradients.
+        """
+
+
+class SideOptimizer(Protocol):
+    """Trains a network on a loss of its own."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Whose settings and state they are."""
+
+    def step(self, loss: Tensor) -> None:
+        """Update the network by the gradients of a loss."""
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, the rows of a DTensor, or ZeRO-3's part of the flattened weight."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part
+
+
+def forget_gathered(parameters: Iterator[nn.Parameter]) -> None:
+    """Drop the whole weights that ZeRO-3 keeps of small parameters, after a change of the parts."""
+    for parameter in parameters:
+        status: Any = getattr(parameter, "ds_status", None)
+        if status is not None and status.name == "AVAILABLE":
+            parameter.partition()  # type: ignore[attr-defined]

@@ -1,0 +1,143 @@
+"""FSDP2, under which derivatives and few-step students train."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lightning_distill.models.sharding import SideOptimizer
+from lightning_distill.models.stored_weights import StoredWeights
+from lightning_distill.strategies.blocks import blocks
+from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
+
+
+class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
+    """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, a transformer block a unit.
+
+    Each process reads its own rows of a pipeline's weights. The frozen teacher, the critic, the average and the blocks of the
+    text encoders are sharded like the student; the autoencoder is not.
+
+    Args:
+        offload: Whether parameters, gradients and the optimizer's state stay in the memory of the CPU.
+        **kwargs: Of `ModelParallelStrategy`, but for its sizes: all processes share the weights.
+    """
+
+    def __init__(self, offload: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._offload = offload
+
+    def setup_environment(self) -> None:
+        """Start the processes' group, all of them data parallel."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+        give_hooks_a_derivative()
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizers."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            refuse_matrix_optimizers(optimizer)
+
+    def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
+        """Spread a network over the processes, by blocks; each reads the rows that it keeps."""
+        for parameter in network.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(self.root_device)
+                torch.distributed.broadcast(parameter.data, 0)
+        for block in blocks(network):
+            self._shard(block)
+        self._shard(network)
+        home = torch.device("cpu") if self._offload else self.root_device
+        missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+        network._apply(lambda x: torch.empty_like(x, device=home) if x.is_meta else x.to(home))
+        parameters = dict(network.named_parameters())
+        for name in missing:
+            assert weights is not None, "a network on the meta device comes with its weights"
+            _read_rows(parameters[name], weights, name)
+
+    def shard_encoder(self, encoder: nn.Module) -> None:
+        """Spread a text encoder's blocks; the rest of it stays whole."""
+        encoder.to(self.root_device)
+        for block in blocks(encoder):
+            self._shard(block)
+
+    def gather(self, network: nn.Module) -> dict[str, Tensor]:
+        """Whole parameters by name, on the CPU of the first process."""
+        found = {}
+        for name, parameter in network.named_parameters():
+            whole = parameter.detach().to(self.root_device)
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            if self.is_global_zero:
+                found[name] = whole.to("cpu", copy=True)
+        return found
+
+    def side_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> SideOptimizer:
+        """Train a sharded network by its own backward pass."""
+        return _Side(optimizer, clip)
+
+    # Checkpoints
+
+    def sharded_state(self) -> State:
+        """Weights and the optimizers' states, as DTensors."""
+        weights = {name: value.detach() for name, value in self.saved_tensors().items()}
+        optimizers = {place: get_optimizer_state_dict(*parts) for place, parts in self._training_parts().items()}
+        return {"weights": weights, **optimizers}
+
+    def restore_sharded_state(self, state: State) -> None:
+        """Put the optimizers' states back; weights were loaded in place."""
+        for place, parts in self._training_parts().items():
+            set_optimizer_state_dict(*parts, optim_state_dict=state[place])
+
+    def _training_parts(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        module = self.lightning_module
+        assert module is not None
+        if not module.trainer.training:
+            return {}
+        sides: dict[str, SideOptimizer] = getattr(module, "side_optimizers", dict)()
+        return {
+            **{f"optimizer_{i}": (module, optimizer) for i, optimizer in enumerate(self.optimizers)},
+            **{f"side_{name}": (module, side.optimizer) for name, side in sides.items()},
+        }
+
+    def _shard(self, module: nn.Module) -> FSDPModule:
+        policy = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self._offload else OffloadPolicy()
+        return fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True, offload_policy=policy)
+
+
+class _Side:
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: float) -> None:
+        self.optimizer = optimizer
+        self._clip = clip
+
+    def step(self, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self._clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _read_rows(parameter: nn.Parameter, weights: StoredWeights, name: str) -> None:
+    assert isinstance(parameter, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if shape[0]:
+        parameter.to_local().copy_(weights.read(name, offset[0], offset[0] + shape[0]))
+
+
+def give_hooks_a_derivative() -> None:
+    """Let the hook that starts a backward pass hand derivatives on: it is the identity.
+
+    Earlier versions of torch have no rule; torch 2.13 has one that returns its inputs, where forward mode wants views of them.
+    """
+
+    def jvp(ctx: Any, group: Any, *tangents: Any) -> Any:
+        return tuple(None if tangent is None else tangent.view_as(tangent) for tangent in tangents)
+
+    setattr(RegisterPostBackwardFunction, "jvp", staticmethod(jvp))  # noqa: B010  # a type checker knows torch's own

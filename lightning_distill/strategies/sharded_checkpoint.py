@@ -1,0 +1,142 @@
+"""Checkpoints of sharded runs: a directory to which every process writes its part, and from which any number resumes."""
+
+import os
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.optimizers import MuonWithAdamW
+
+METADATA = ".metadata"
+"""File by which a directory of torch's distributed checkpoints is known."""
+REST = "rest.pt"
+"""What is neither a weight nor an optimizer's state, the same in all processes."""
+
+State = dict[str, Any]
+
+
+class ShardedCheckpoints(ParallelStrategy):
+    """The part of a strategy that saves and restores by `torch.distributed.checkpoint`.
+
+    Weights that train, their average and the optimizers' states are saved as they are spread; frozen networks never are. A
+    checkpoint is written beside its place and renamed: it is whole or not there.
+    """
+
+    @abstractmethod
+    def sharded_state(self) -> State:
+        """What is saved: tensors that know how they are spread, by name, which loading overwrites."""
+
+    @abstractmethod
+    def restore_sharded_state(self, state: State) -> None:
+        """Put loaded values to their places, where loading has not done so already."""
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the module, but for those that are never saved."""
+        module = self.lightning_module
+        assert module is not None
+        frozen: tuple[str, ...] = getattr(module, "frozen_prefixes", ())
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        return {name: value for name, value in named if not name.startswith(frozen)}
+
+    def lightning_module_state_dict(self) -> State:
+        """Nothing: weights are not part of the dictionary that Lightning makes of a run's state."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> State:
+        """Nothing, likewise."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: `load_checkpoint` has done it."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing, likewise."""
+
+    def save_checkpoint(self, checkpoint: State, filepath: str | Path, storage_options: Any | None = None) -> None:
+        """Save a directory, which all processes can reach."""
+        path = Path(self.broadcast(filepath)).absolute()
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        if self.is_global_zero:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            unfinished.mkdir(parents=True)
+        self.barrier()
+        dcp.save(self.sharded_state(), storage_writer=FileSystemWriter(unfinished, sync_files=True))
+        if self.is_global_zero:
+            rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+            with (unfinished / REST).open("wb") as file:
+                torch.save(rest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _put_in_place(unfinished, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> State:
+        """Restore what any number of processes has saved.
+
+        Raises:
+            ConfigurationError: If it is not a sharded checkpoint, or lacks a part of what is trained.
+        """
+        path = Path(self.broadcast(checkpoint_path)).absolute()
+        if self.is_global_zero:
+            recover(path)
+        self.barrier()
+        if not (path / METADATA).is_file():
+            raise ConfigurationError(
+                f"ckpt_path {str(checkpoint_path)!r} is not a checkpoint of a sharded strategy; resume it with the "
+                "trainer.strategy that saved it"
+            )
+        state, reader = self.sharded_state(), FileSystemReader(path)
+        saved = {name.removeprefix("weights.") for name in reader.read_metadata().state_dict_metadata}
+        if missing := sorted(state["weights"].keys() - saved):
+            raise ConfigurationError(
+                f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more weights of this configuration; "
+                "resume with the model settings it was trained with"
+            )
+        dcp.load(state, storage_reader=reader)
+        self.restore_sharded_state(state)
+        rest: State = torch.load(path / REST, map_location="cpu", weights_only=True)
+        return {**rest, "state_dict": {}}
+
+
+def refuse_matrix_optimizers(optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise `ConfigurationError` for an optimizer that looks at whole matrices, which no process has."""
+    if isinstance(optimizer, MuonWithAdamW | torch.optim.Muon):
+        raise ConfigurationError(
+            f"model.optimizer is {type(optimizer).__name__}, which needs whole matrices, and the strategy has spread them over "
+            "processes; choose torch.optim.AdamW, or trainer.strategy ddp"
+        )
+
+
+def _put_in_place(unfinished: Path, path: Path) -> None:
+    replaced = _replaced(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.is_dir():
+        os.replace(path, replaced)  # a directory that is not empty cannot be replaced in one go
+    elif path.exists():
+        path.unlink()
+    os.replace(unfinished, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Take the checkpoint back that a process was about to replace when it was killed."""
+    if not path.exists() and _replaced(path).is_dir():
+        os.replace(_replaced(path), path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")

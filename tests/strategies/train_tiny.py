@@ -1,0 +1,102 @@
+"""Trains a tiny FLUX for a few steps under a strategy, to be started as a user starts a script; writes what came of it."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+from torch.utils.data import DataLoader
+
+import lightning_distill.strategies  # noqa: F401  # makes their names known
+from lightning_distill.callbacks import AtomicCheckpoint
+from lightning_distill.methods import MeanFlow, Objective, TrajectoryAlignment
+from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.validation import ValidationOptions
+from lightning_distill.models import Condition, DiffusersAdapter
+from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.sharding import local_part
+from tests.tiny import PROMPTS
+
+
+class Repeatable(MeanFlow):
+    """The same draws in every process and in every run, so that two processes compute what one does."""
+
+    def objective(self, x0: torch.Tensor, condition: Condition) -> Objective:
+        torch.manual_seed(100 + self.global_step)
+        return super().objective(x0, condition)
+
+
+def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, ema: bool) -> MeanFlow:
+    return Repeatable(
+        DiffusersAdapter(pretrained),
+        guidance=Guidance("two_branch", 2.0),
+        solution=solution,
+        student=StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0),
+        validation=ValidationOptions(nfe=(1,), average_velocity=False),
+        alignment=TrajectoryAlignment(nfe=(2,), critic_lr=1e-3) if aligned else None,
+        ema_decay=0.9 if ema else None,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+    )
+
+
+def data() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1
+    return [{"image": image, "prompt": PROMPTS[i % 3], "index": i} for i, image in enumerate(images)] * 8
+
+
+def run(arguments: argparse.Namespace) -> None:
+    seed_everything(0)
+    module = method(arguments.pretrained, arguments.solution, arguments.checkpointing, arguments.aligned, arguments.ema)
+    trainer = Trainer(
+        max_steps=arguments.steps,
+        accelerator="cpu",
+        devices=arguments.devices,
+        strategy=arguments.strategy,
+        gradient_clip_val=1.0,
+        precision=arguments.precision,
+        accumulate_grad_batches=arguments.accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[AtomicCheckpoint(str(arguments.out), every_n_train_steps=arguments.save_every)],
+    )
+    trainer.fit(module, DataLoader(data(), batch_size=4), ckpt_path=arguments.resume)
+    found = {}
+    networks = {"student": module.student, "critic": getattr(module.alignment, "critic", None), "ema": module.ema}
+    for name, network in networks.items():
+        if network is not None:
+            gather = dict(network.named_parameters()) if module.sharding is None else module.sharding.gather(network)
+            found |= {f"{name}.{key}": value.detach().clone() for key, value in gather.items()}
+    if trainer.is_global_zero:
+        torch.save(found, arguments.out / "weights.pt")
+        here = sum(local_part(parameter).numel() for parameter in module.teacher.parameters())
+        all_of_it = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.teacher.parameters())
+        facts = {"teacher": here, "teacher_of_all": all_of_it, "steps": trainer.global_step}
+        (arguments.out / "facts.json").write_text(json.dumps(facts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--pretrained")
+    parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--solution", default="differential")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--save-every", type=int, default=2)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--aligned", action="store_true")
+    parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--resume")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
