@@ -1,0 +1,113 @@
+"""The config for FLUX.1-dev, on the embedded teacher, whose networks two processes share: from the start to pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLER = """
+import os, signal
+from lightning.pytorch import Callback
+
+class KillAt(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        with open(f"losses{trainer.global_rank}.txt", "a") as file:
+            file.write(f"{trainer.global_step} {pl_module.solution} {float(outputs['loss'])!r}\\n")
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def settings(strategy: str) -> dict:
+    return {
+        "base": "flux_meanflow.yaml",
+        "model": {
+            "init_args": {
+                "adapter": {"init_args": {"pretrained": "shapes-teacher", "torch_dtype": "float32"}},
+                "guidance": {"kind": "two_branch", "scales": None},
+                "solver": "euler",
+                "alignment": {"class_path": "TrajectoryAlignment", "init_args": {"nfe": [1, 2]}},
+                "ema_decay": 0.9,
+                "validation": {"nfe": [1, 2], "teacher_nfe": 2, "height": 32, "width": 32, "samples": 2, "solver_steps": 1},
+            }
+        },
+        "data": {"init_args": {"directory": "pictures", "validation_share": 0.2, "batch_size": 2, "num_workers": 0}},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": strategy,
+            "max_steps": 4,
+            "val_check_interval": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "callbacks": [
+                {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 1}},
+                {"class_path": "SwitchSolution", "init_args": {"latest_step": 2, "guard_factor": None}},
+                {"class_path": "LogPictures", "init_args": {"columns": 1}},
+                {"class_path": "FinalReport", "init_args": {"columns": 1, "diversity_prompts": 0}},
+                {"class_path": "ExportPipeline", "init_args": {"directory": "student"}},
+                {"class_path": "killer.KillAt", "init_args": {"step": 3}},
+            ],
+        },
+    }
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "lightning_distill", *arguments]
+    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def losses(folder: Path) -> list[list[str]]:
+    return [line.split() for line in (folder / "losses0.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_3", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_it_trains_switches_is_killed_resumes_exports_and_samples(strategy: str, tmp_path: Path) -> None:
+    (tmp_path / "killer.py").write_text(KILLER)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(strategy)))
+    (tmp_path / "pictures").mkdir()
+    captions = ["a red circle", "a green square", "two blue triangles", "a small yellow circle"]
+    lines = []
+    for i in range(10):
+        Image.new("RGB", (32, 32), (20 * i, 100, 255 - 20 * i)).save(tmp_path / "pictures" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": captions[i % 4]}))
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+
+    assert command(tmp_path, "fit", "--config", "run.yaml").returncode != 0
+    killed = losses(tmp_path)
+    assert [(step, solution) for step, solution, _ in killed] == [
+        ("1", "discrete"),
+        ("2", "discrete"),
+        ("3", "differential"),
+    ]
+    assert not (tmp_path / "student").exists()
+    second = (tmp_path / "losses1.txt").read_text().splitlines()
+    assert [line.split()[2] for line in second] != [loss for _, _, loss in killed]  # processes see data and noise of their own
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(strategy)).replace("step: 3", "step: -1"))
+    resumed = command(tmp_path, "fit", "--config", "run.yaml", "--ckpt_path", "last")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    again = losses(tmp_path)[3:]
+    assert again[0] == killed[2]  # the step that was lost, to the last digit
+    assert [step for step, _, _ in again] == ["3", "4"]
+    rest = torch.load(tmp_path / "checkpoints" / "last.ckpt" / "rest.pt", weights_only=True)
+    assert rest["global_step"] == 4
+    assert (tmp_path / "runs" / "flux_meanflow" / "pictures.png").is_file()
+
+    drawn = command(
+        tmp_path,
+        *("sample", "--pipeline", "student", "--prompt", "a red circle", "--nfe", "2", "--height", "32", "--width", "32"),
+    )
+    assert drawn.returncode == 0, drawn.stderr[-3000:]
+    assert list(tmp_path.glob("**/*.png"))
