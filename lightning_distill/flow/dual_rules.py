@@ -108,6 +108,16 @@ def _rms_norm(
     return tangent if weight is None else tangent * weight.value
 
 
+def _group_norm(
+    out: Tensor, /, input: Dual, num_groups: int, weight: Dual | None = None, bias: Dual | None = None, eps: float = 1e-5
+) -> Tensor:
+    # torch's own rule fails where a channel does not lie in one piece, as of tokens that become a picture.
+    shape = input.value.shape
+    value, change = (part.reshape(shape[0], num_groups, -1) for part in (input.value, _tangent(input)))
+    tangent = _layer_norm(out, Dual(value, change), value.shape[-1:], eps=eps).reshape(shape)
+    return tangent if weight is None else tangent * weight.value.reshape(-1, *[1] * (len(shape) - 2))
+
+
 def _attention(
     out: Tensor,
     /,
@@ -238,6 +248,7 @@ _NAMES: dict[Callable[..., Tensor], tuple[str, ...]] = {
     _silu: ("silu",),
     _layer_norm: ("layer_norm",),
     _rms_norm: ("rms_norm",),
+    _group_norm: ("group_norm",),
     _attention: ("scaled_dot_product_attention",),
 }
 RULES = {func: rule for rule, names in _NAMES.items() for func in _found(*names)}

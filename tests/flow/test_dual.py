@@ -87,6 +87,18 @@ class Gated(nn.Module):
         return h / (1 + h.square().mean(-1, keepdim=True)).sqrt()
 
 
+class ChannelsLast(nn.Module):
+    """A normalisation of channels that lie behind the tokens, as of tokens that become a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, WIDTH)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h.transpose(1, 2)).transpose(1, 2)
+
+
 class MixtureOfExperts(nn.Module):
     """The two likeliest of four experts a token; the choice itself has no derivative."""
 
@@ -137,6 +149,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "plain_layer_norm": lambda: Gated(nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)),
     "rms_norm": lambda: Gated(nn.RMSNorm(WIDTH)),
     "group_norm": lambda: nn.GroupNorm(2, TOKENS),
+    "group_norm_of_channels_last": ChannelsLast,
     "convolution": lambda: nn.Conv1d(TOKENS, TOKENS, 3, padding=1),
     **{f"attention_{name or 'plain'}": lambda name=name: Attention(name) for name in ("", "bool", "float", "row", "causal")},
     "attention_groups": lambda: Attention("groups"),
