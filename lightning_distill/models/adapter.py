@@ -17,7 +17,7 @@ from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 from lightning_distill.models.sharded_networks import empty_network, stored_transformer
-from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedder
+from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
@@ -228,7 +228,9 @@ class DiffusersAdapter(ModelAdapter):
             own = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
             if unexpected or not all(name.startswith(own) for name in missing):
                 raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
-        report = self._refit(teacher, student, options) if smooth else None
+        report = None
+        if smooth:
+            report = refit_embedders(teacher.timestep_embedders, student.timestep_embedders, options.derivative_penalty)
         student.reset_interval_embedding()
         self._use_attention_backend(student)
         if options.gradient_checkpointing:
@@ -250,17 +252,6 @@ class DiffusersAdapter(ModelAdapter):
         if state := self.sharding.gather(network):
             copy.load_state_dict({**state, **dict(network.named_buffers())}, assign=True, strict=False)
         return copy
-
-    @staticmethod
-    def _refit(teacher: TwoTimeModel, student: TwoTimeModel, options: StudentOptions) -> SmoothTimeReport:
-        reports = []
-        for old, new in zip(teacher.timestep_embedders, student.timestep_embedders, strict=True):
-
-            def original(t: Tensor, old: TwoTimeEmbedding = old) -> Tensor:
-                return old.embed_times(t, t)
-
-            reports.append(refit_embedder(original, new.time_proj, new, options.derivative_penalty))
-        return max(reports, key=lambda report: report.fit_error)
 
     @property
     def sequence_length(self) -> int:

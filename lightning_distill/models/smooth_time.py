@@ -7,13 +7,13 @@ on features whose frequencies stay below a bound. Teacher and student then agree
 derivative is tame.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.models.two_time import Float32TimestepEmbedding
+from lightning_distill.models.two_time import Float32TimestepEmbedding, TwoTimeEmbedding
 
 GRID = 4001
 """Times in [0, 1] at which the embedder is fitted."""
@@ -93,6 +93,20 @@ def refit_embedder(
     error = (refitted(times).double() - target).norm() / (target - target.mean(0)).norm()
     inner = times[1:-1]
     return SmoothTimeReport(error.item(), largest_derivative(original, inner), largest_derivative(refitted, inner))
+
+
+def refit_embedders(
+    old: Sequence[TwoTimeEmbedding], new: Sequence[TwoTimeEmbedding], derivative_penalty: float
+) -> SmoothTimeReport:
+    """Fit each of a student's embedders, on its own features, to the teacher's of the same place; the report of the worst."""
+    reports = []
+    for before, after in zip(old, new, strict=True):
+
+        def original(t: Tensor, before: TwoTimeEmbedding = before) -> Tensor:
+            return before.embed_times(t, t)
+
+        reports.append(refit_embedder(original, after.time_proj, after, derivative_penalty))
+    return max(reports, key=lambda report: report.fit_error)
 
 
 def _draw_hidden_layer(first: nn.Linear) -> None:
