@@ -246,10 +246,11 @@ class MeanFlow(TeacherStudentBase):
             u.append(network(narrow)(x_t[narrow], r[narrow], t[narrow]))
         if len(wide):
             point = x_t[wide], r[wide], t[wide]
-            if self.derivative == "exact":
-                value, dudt = value_and_time_derivative(network(wide), *point, v[wide])
-            else:
-                value, dudt = network(wide)(*point), self.difference(network(wide), *point, v[wide])
+            with self.adapter.held_routing():
+                if self.derivative == "exact":
+                    value, dudt = value_and_time_derivative(network(wide), *point, v[wide])
+                else:
+                    value, dudt = network(wide)(*point), self.difference(network(wide), *point, v[wide])
             u.append(value)
             counted = wide[:wide_count]
             target[counted] -= self.tangent_weight * expand(t - r, v)[counted] * dudt[:wide_count]

@@ -1,6 +1,7 @@
 """What a teacher family implements: everything a method needs to know about a model, and nothing about objectives."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -141,6 +142,14 @@ class ModelAdapter(nn.Module, ABC):
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write a stock diffusers pipeline of a network of one time, with all its components."""
 
+    def held_routing(self) -> AbstractContextManager[Any]:
+        """A context in which all passes of a network decide alike where it chooses, as mixtures of experts do."""
+        return nullcontext()
+
+    def null_for(self, condition: Condition, null_condition: Condition) -> Condition:
+        """The condition of guidance's second branch, of the prompts' own or, as here, that of the empty prompt."""
+        return null_condition
+
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
         """The guided velocity of two branches, (B, C, h, w) each, under scales (B,): `v_null + scale (v_cond - v_null)`."""
         return classifier_free(v_cond, v_null, scale)
@@ -176,7 +185,8 @@ class ModelAdapter(nn.Module, ABC):
             return self.velocity(network, x_t, t, condition)
         # The second branch is computed for the rows that are guided only.
         rows = inside_interval(t, guidance_interval).nonzero()[:, 0]
-        both = {name: torch.cat([value, null_condition[name][rows]]) for name, value in condition.items()}
+        null = self.null_for(condition, null_condition)
+        both = {name: torch.cat([value, null[name][rows]]) for name, value in condition.items()}
         v = self.velocity(network, torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         v_cond, v_null = v.split([len(x_t), len(rows)])
         scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))[rows]

@@ -1,6 +1,8 @@
 """What a run finds out about its derivative before the first step."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,34 @@ def test_compiled_modules_are_named(tmp_path: Path) -> None:
 def test_an_unknown_derivative_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"model\.derivative is 'numerical'"):
         method(derivative="numerical")
+
+
+class Choosing(GaussianAdapter):
+    """Of a network that chooses, as mixtures of experts do; notes whether its choice was held in each of a student's passes."""
+
+    def __init__(self) -> None:
+        super().__init__("small")
+        self.contexts = 0
+        self.held: list[int | None] = []
+        self._now: int | None = None
+
+    @contextmanager
+    def held_routing(self) -> Iterator[None]:
+        self.contexts += 1
+        self._now = self.contexts
+        yield
+        self._now = None
+
+    def average_velocity(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.held.append(self._now)
+        return super().average_velocity(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("derivative", "passes"), [("exact", 1), ("finite_difference", 3)])
+def test_passes_that_are_compared_choose_alike(derivative: str, passes: int, tmp_path: Path) -> None:
+    module = method(derivative=derivative)
+    module.adapter = adapter = Choosing()
+    fit(tmp_path, module)
+    # A derivative and the differences that it is compared with; then the passes of one training step.
+    checked = {"exact": 3, "finite_difference": 4}[derivative]
+    assert adapter.held == [1] * checked + [2] * passes
