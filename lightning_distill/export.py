@@ -1,4 +1,4 @@
-"""Trained networks as diffusers pipeline directories, with a model card."""
+"""Trained networks as directories that their libraries load, with a model card."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_distill import __version__
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import ModelAdapter
+from lightning_distill.models.base import DIFFUSERS_CODE, ExportCode, ModelAdapter
 
 MARK = "export.json"
 """File that tells a directory written by this module from any other."""
@@ -51,7 +51,8 @@ class ModelCard:
 def export_student(adapter: ModelAdapter, student: nn.Module, directory: str | Path, card: ModelCard) -> Path:
     """Write a student as a pipeline that draws in a few steps, with the code that it needs.
 
-    It loads in any process that has diffusers, by `DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)`.
+    It loads in any process that has diffusers, by `DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)`; what
+    is no pipeline of diffusers, by what its model card says.
 
     Args:
         adapter: The student's family, loaded.
@@ -119,7 +120,7 @@ def _export(
     save(unfinished)
     own = {"guidance_scale": card.guidance_scale} if adapter.embeds_guidance else {}
     arguments = own if kind == "student" else adapter.stock_arguments(card.guidance_scale)
-    (unfinished / "README.md").write_text(render_card(card, kind, arguments))
+    (unfinished / "README.md").write_text(render_card(card, kind, arguments, adapter.export_code))
     (unfinished / MARK).write_text(json.dumps({"kind": kind, "lightning_distill": __version__, "method": card.method}) + "\n")
     _check_weights(unfinished, network)
     for path in (*unfinished.rglob("*"), unfinished):
@@ -133,14 +134,14 @@ def _export(
 
 
 def _check_weights(directory: Path, network: nn.Module) -> None:
-    """Make sure that one component holds the network's weights; the files' headers are read, not the weights."""
-    expected = {name: list(value.shape) for name, value in network.state_dict().items()}
-    for component in (path for path in directory.iterdir() if path.is_dir()):
-        found: dict[str, list[int]] = {}
+    """Make sure that one component, or the whole, holds the network's weights; the files' headers are read, not the weights."""
+    expected = {(name, *value.shape) for name, value in network.state_dict().items()}
+    for component in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+        found: set[tuple[object, ...]] = set()
         for file in component.glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
-                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        if found == expected:
+                found |= {(name, *tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        if found >= expected:
             return
     raise RuntimeError(f"the export in {directory} does not hold the network's weights; it was left there to be looked at")
 
@@ -153,13 +154,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> str:
+def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], code: ExportCode = DIFFUSERS_CODE) -> str:
     """The README of an export in Markdown, with the metadata that the hub reads.
 
     Args:
         card: What it says.
         kind: "student" or "teacher".
         arguments: Of the pipeline, besides prompt, steps and size.
+        code: How it is used.
     """
     student = kind == "student"
     base = [] if Path(card.teacher).exists() or "/" not in card.teacher else [f"base_model: {card.teacher}"]
@@ -172,17 +174,37 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> 
         "Training time": None if card.minutes is None else f"{card.minutes:.1f} minutes",
     }
     title = "Few-step student" if student else "Flow-matching teacher"
-    lines = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", *base, "tags: [lightning-distill]", "---", ""]
-    lines += [f"# {title}", "", _STUDENT.format(steps=_listed(card.nfe)) if student else _TEACHER, "", "```python"]
-    lines += ["from diffusers import DiffusionPipeline", "", f"pipeline = DiffusionPipeline.from_pretrained({_LOAD[kind]})"]
+    lines = [
+        "---",
+        f"library_name: {code.library}",
+        "pipeline_tag: text-to-image",
+        *base,
+        "tags: [lightning-distill]",
+        "---",
+        "",
+    ]
+    lines += [
+        f"# {title}",
+        "",
+        _STUDENT.format(steps=_listed(card.nfe)) if student else _TEACHER.format(library=code.library),
+        "",
+    ]
+    steps = max(card.nfe) if student else 32
     inputs = [
         '"a prompt"' if student else 'prompt="a prompt"',
         *(f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()),
-        f"num_inference_steps={max(card.nfe) if student else 32}",
+        f"num_inference_steps={steps}",
         f"height={card.height}",
         f"width={card.width}",
     ]
-    lines += ["image = pipeline(", *(f"    {each}," for each in inputs), ").images[0]", "```", ""]
+    example = (code.student if student else code.teacher).format(
+        inputs="\n".join(f"    {each}," for each in inputs),
+        steps=steps,
+        guidance_scale=card.guidance_scale,
+        height=card.height,
+        width=card.width,
+    )
+    lines += ["```python", example.rstrip(), "```", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
     if card.figures:
         lines += ["", "## Measured", "", "| | |", "|---|---:|"]
@@ -192,14 +214,13 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> 
     return "\n".join([*lines, "", f"Written by lightning-distill {__version__} with diffusers {diffusers.__version__}.", ""])
 
 
-_LOAD = {"student": '"this/directory", trust_remote_code=True', "teacher": '"this/directory"'}
 _STUDENT = (
     "A text-to-image pipeline that draws in {steps} steps, distilled from a teacher of many. Guidance is distilled in: a step "
-    "is one forward. Its pipeline, transformer and scheduler are Python files in this directory, hence `trust_remote_code`. It "
+    "is one forward. Its code is in Python files in this directory, hence `trust_remote_code`. It "
     "needs `diffusers`, `transformers` and `accelerate`."
 )
 _TEACHER = (
-    "A stock text-to-image pipeline of diffusers. Where the transformer does not embed the guidance scale, guidance costs a "
+    "A stock text-to-image model for {library}. Where the transformer does not embed the guidance scale, guidance costs a "
     "second branch. Prompts are padded to the length they had in training."
 )
 

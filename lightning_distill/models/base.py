@@ -41,6 +41,35 @@ class StudentOptions:
     max_drift: float = 0.1
 
 
+@dataclass(frozen=True)
+class ExportCode:
+    """Code by which exports are used, for their model cards; it leaves a picture in `image`.
+
+    Args:
+        library: That they are loaded with, as the hub names it.
+        student: Python lines, with `{inputs}` for a prompt and the settings of its picture, one a line.
+        teacher: Likewise; `{steps}`, `{guidance_scale}`, `{height}` and `{width}` may stand in both.
+    """
+
+    library: str
+    student: str
+    teacher: str
+
+
+_PIPELINE = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this/directory"{options})
+image = pipeline(
+{inputs}
+).images[0]
+"""
+DIFFUSERS_CODE = ExportCode(
+    library="diffusers",
+    student=_PIPELINE.replace("{options}", ", trust_remote_code=True"),
+    teacher=_PIPELINE.replace("{options}", ""),
+)
+
+
 class ModelAdapter(nn.Module, ABC):
     """One family of text-to-image flow models, seen by the methods as latents, conditions and velocities.
 
@@ -56,6 +85,9 @@ class ModelAdapter(nn.Module, ABC):
     """Whether networks can be spread over processes by `sharding`."""
     sharding: Sharding | None = None
     """The strategy that spreads networks over processes as they are loaded and built, or None where each has them whole."""
+
+    export_code: ClassVar[ExportCode] = DIFFUSERS_CODE
+    """How its exports are used."""
 
     teacher_time_frequency: ClassVar[float] = 1000.0
     """Largest angular frequency of the teacher's own features of t, in rad per unit of t."""
@@ -136,11 +168,11 @@ class ModelAdapter(nn.Module, ABC):
 
     @abstractmethod
     def save_student(self, student: nn.Module, directory: Path) -> None:
-        """Write a diffusers pipeline of the student, with all its components and the code it needs."""
+        """Write the student as its library loads it, with all its components and the code it needs."""
 
     @abstractmethod
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
-        """Write a stock diffusers pipeline of a network of one time, with all its components."""
+        """Write a network of one time as its library loads it without further code, with all its components."""
 
     def held_routing(self) -> AbstractContextManager[Any]:
         """A context in which all passes of a network decide alike where it chooses, as mixtures of experts do."""
