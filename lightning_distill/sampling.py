@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import lightning_distill.models
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.adapter import FAMILIES, stock_options
 from lightning_distill.models.few_step import FewStepPipeline, tokenizer_within
+from lightning_distill.models.hunyuan_image3_directory import is_hunyuan_image3, published_class, read_config
+from lightning_distill.models.hunyuan_image3_directory import is_student as is_student_config
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     pipeline = load_pipeline(arguments.pipeline, arguments.trust_remote_code, DTYPES[arguments.torch_dtype])
-    pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline, DiffusionPipeline):
+        pipeline.set_progress_bar_config(disable=True)
     images = sample(
         pipeline,
         arguments.prompt,
@@ -82,8 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """A pipeline on the GPU if there is one.
+def load_pipeline(
+    name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline | PreTrainedModel:
+    """A pipeline, or a student of HunyuanImage 3.0, on the GPU if there is one.
 
     Args:
         name: A shipped name or a directory.
@@ -94,9 +100,15 @@ def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch
         ConfigurationError: If there is no pipeline of a known family, or it brings code that is not trusted.
     """
     directory = Path(resolve_pretrained(name))
-    if not (directory / "model_index.json").is_file():
+    config = read_config(directory)
+    is_pipeline = (directory / "model_index.json").is_file()
+    if not is_pipeline and not is_hunyuan_image3(config):
         raise ConfigurationError(
             f"--pipeline is {name!r}, which holds no model_index.json; give a pipeline directory or one of {', '.join(SHIPPED)}"
+        )
+    if not is_pipeline and not is_student_config(config):
+        raise ConfigurationError(
+            f"--pipeline is {name!r}, HunyuanImage 3.0 itself; draw with its own generate_image, or give an exported student"
         )
     foreign = [file for file in (*directory.glob("*.py"), *directory.glob("*/*.py")) if not is_own_code(file)]
     if foreign and not trust_remote_code:
@@ -104,6 +116,13 @@ def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch
         raise ConfigurationError(
             f"--pipeline {name!r} brings code of its own ({files}); read it, and add --trust_remote_code to run it"
         )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not is_pipeline:
+        # Not by `AutoModelForCausalLM`, which in one process takes directories of one name for the same model.
+        kind: Any = published_class(directory)
+        model = kind.from_pretrained(directory, dtype=torch_dtype, use_safetensors=True)
+        model.load_tokenizer(str(directory))
+        return model.eval().to(device)
     pipeline = DiffusionPipeline.from_pretrained(
         directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
     )
@@ -111,7 +130,7 @@ def load_pipeline(name: str, trust_remote_code: bool = False, torch_dtype: torch
         raise ConfigurationError(
             f"--pipeline {name!r} is a {type(pipeline).__name__}; give an exported student, or one of {', '.join(FAMILIES)}"
         )
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device)
 
 
 def is_own_code(file: Path) -> bool:
@@ -121,7 +140,7 @@ def is_own_code(file: Path) -> bool:
 
 
 def sample(
-    pipeline: DiffusionPipeline,
+    pipeline: DiffusionPipeline | PreTrainedModel,
     prompts: Sequence[str],
     *,
     nfe: int,
@@ -133,7 +152,7 @@ def sample(
     """Pictures (B, 3, H, W) in [0, 1] of B prompts; picture i starts from the noise of `seed + i`.
 
     Args:
-        pipeline: A student's, or a stock one of a known family.
+        pipeline: Of `load_pipeline`: a student's, or a stock one of a known family.
         prompts: B prompts.
         nfe: Steps.
         seed: Seed of the first picture.
@@ -145,24 +164,52 @@ def sample(
         ConfigurationError: If the pictures' size does not fit, a student is asked for guidance, or a word is unknown to a
             tokenizer of whole words.
     """
+    if isinstance(pipeline, PreTrainedModel):
+        return _draw(pipeline, prompts, nfe, seed, height, width, guidance_scale)
     family = few_step(pipeline)
     for prompt in prompts:
         check_words(family, prompt)
+    settings = {**_checked_size(family, height, width), "num_inference_steps": nfe, "output_type": "pt"}
+    # Stock pipelines would pad to their own length, whatever the transformer was trained with.
+    settings |= stock_options(type(pipeline), family.sequence_length)
+    images = []
+    for batch, generators in _batches(prompts, seed):
+        guidance = guidance_arguments(pipeline, guidance_scale, len(batch))
+        images.append(pipeline(prompt=batch, generator=generators, **settings, **guidance).images.float().cpu())
+    return torch.cat(images)
+
+
+def _draw(
+    student: Any,
+    prompts: Sequence[str],
+    nfe: int,
+    seed: int,
+    height: int | None,
+    width: int | None,
+    guidance_scale: float | None,
+) -> Tensor:
+    """The same for a student of HunyuanImage 3.0, which is no pipeline of diffusers."""
+    if not student.embeds_guidance and guidance_scale not in (None, 1):
+        raise _guidance_is_built_in(guidance_scale)
+    settings = {"num_inference_steps": nfe, "guidance_scale": guidance_scale, "output_type": "pt"}
+    settings |= _checked_size(student, height, width)
+    images = [student.draw(batch, generator=generators, **settings) for batch, generators in _batches(prompts, seed)]
+    return torch.cat([each.float().cpu() for each in images])
+
+
+def _checked_size(family: Any, height: int | None, width: int | None) -> dict[str, int]:
     height, width = height or family.default_size, width or family.default_size
     try:
         family.latent_shape(height, width)
     except ValueError as error:
         raise ConfigurationError(f"--height {height} and --width {width}: {error}") from error
-    settings = {"height": height, "width": width, "num_inference_steps": nfe, "output_type": "pt"}
-    # Stock pipelines would pad to their own length, whatever the transformer was trained with.
-    settings |= stock_options(type(pipeline), family.sequence_length)
-    images = []
+    return {"height": height, "width": width}
+
+
+def _batches(prompts: Sequence[str], seed: int) -> Iterator[tuple[list[str], list[torch.Generator]]]:
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = list(prompts[start : start + BATCH_SIZE])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        guidance = guidance_arguments(pipeline, guidance_scale, len(batch))
-        images.append(pipeline(prompt=batch, generator=generators, **settings, **guidance).images.float().cpu())
-    return torch.cat(images)
+        yield batch, [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
 
 
 def is_student(pipeline: DiffusionPipeline) -> bool:
@@ -184,14 +231,18 @@ def guidance_arguments(pipeline: DiffusionPipeline, guidance_scale: float | None
     if is_student(pipeline) and not embeds_guidance:
         if guidance_scale is None or guidance_scale == 1:
             return {}
-        raise ConfigurationError(
-            f"--guidance_scale is {guidance_scale:g}, but this student has its guidance built in; leave --guidance_scale out"
-        )
+        raise _guidance_is_built_in(guidance_scale)
     scale = (3.5 if embeds_guidance else 1.0) if guidance_scale is None else guidance_scale
     if is_student(pipeline):
         return {"guidance_scale": scale}
     arguments = FAMILIES[type(pipeline).__name__].stock_guidance(scale, embeds_guidance)
     return {name: [value] * batch_size if name == "negative_prompt" else value for name, value in arguments.items()}
+
+
+def _guidance_is_built_in(guidance_scale: float | None) -> ConfigurationError:
+    return ConfigurationError(
+        f"--guidance_scale is {guidance_scale:g}, but this student has its guidance built in; leave --guidance_scale out"
+    )
 
 
 def check_words(pipeline: FewStepPipeline, prompt: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_distill.flow.path import jump
 from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.models.base import ModelAdapter
 from lightning_distill.models.embedded import build_flux_pipeline
 
 WORDS = ["a", "red", "green", "circle", "square"]
@@ -71,7 +72,7 @@ def noise(count: int, first_seed: int = 0, shape: tuple[int, ...] = (16, 8, 8)) 
 
 @torch.no_grad()
 def draw(
-    adapter: DiffusersAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
+    adapter: ModelAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
 ) -> Tensor:
     """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`."""
     shape = adapter.latent_shape(32, 32)

@@ -3,6 +3,7 @@
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.embedded import EmbeddedFluxAdapter
+from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
 from lightning_distill.models.registry import resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport
 
@@ -10,6 +11,7 @@ __all__ = [
     "Condition",
     "DiffusersAdapter",
     "EmbeddedFluxAdapter",
+    "HunyuanImage3Adapter",
     "ModelAdapter",
     "SmoothTimeReport",
     "StudentOptions",

@@ -1,5 +1,6 @@
 """Tiny FLUX pipelines, written once for all tests of the models."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ import torch
 
 from lightning_distill.models.adapter import DiffusersAdapter
 from tests.tiny import FLUX_DEV_SHIFT, load_adapter, save_tiny_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_of_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A place of its own for code that transformers copies from checkpoints to one that all processes share."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
+        yield
 
 
 @pytest.fixture(scope="session")

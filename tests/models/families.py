@@ -43,7 +43,9 @@ from transformers import (
     T5EncoderModel,
 )
 
+from lightning_distill.models import DiffusersAdapter, HunyuanImage3Adapter, ModelAdapter
 from lightning_distill.models.embedded import EOS, build_tokenizer
+from tests.models.hunyuan_image3 import FORMS, save_stand_in
 from tests.tiny import WORDS, tiny_pipeline, tiny_vae
 
 LENGTH = 8
@@ -334,7 +336,25 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 
 
 def save_family(name: str, directory: Path) -> str:
-    """Write a tiny pipeline and return where."""
+    """Write a tiny pipeline, or a stand-in for HunyuanImage 3.0, and return where."""
+    if name in FORMS:
+        return save_stand_in(name, directory)
     torch.manual_seed(0)
     FAMILIES[name]().save_pretrained(directory)
     return str(directory)
+
+
+def make_adapter(directory: str, **options: Any) -> ModelAdapter:
+    """An adapter of what `save_family` or an export has written."""
+    if (Path(directory) / "model_index.json").is_file():
+        return DiffusersAdapter(directory, **options)
+    options = {"torch_dtype": "float32", "max_sequence_length": 2 * LENGTH, **options}
+    return HunyuanImage3Adapter(directory, trust_remote_code=True, **options)
+
+
+def load_family(directory: str, **options: Any) -> ModelAdapter:
+    """The same, loaded."""
+    adapter = make_adapter(directory, **options)
+    adapter.check()
+    adapter.load()
+    return adapter

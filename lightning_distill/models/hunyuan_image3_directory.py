@@ -1,0 +1,146 @@
+"""Directories of HunyuanImage 3.0 as they are published: one model, its code, tokenizer and weights side by side."""
+
+import copy
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from lightning_distill.models.few_step_hunyuan_image3 import FewStepHunyuanImage3
+from lightning_distill.models.two_time_hunyuan_image3 import EMBEDDERS, TwoTimeHunyuanImage3
+
+AUTO_CLASS = "AutoModelForCausalLM"
+ENTRY = "hunyuan_image3_student"
+"""Module of an export that joins this package's code with the published one."""
+STUDENT_SETTINGS = (
+    "interval_embedding",
+    "time_frequency_bound",
+    "interval_frequency_bound",
+    "system_prompt",
+    "max_sequence_length",
+)
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+COPIED = (".py", ".json", ".txt", ".model", ".jinja")
+_ENTRY_CODE = '''"""The student as transformers loads it: the published model, with two times and a sampler of few steps."""
+
+from .{module} import {published}
+from .{own} import {base}
+
+
+class {name}({base}, {published}):
+    """HunyuanImage 3.0 in a few steps; see `draw`."""
+
+    published = {published}
+'''
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The settings of a directory, or none where it holds no model of transformers."""
+    file = directory / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return config
+
+
+def is_hunyuan_image3(config: dict[str, Any]) -> bool:
+    """Whether the settings are those of a published model, or of a student of one."""
+    return config.get("model_type") == "hunyuan_image_3_moe" and AUTO_CLASS in config.get("auto_map", {})
+
+
+def is_student(config: dict[str, Any]) -> bool:
+    """Whether the settings are those of an exported student."""
+    return "interval_embedding" in config
+
+
+def published_class(directory: Path) -> type[nn.Module]:
+    """The model class that the directory brings; this runs its code."""
+    kind: type[nn.Module] = get_class_from_dynamic_module(read_config(directory)["auto_map"][AUTO_CLASS], str(directory))
+    return kind
+
+
+def two_time_class(published: type[nn.Module], base: type[TwoTimeHunyuanImage3]) -> type[TwoTimeHunyuanImage3]:
+    """A published class with this package's mixed in."""
+    # Not registered with transformers, even where the published class is: it would be saved as if its file were its own.
+    settings = {"published": published, "_auto_class": None, "__module__": base.__module__}
+    return type(student_class_name(published), (base, published), settings)
+
+
+def student_class_name(published: type[nn.Module]) -> str:
+    """Name of the class with two times."""
+    return f"FewStep{published.__name__}"
+
+
+def read_weights(directory: Path, names: set[str]) -> dict[str, Tensor]:
+    """Tensors by name, from the files that hold them.
+
+    Raises:
+        KeyError: If one is missing.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    else:
+        with safe_open(directory / "model.safetensors", framework="pt") as file:
+            places = dict.fromkeys(file.keys(), "model.safetensors")
+    if missing := sorted(names - places.keys()):
+        raise KeyError(f"{directory} has no weights {missing}")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({places[each] for each in names}):
+        with safe_open(directory / name, framework="pt") as file:
+            tensors |= {each: file.get_tensor(each) for each in names if places[each] == name}
+    return tensors
+
+
+def save_model(network: TwoTimeHunyuanImage3, source: Path, directory: Path, settings: dict[str, Any]) -> None:
+    """Write a network in the published layout, which `AutoModelForCausalLM` loads with `trust_remote_code=True`.
+
+    Args:
+        network: Its weights and configuration.
+        source: The published directory, of which all that the network has not is kept.
+        directory: Where to; made if it is not there.
+        settings: Of a student, for its configuration. Without them it is the published model that is written.
+    """
+    published = network.published
+    config = copy.deepcopy(network.config)
+    for name in STUDENT_SETTINGS:
+        if hasattr(config, name):
+            delattr(config, name)
+    vars(config).update(settings)
+    config.auto_map = {**read_config(source)["auto_map"]}
+    if settings:
+        config.auto_map[AUTO_CLASS] = f"{ENTRY}.{student_class_name(published)}"
+    with torch.device("meta"):
+        whole: Any = (two_time_class(published, FewStepHunyuanImage3) if settings else published)(config)
+    state = network.state_dict()
+    rest = read_weights(source, whole.state_dict().keys() - state.keys())
+    # In the precision in which transformers will load it all; a teacher's time embeddings are of a higher one.
+    state |= {name: weight.to(network.dtype) for name, weight in state.items() if name.partition(".")[0] in EMBEDDERS}
+    state |= {name: weight.to(network.dtype) for name, weight in rest.items()}
+    whole.load_state_dict(state, assign=True)
+    whole.save_pretrained(directory)
+    for file in source.iterdir():
+        wanted = file.suffix in COPIED or file.name.lower().startswith(("license", "notice"))
+        if file.is_file() and wanted and file.name != "config.json" and not file.name.endswith(WEIGHTS):
+            shutil.copyfile(file, directory / file.name)
+    if settings:
+        _copy_own_code(published, directory)
+
+
+def _copy_own_code(published: type[nn.Module], directory: Path) -> None:
+    own = Path(inspect.getfile(FewStepHunyuanImage3))
+    for file in (own, *map(Path, get_relative_import_files(own))):
+        shutil.copyfile(file, directory / file.name)
+    code = _ENTRY_CODE.format(
+        module=published.__module__.rpartition(".")[2],
+        published=published.__name__,
+        own=own.stem,
+        base=FewStepHunyuanImage3.__name__,
+        name=student_class_name(published),
+    )
+    (directory / f"{ENTRY}.py").write_text(code)
