@@ -17,6 +17,7 @@ from lightning_distill.models.expert_routing import Routing
 from lightning_distill.models.hunyuan_image3_directory import (
     is_hunyuan_image3,
     is_student,
+    missing_files,
     published_class,
     read_config,
     read_weights,
@@ -104,6 +105,10 @@ class HunyuanImage3Adapter(ModelAdapter):
             raise ConfigurationError(
                 f"adapter.pretrained is {self.pretrained!r}, which is not HunyuanImage 3.0 with its code; give a directory "
                 "whose config.json has the model_type hunyuan_image_3_moe and an auto_map"
+            )
+        if Path(self.pretrained).is_dir() and (missing := missing_files(Path(self.pretrained))):
+            raise ConfigurationError(
+                f"adapter.pretrained is {self.pretrained!r}, which lacks {', '.join(missing)}; download the whole checkpoint"
             )
         if not self.trust_remote_code:
             raise ConfigurationError(

@@ -26,6 +26,7 @@ STUDENT_SETTINGS = (
     "system_prompt",
     "max_sequence_length",
 )
+INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 COPIED = (".py", ".json", ".txt", ".model", ".jinja")
 _ENTRY_CODE = '''"""The student as transformers loads it: the published model, with two times and a sampler of few steps."""
@@ -82,12 +83,7 @@ def read_weights(directory: Path, names: set[str]) -> dict[str, Tensor]:
     Raises:
         KeyError: If one is missing.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    else:
-        with safe_open(directory / "model.safetensors", framework="pt") as file:
-            places = dict.fromkeys(file.keys(), "model.safetensors")
+    places = _places(directory)
     if missing := sorted(names - places.keys()):
         raise KeyError(f"{directory} has no weights {missing}")
     tensors: dict[str, Tensor] = {}
@@ -95,6 +91,23 @@ def read_weights(directory: Path, names: set[str]) -> dict[str, Tensor]:
         with safe_open(directory / name, framework="pt") as file:
             tensors |= {each: file.get_tensor(each) for each in names if places[each] == name}
     return tensors
+
+
+def missing_files(directory: Path) -> list[str]:
+    """Files that a published directory should have and has not, as after a download that broke off."""
+    index = directory / INDEX
+    shards = set(_places(directory).values()) if index.is_file() else {"model.safetensors"}
+    return sorted(name for name in {*shards, "generation_config.json", "tokenizer.json"} if not (directory / name).is_file())
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """The file that holds each tensor."""
+    index = directory / INDEX
+    if index.is_file():
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return places
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
 
 
 def save_model(network: TwoTimeHunyuanImage3, source: Path, directory: Path, settings: dict[str, Any]) -> None:

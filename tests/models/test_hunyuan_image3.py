@@ -266,6 +266,18 @@ def test_nothing_of_the_checkpoint_runs_without_trust(tmp_path: Path) -> None:
             step()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model-00002-of-00005.safetensors"])
+def test_a_download_that_broke_off_is_seen_before_anything_loads(name: str, newer_directory: str, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(newer_directory, tmp_path / "broken"))
+    (broken / name).unlink()
+    with pytest.raises(ConfigurationError, match=f"which lacks {name}; download the whole checkpoint"):
+        HunyuanImage3Adapter(str(broken), trust_remote_code=True).check()
+    for file in broken.glob("model*safetensors*"):
+        file.unlink()
+    with pytest.raises(ConfigurationError, match=r"lacks .*model\.safetensors"):
+        HunyuanImage3Adapter(str(broken), trust_remote_code=True).check()
+
+
 def test_sizes_are_those_of_the_checkpoint(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     assert adapter.latent_shape(64, 16) == (4, 16, 4)
@@ -373,6 +385,10 @@ def test_a_teacher_is_the_published_model(dtype: str, newer_directory: str, tmp_
         after = again.velocity(again.load_teacher(), x, t, condition)
     # The checkpoint here is in float32, so that time embeddings are rounded when it is written in bfloat16.
     assert (after - before).norm() / before.norm() < (1e-6 if dtype == "float32" else 0.05)
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert "model.generation_config.diff_guidance_scale = 3.5" in code
+    assert 'image_size="32x32"' in code
     with pytest.raises(ValueError, match="save it as a student"):
         export_teacher(adapter, build_student(adapter), tmp_path / "student", CARD)
 
