@@ -69,12 +69,11 @@ def two_time_class(published: type[nn.Module], base: type[TwoTimeHunyuanImage3])
     """A published class with this package's mixed in."""
     # Not registered with transformers, even where the published class is: it would be saved as if its file were its own.
     settings = {"published": published, "_auto_class": None, "__module__": base.__module__}
-    return type(student_class_name(published), (base, published), settings)
+    return type(_class_name(published, base), (base, published), settings)
 
 
-def student_class_name(published: type[nn.Module]) -> str:
-    """Name of the class with two times."""
-    return f"FewStep{published.__name__}"
+def _class_name(published: type[nn.Module], base: type[TwoTimeHunyuanImage3]) -> str:
+    return f"{base.__name__.removesuffix('HunyuanImage3')}{published.__name__}"
 
 
 def read_weights(directory: Path, names: set[str]) -> dict[str, Tensor]:
@@ -127,7 +126,7 @@ def save_model(network: TwoTimeHunyuanImage3, source: Path, directory: Path, set
     vars(config).update(settings)
     config.auto_map = {**read_config(source)["auto_map"]}
     if settings:
-        config.auto_map[AUTO_CLASS] = f"{ENTRY}.{student_class_name(published)}"
+        config.auto_map[AUTO_CLASS] = f"{ENTRY}.{_class_name(published, FewStepHunyuanImage3)}"
     with torch.device("meta"):
         whole: Any = (two_time_class(published, FewStepHunyuanImage3) if settings else published)(config)
     state = network.state_dict()
@@ -154,6 +153,6 @@ def _copy_own_code(published: type[nn.Module], directory: Path) -> None:
         published=published.__name__,
         own=own.stem,
         base=FewStepHunyuanImage3.__name__,
-        name=student_class_name(published),
+        name=_class_name(published, FewStepHunyuanImage3),
     )
     (directory / f"{ENTRY}.py").write_text(code)
