@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.few_step import FewStepPipeline
+from lightning_distill.models.fingerprint import fingerprint
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 from lightning_distill.models.sharded_networks import empty_network, stored_transformer
@@ -76,6 +77,7 @@ class DiffusersAdapter(ModelAdapter):
         self.max_sequence_length = max_sequence_length
         self._pipeline: FewStepPipeline | None = None
         self._family: type[FewStepPipeline] | None = None
+        self._encoders = True
         self.embeds_guidance = False
 
     def check(self) -> None:
@@ -143,30 +145,41 @@ class DiffusersAdapter(ModelAdapter):
                 f"({type(error).__name__}); download it first, log in if it is gated, or give a pipeline directory"
             ) from error
 
-    def load(self) -> None:
-        """Load the text encoders and the autoencoder, frozen and in evaluation mode."""
-        self._load_pipeline()
+    def load(self, encoders: bool = True) -> None:
+        """Load the text encoders and the autoencoder, frozen and in evaluation mode; without encoders the latter alone."""
+        self.attach(self._load_pipeline(encoders), encoders)
         if self.sharding is not None:
             for encoder in self.text_encoders().values():
                 self.sharding.shard_encoder(encoder)
 
-    def _load_pipeline(self) -> None:
-        self.attach(
-            self.family.from_pretrained(
-                resolve_pretrained(self.pretrained),
-                transformer=None,
-                revision=self.revision,
-                torch_dtype=DTYPES[self.torch_dtype],
-                use_safetensors=True,
-            )
+    def _load_pipeline(self, encoders: bool) -> FewStepPipeline:
+        left_out = ["transformer", *(() if encoders else filter(_is_text_encoder, self._components()))]
+        pipeline: FewStepPipeline = self.family.from_pretrained(
+            resolve_pretrained(self.pretrained),
+            revision=self.revision,
+            torch_dtype=DTYPES[self.torch_dtype],
+            use_safetensors=True,
+            **dict.fromkeys(left_out),
         )
+        return pipeline
 
-    def attach(self, pipeline: FewStepPipeline) -> None:
-        """Take over a pipeline's tokenizers, scheduler, text encoders and autoencoder, frozen."""
-        self._pipeline, self._family = pipeline, type(pipeline)
+    def _components(self) -> list[str]:
+        index = self._read(DiffusionPipeline, "model_index.json")
+        return [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_") and value[0]]
+
+    def attach(self, pipeline: FewStepPipeline, encoders: bool = True) -> None:
+        """Take over a pipeline's tokenizers, scheduler, text encoders and autoencoder, frozen.
+
+        Args:
+            pipeline: Without its transformer.
+            encoders: As of `load`.
+        """
+        self._pipeline, self._family, self._encoders = pipeline, type(pipeline), encoders
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
-                setattr(self, name, component.requires_grad_(False).eval())
+                component.requires_grad_(False).eval()
+                if encoders:  # what is a part of this module moves to the GPU with it
+                    setattr(self, name, component)
 
     @property
     def family(self) -> type[FewStepPipeline]:
@@ -258,13 +271,26 @@ class DiffusersAdapter(ModelAdapter):
         """Tokens that prompts are padded to."""
         return self.max_sequence_length or self.pipeline.sequence_length
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """What latents and conditions depend on: the pipeline, by its files or its hub id, and what it is asked."""
+        pretrained, directory = self.pretrained, Path(resolve_pretrained(self.pretrained))
+        if directory.is_dir():
+            parts = [name for name in self._components() if name not in ("transformer", "scheduler")]
+            pretrained = f"sha256:{fingerprint(directory, parts)}"
+        return {
+            "pretrained": pretrained,
+            "revision": self.revision,
+            "torch_dtype": self.torch_dtype,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
     def encode_prompt(self, prompts: list[str]) -> Condition:
         """Conditions of B prompts."""
         return self.pipeline.encode_condition(prompts, self.sequence_length)
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """Those of the pipeline, `text_encoder`, `text_encoder_2` and so on."""
-        return {name: module for name, module in self.named_children() if name.startswith("text_encoder")}
+        return {name: module for name, module in self.named_children() if _is_text_encoder(name)}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -274,7 +300,14 @@ class DiffusersAdapter(ModelAdapter):
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
-        return self.pipeline.decode_latents(latents)
+        if self._encoders:
+            return self.pipeline.decode_latents(latents)
+        vae: nn.Module = self.pipeline.vae
+        try:
+            vae.to(latents.device)
+            return self.pipeline.decode_latents(latents)
+        finally:
+            vae.cpu()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of an image of H x W pixels.
@@ -327,11 +360,19 @@ class DiffusersAdapter(ModelAdapter):
 
     def save_student(self, student: nn.Module, directory: Path) -> None:
         """Write the family's few-step pipeline, which loads with `trust_remote_code=True`."""
-        save_few_step_pipeline(self.pipeline, two_time(student), self.sequence_length, directory)
+        save_few_step_pipeline(self._whole_pipeline(), two_time(student), self.sequence_length, directory)
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write the family's stock pipeline."""
-        save_stock_pipeline(self.pipeline, two_time(network), directory)
+        save_stock_pipeline(self._whole_pipeline(), two_time(network), directory)
+
+    def _whole_pipeline(self) -> FewStepPipeline:
+        """With whole text encoders, which are loaded now where training did without, or had spread them over processes."""
+        return self.pipeline if self._encoders and self.sharding is None else self._load_pipeline(encoders=True)
+
+
+def _is_text_encoder(component: str) -> bool:
+    return component.startswith("text_encoder")
 
 
 def two_time(network: nn.Module) -> TwoTimeModel:

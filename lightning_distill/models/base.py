@@ -101,8 +101,13 @@ class ModelAdapter(nn.Module, ABC):
         """Raise `ConfigurationError` where the settings cannot work; before anything is loaded. Sets `embeds_guidance`."""
 
     @abstractmethod
-    def load(self) -> None:
-        """Load the text encoders and the autoencoder, frozen and in evaluation mode."""
+    def load(self, encoders: bool = True) -> None:
+        """Load the text encoders and the autoencoder, frozen and in evaluation mode.
+
+        Args:
+            encoders: Whether prompts and pictures will be encoded. Where they come encoded, there are no text encoders, and
+                the autoencoder stays on the CPU, but for the time that it decodes; what is saved is whole in any case.
+        """
 
     @abstractmethod
     def load_teacher(self) -> nn.Module:
@@ -119,6 +124,14 @@ class ModelAdapter(nn.Module, ABC):
     def whole_copy(self, network: nn.Module) -> nn.Module:
         """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
         return network
+
+    @abstractmethod
+    def encoding_settings(self) -> dict[str, Any]:
+        """What latents and conditions depend on, as plain values by name, so that those of another teacher can be told.
+
+        Raises:
+            ConfigurationError: If there is nothing to tell them by.
+        """
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str]) -> Condition:

@@ -180,8 +180,21 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
                 f"adapter.vae is {self.pretrained!r}, which holds no autoencoder; train one with fit --config shapes_vae.yaml"
             )
 
-    def load(self) -> None:
+    def encoding_settings(self) -> dict[str, Any]:
+        """There are none: text encoders that are drawn at every start encode nothing twice.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            "adapter is EmbeddedFluxAdapter, which draws its text encoders anew at every start, so that nothing encoded before "
+            "fits them; train from pictures, or take DiffusersAdapter"
+        )
+
+    def load(self, encoders: bool = True) -> None:
         """Build the pipeline around the autoencoder, with weights drawn from torch's global generator."""
+        if not encoders:
+            self.encoding_settings()
         vae = AutoencoderKL.from_pretrained(self.pretrained)
         pipeline = build_flux_pipeline(vae, self.words, shift=self.shift, **self.geometry)
         self._transformer = TwoTimeFluxTransformer2DModel.from_config(pipeline.transformer.config)

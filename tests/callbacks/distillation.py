@@ -44,7 +44,7 @@ class PictureAdapter(ModelAdapter):
 
     def check(self) -> None: ...
 
-    def load(self) -> None: ...
+    def load(self, encoders: bool = True) -> None: ...
 
     def load_teacher(self) -> nn.Module:
         return Painter(1.0).requires_grad_(False)
@@ -53,6 +53,9 @@ class PictureAdapter(ModelAdapter):
         student = copy.deepcopy(teacher).requires_grad_(True)
         nn.init.constant_(student.strength, self.strength)
         return student, None
+
+    def encoding_settings(self) -> dict[str, Any]:
+        return {"family": "pictures"}
 
     def encode_prompt(self, prompts: list[str]) -> Condition:
         scenes = [sample_scene(parse_prompt(prompt), random.Random(prompt)) for prompt in prompts if prompt]

@@ -1,6 +1,7 @@
 """A family whose teacher is known in closed form, so that methods can be tested in milliseconds."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class GaussianAdapter(ModelAdapter):
     def check(self) -> None:
         self.embeds_guidance = False
 
-    def load(self) -> None:
+    def load(self, encoders: bool = True) -> None:
         pass
 
     def load_teacher(self) -> nn.Module:
@@ -70,6 +71,9 @@ class GaussianAdapter(ModelAdapter):
 
     def text_encoders(self) -> dict[str, nn.Module]:
         return {}
+
+    def encoding_settings(self) -> dict[str, Any]:
+        return {"family": "gaussian"}
 
     def encode_prompt(self, prompts: list[str]) -> Condition:
         return {"caption": torch.tensor([len(prompt) / 100 for prompt in prompts])}

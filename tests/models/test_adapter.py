@@ -1,5 +1,6 @@
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.few_step import pack_latents, unpack_latents
 from lightning_distill.models.two_time_flux import image_ids
-from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise
+from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise, save_tiny_pipeline
 
 LENGTH = 8
 
@@ -177,6 +178,52 @@ def test_frozen_parts_are_frozen_and_a_student_is_not(adapter: DiffusersAdapter)
     for parameter in student.parameters():
         parameter.data.zero_()
     assert all(parameter.abs().sum() > 0 for name, parameter in teacher.named_parameters() if name.endswith("weight"))
+
+
+# Without encoders
+
+
+def without_encoders(directory: str) -> DiffusersAdapter:
+    adapter = DiffusersAdapter(directory)
+    adapter.check()
+    adapter.load(encoders=False)
+    return adapter
+
+
+def test_without_encoders_nothing_moves_to_the_gpu_but_what_decodes(
+    teacher_directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, whole = without_encoders(teacher_directory), load_adapter(teacher_directory)
+    assert not list(adapter.parameters())
+    assert not adapter.text_encoders()
+    moves: list[str] = []
+    vae = adapter.pipeline.vae
+    monkeypatch.setattr(vae, "to", lambda device: moves.append(str(device)))
+    monkeypatch.setattr(vae, "cpu", lambda: moves.append("back"))
+    latents = noise(2)
+    assert torch.equal(adapter.decode_latents(latents), whole.decode_latents(latents))
+    assert moves == ["cpu", "back"]
+
+
+# What encodings are known by
+
+
+def test_a_teacher_is_known_by_its_encoders_wherever_it_lies(tmp_path: Path) -> None:
+    settings = DiffusersAdapter(save_tiny_pipeline(tmp_path / "first")).encoding_settings()
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    moved = DiffusersAdapter(str(tmp_path / "elsewhere"))
+    assert moved.encoding_settings() == settings
+    (weights,) = (tmp_path / "elsewhere" / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert moved.encoding_settings() == settings
+    other = save_tiny_pipeline(tmp_path / "other")  # of the same shapes, from other random numbers
+    assert DiffusersAdapter(other).encoding_settings()["pretrained"] != settings["pretrained"]
+
+
+@pytest.mark.parametrize("change", [{"torch_dtype": "bfloat16"}, {"max_sequence_length": 6}, {"revision": "x"}])
+def test_what_an_adapter_is_asked_counts_too(change: dict[str, Any], teacher_directory: str) -> None:
+    settings = DiffusersAdapter(teacher_directory).encoding_settings()
+    assert DiffusersAdapter(teacher_directory, **change).encoding_settings() == settings | change
 
 
 # Settings

@@ -77,3 +77,9 @@ def test_a_missing_autoencoder_is_named(tmp_path: Path) -> None:
 def test_there_is_no_network_before_load(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call load"):
         EmbeddedFluxAdapter(str(tmp_path), WORDS).load_teacher()
+
+
+def test_it_has_nothing_that_could_be_encoded_beforehand(embedded: EmbeddedFluxAdapter) -> None:
+    for ask in (embedded.encoding_settings, lambda: embedded.load(encoders=False)):
+        with pytest.raises(ConfigurationError, match="draws its text encoders anew at every start"):
+            ask()

@@ -264,6 +264,29 @@ def test_a_teacher_is_written_in_stock_form(adapter: ModelAdapter, tmp_path: Pat
         assert torch.equal(again.velocity(again.load_teacher(), x, t, condition, SCALE), before)
 
 
+def test_it_needs_no_encoders_where_conditions_come_encoded(directory: str, adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    without = DiffusersAdapter(directory)
+    without.check()
+    without.load(encoders=False)
+    assert not list(without.parameters())
+    x, t, condition = states(adapter)
+    teacher, student = build(without)
+    with torch.no_grad():
+        v = without.velocity(teacher, x, t, condition, SCALE)
+        assert torch.equal(v, adapter.velocity(adapter.load_teacher(), x, t, condition, SCALE))
+        assert torch.equal(without.decode_latents(x), adapter.decode_latents(x))
+    assert without.latent_shape(SIZE, SIZE) == adapter.latent_shape(SIZE, SIZE)
+    # A tokenizer remembers how it padded last, so one that has not yet.
+    for each, name in ((load_adapter(directory), "with"), (without, "without")):
+        each.save_student(student, tmp_path / name)
+    files = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        for name in ("with", "without")
+    ]
+    assert files[0].keys() == files[1].keys()
+    assert not [name for name in files[0] if files[0][name] != files[1][name]]
+
+
 def test_latents_come_back_from_pictures(adapter: ModelAdapter) -> None:
     images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
     latents = adapter.encode_images(images)
