@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_distill.data.buckets import BucketSampler, aspect_buckets, nearest_bucket
+from lightning_distill.data.buckets import aspect_buckets, nearest_bucket
 from lightning_distill.data.hub_images import HubImages
 from lightning_distill.data.image_folder import UNREADABLE, UnreadableImageError, read_image
 from lightning_distill.data.resumable import ResumableData
@@ -68,11 +67,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """A whole batch, without the samples whose pictures cannot be read.
 
         Returns:
-            `prompt`, list of B captions; `image` (B, 3, height, width), float in [-1, 1]; `index` (B,), int64; and `broken`,
-            descriptions of those left out.
-
-        Raises:
-            UnreadableImageError: If none can be read.
+            `prompt`, list of B captions; `index` (B,), int64; `broken`, descriptions of those left out; and, unless these are
+            all, `image` (B, 3, height, width), float in [-1, 1].
         """
         kept, images, broken = [], [], []
         for index in indices:
@@ -83,14 +79,12 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
                 broken.append(f"{self.source.place(place)} ({' '.join(str(error).split())})")
             else:
                 kept.append(index)
-        if not kept:
-            raise UnreadableImageError(f"no picture of a batch can be read, the first being {broken[0]}; replace it")
-        return {
+        batch: dict[str, Any] = {
             "prompt": [self.source.caption(self.places[index]) for index in kept],
-            "image": torch.stack(images),
             "index": torch.tensor(kept, dtype=torch.int64),
             "broken": broken,
         }
+        return {**batch, "image": torch.stack(images)} if images else batch
 
 
 class ImageText(ResumableData):
@@ -214,22 +208,27 @@ class ImageText(ResumableData):
                 f"ImageText: {len(places)} pictures in {len(set(self._train_buckets))} buckets; left out are "
                 f"{len(source) - len(places)} smaller than data.min_side and {source.unreadable} that cannot be read"
             )
-            self.refuse_too_few(len(places))
-            if len(self._sampler()) == 0:
-                raise ConfigurationError(
-                    f"no bucket holds a batch of data.batch_size {self.batch_size} for each process; lower batch_size or "
-                    "largest_ratio, or give more samples"
-                )
+            self.training_sampler(self._train)  # refuses what holds no batch
 
-    def _sampler(self) -> BucketSampler:
-        return BucketSampler(self.ready(self._train), self._train_buckets, self.batch_size, self.seed, *self._replicas())
-
-    def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled batches of `prompt`, `image`, `index`, each of one bucket."""
-        return self.resumable_loader(self.ready(self._train), self._sampler())
+    @property
+    def training_buckets(self) -> list[int]:
+        """Bucket of each training sample."""
+        return self._train_buckets
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Count the pictures that were left out of a batch.
+
+        Raises:
+            UnreadableImageError: If they are all of the batch, or have come to more than `max_broken_share` of all.
+        """
+        broken = batch.get("broken", [])
+        batch = self.count_broken(batch)
+        if not batch["prompt"]:
+            raise UnreadableImageError(f"no picture of a batch can be read, the first being {broken[0]}; replace it")
+        return batch
+
+    def count_broken(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Count the pictures that were left out of a batch, and tell of them.
 
         Raises:
             UnreadableImageError: If they have come to more than `max_broken_share` of all.

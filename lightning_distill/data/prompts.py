@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -57,7 +57,7 @@ class Prompts(ResumableData):
         ConfigurationError: If a setting is out of its range.
     """
 
-    has_images: ClassVar[bool] = False
+    has_images = False
 
     def __init__(
         self,

@@ -1,12 +1,14 @@
 """Loaders that go on, after an interruption, with the very sample that came next."""
 
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_distill.data.buckets import BucketSampler
 from lightning_distill.data.epoch_sampler import EpochSampler
 from lightning_distill.errors import ConfigurationError
 
@@ -27,8 +29,8 @@ class ResumableData(LightningDataModule):
         ConfigurationError: If a setting is out of its range.
     """
 
-    has_images: ClassVar[bool] = True
-    """Whether batches have pictures beside their prompts."""
+    has_images: bool = True
+    """Whether batches have pictures, or their latents, beside their prompts."""
 
     def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -41,6 +43,23 @@ class ResumableData(LightningDataModule):
         self.num_workers = num_workers
         self._train: Batches | None = None
         self._validation: Batches | None = None
+
+    @property
+    def training_buckets(self) -> Sequence[int] | None:
+        """Bucket of each training sample, where batches are of one bucket; None where all samples go together."""
+        return None
+
+    def splits(self) -> dict[str, Batches]:
+        """What `setup` has made to train on and to validate on, under the names "train" and "validation"."""
+        return {"train": self.ready(self._train), "validation": self.ready(self._validation)}
+
+    def count_broken(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Take note of the samples that a data set has left out of a batch, under `broken`.
+
+        Returns:
+            The batch without that.
+        """
+        return batch
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled batches; the incomplete last one is left out."""
@@ -83,8 +102,25 @@ class ResumableData(LightningDataModule):
         Raises:
             ConfigurationError: If a process would not get a single batch.
         """
+        return self.resumable_loader(dataset, self.training_sampler(dataset))
+
+    def training_sampler(self, dataset: Batches) -> EpochSampler:
+        """The order of training, in batches of one bucket if there are buckets.
+
+        Raises:
+            ConfigurationError: If a process would not get a single batch.
+        """
         self.refuse_too_few(len(dataset))  # type: ignore[arg-type]
-        return self.resumable_loader(dataset, EpochSampler(dataset, self.batch_size, self.seed, *self._replicas()))
+        settings = self.batch_size, self.seed, *self._replicas()
+        if self.training_buckets is None:
+            return EpochSampler(dataset, *settings)
+        sampler = BucketSampler(dataset, self.training_buckets, *settings)
+        if len(sampler) == 0:
+            raise ConfigurationError(
+                f"no bucket holds a batch of data.batch_size {self.batch_size} for each process; lower batch_size, have fewer "
+                "buckets, or give more samples"
+            )
+        return sampler
 
     def resumable_loader(self, dataset: Batches, sampler: EpochSampler) -> StatefulDataLoader:
         """Batches in a sampler's order."""

@@ -240,8 +240,13 @@ def test_a_batch_of_nothing_else_is_an_error(folder: Path) -> None:
     for path in (folder / "shards").glob("*.tar"):
         path.unlink()
     broken_shard(folder, 8)
-    with pytest.raises(UnreadableImageError, match="no picture of a batch can be read, the first being broken"):
-        list(ready(folder).train_dataloader())
+    data = ready(folder)
+    batch = next(iter(data.train_dataloader()))
+    with (
+        pytest.warns(UserWarning, match="leaves out broken"),
+        pytest.raises(UnreadableImageError, match="no picture of a batch can be read, the first being broken"),
+    ):
+        data.on_before_batch_transfer(batch, 0)
 
 
 # Resume
