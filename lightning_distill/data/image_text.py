@@ -96,6 +96,7 @@ class ImageText(ResumableData):
     and kept in files beside the shards, or in the cache of `datasets`.
 
     A picture that cannot be read is left out of its batch, counted and told of; past `max_broken_share` of all the run ends.
+    Captions are as they are in the data: dropping a share of them is a setting of the methods, `caption_dropout`, for all data.
 
     Validation, test and prediction use the first samples of `validation_source`, brought to height x width.
 

@@ -15,6 +15,9 @@ from lightning_distill.data import ImageText
 from lightning_distill.data.image_folder import UnreadableImageError
 from lightning_distill.data.tar_shards import INDEX, TarShards, scan
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods import FlowMatching, MeanFlow
+from tests.methods.gaussian_adapter import GaussianAdapter
+from tests.methods.test_meanflow import VALIDATION
 from tests.toy import ToyModule, read_losses
 
 SHAPES = [(32, 32), (24, 44), (46, 22)]
@@ -247,6 +250,30 @@ def test_a_batch_of_nothing_else_is_an_error(folder: Path) -> None:
         pytest.raises(UnreadableImageError, match="no picture of a batch can be read, the first being broken"),
     ):
         data.on_before_batch_transfer(batch, 0)
+
+
+# Captions
+
+
+@pytest.mark.parametrize("method", [FlowMatching, MeanFlow])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_methods_drop_captions(method: type[FlowMatching | MeanFlow], share: float, folder: Path, tmp_path: Path) -> None:
+    adapter = GaussianAdapter(student="small", teacher="small")
+    seen: list[torch.Tensor] = []
+
+    def network(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if part is module.student and torch.is_grad_enabled():
+            seen.append(arguments[-1])
+
+    module = method(adapter, caption_dropout=share, validation=VALIDATION)
+    module.configure_model()
+    module.student.register_forward_pre_hook(network)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    trainer = Trainer(max_steps=24, limit_val_batches=0, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, datamodule=ready(folder))
+    dropped = (torch.cat(seen) == 0).float().mean()  # the empty caption is worth nothing, others their length
+    assert len(torch.cat(seen)) == 96
+    assert dropped == 0 if share == 0 else 0.35 < dropped < 0.65
 
 
 # Resume
