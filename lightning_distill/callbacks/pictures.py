@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.condition import encoded_data
 
 TAG = "pictures/student_vs_teacher"
 _CELL = (96, 256)
@@ -30,7 +31,7 @@ class LogPictures(Callback):
 
     Args:
         prompts: Captions of the columns. None takes the first different ones of the validation set; `ShapesData` takes
-            turns through its six categories, so that 12 are two of each.
+            turns through its six categories, so that 12 are two of each. With precomputed data, captions of its validation set.
         columns: Number of prompts that None takes, at least 1.
         seed: Noise seed of the first column; each column has its own.
         every_n_validations: Validations from one grid to the next.
@@ -54,8 +55,11 @@ class LogPictures(Callback):
         self._teacher_row: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a method without pictures, and forget the teacher of an earlier run."""
+        """Refuse a method without pictures and prompts without encoders, and forget the teacher of an earlier run."""
         drawing_method(self, pl_module)
+        data = encoded_data(trainer)
+        if data is not None and self.prompts is not None:
+            data.refuse_unknown_prompts(self.prompts)
         self._teacher_row = None
 
     def on_validation_batch_start(

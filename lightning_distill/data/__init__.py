@@ -1,7 +1,8 @@
-"""Data: the Shapes world, captioned pictures from a directory or from tar files, and prompts alone."""
+"""Data: the Shapes world, captioned pictures from a directory or from tar files, prompts alone, and what is made of these."""
 
 from lightning_distill.data.image_folder import ImageFolder, ImageFolderDataset
 from lightning_distill.data.image_text import ImageText, ImageTextDataset
+from lightning_distill.data.precomputed import Precomputed, PrecomputedDataset
 from lightning_distill.data.prompts import PromptDataset, Prompts
 from lightning_distill.data.shapes_datamodule import ShapesData, ShapesDataset
 
@@ -10,6 +11,8 @@ __all__ = [
     "ImageFolderDataset",
     "ImageText",
     "ImageTextDataset",
+    "Precomputed",
+    "PrecomputedDataset",
     "PromptDataset",
     "Prompts",
     "ShapesData",

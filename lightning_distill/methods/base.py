@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
 from lightning_distill.methods.average import ShardedAverage
+from lightning_distill.methods.condition import EncodedData, encoded_data
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.sampling import Batch, SamplingModule
 from lightning_distill.methods.validation import ValidationOptions
@@ -63,7 +64,7 @@ class TeacherStudentBase(SamplingModule):
         validation: What validation measures.
         metric: Measure of generated pictures against their prompts: `update(images in [0, 1], prompts)`, or None.
         cache_latents: Whether to keep each training picture's latents in memory after its first visit; they do not fit
-            for large data sets.
+            for large data sets, which `precompute` is for.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -108,6 +109,7 @@ class TeacherStudentBase(SamplingModule):
         self.smooth_time_report: SmoothTimeReport | None = None
         self._latent_cache: dict[int, Tensor] = {}
         self._null_condition: Condition | None = None
+        self._encoded: EncodedData | None = None
         self._reference = None
         self._clock = (0.0, 0)
 
@@ -136,6 +138,7 @@ class TeacherStudentBase(SamplingModule):
         self.adapter.check()
         self.guidance.check(self.adapter.embeds_guidance)
         self._check_strategy()
+        self._use_encoded_data(encoded_data(self._trainer))
         data = getattr(self._trainer, "datamodule", None)
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
@@ -154,12 +157,23 @@ class TeacherStudentBase(SamplingModule):
                 "fsdp2, deepspeed_stage_3 or ddp"
             )
 
+    def _use_encoded_data(self, data: EncodedData | None) -> None:
+        self._encoded = data
+        if data is None:
+            return
+        if self.train_text_encoders:
+            raise ConfigurationError(
+                "model.train_text_encoders is true, and precomputed data hold what the text encoders made before; set it to "
+                "false, or train from pictures"
+            )
+        data.check_encodings(self.adapter.encoding_settings())
+
     def configure_model(self) -> None:
         """Load the teacher and build the student."""
         if hasattr(self, "student"):
             return
         self.adapter.sharding = self.sharding
-        self.adapter.load()
+        self.adapter.load(encoders=self._encoded is None)
         self.build_networks()
         if self.ema_decay is not None:
             self.ema = self.build_average(self.ema_decay)
@@ -218,14 +232,27 @@ class TeacherStudentBase(SamplingModule):
 
     def latents(self, batch: Batch) -> Tensor:
         """Latents (B, C, h, w) of a batch's pictures; of prompts alone there are none, which shows in a loss that used them."""
+        if "latents" in batch:
+            latents: Tensor = batch["latents"]
+            return latents
         if "image" in batch:
             return self.encode_images(batch)
         return torch.full((len(batch["prompt"]), *self.latent_shape), torch.nan, device=self.device)
 
-    @torch.no_grad()
+    def condition(self, batch: Batch) -> Condition:
+        """Conditions of a batch's prompts, which it may bring along."""
+        return batch["condition"] if "condition" in batch else self.encode_prompt(batch["prompt"])
+
     def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts."""
-        return self.adapter.encode_prompt(prompts)
+        """Conditions of B prompts, with gradients where the text encoders train; of precomputed data those that it has.
+
+        Raises:
+            ConfigurationError: If a prompt is not among those of precomputed data.
+        """
+        if self._encoded is not None:
+            return {name: value.to(self.device) for name, value in self._encoded.encoded_prompts(prompts).items()}
+        with torch.set_grad_enabled(self.train_text_encoders and torch.is_grad_enabled()):
+            return self.adapter.encode_prompt(prompts)
 
     def null_condition(self, batch_size: int) -> Condition:
         """Condition of the empty prompt, in B rows."""
@@ -240,7 +267,7 @@ class TeacherStudentBase(SamplingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean of the method's loss, and its curves."""
-        objective = self.objective(self.latents(batch), self.encode_prompt(batch["prompt"]))
+        objective = self.objective(self.latents(batch), self.condition(batch))
         loss = objective.loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in objective.logs.items()})

@@ -1,4 +1,7 @@
-"""Rows of conditions."""
+"""Conditions: their rows, and where they are from if not from text encoders."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +19,31 @@ def null_rows(condition: Condition, null: Condition, share: float) -> Condition:
     if share == 0:
         return condition
     first = next(iter(condition.values()))
-    dropped = torch.rand(len(first), device=first.device) < share
+    return replace_rows(condition, null, torch.rand(len(first), device=first.device) < share)
+
+
+def replace_rows(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
+    """`condition` with the rows where `dropped` (B,) is true replaced by those of `null`."""
     return {
         name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), null[name], value) for name, value in condition.items()
     }
+
+
+@runtime_checkable
+class EncodedData(Protocol):
+    """A DataModule that brings conditions along, so that no text encoders are loaded."""
+
+    def check_encodings(self, settings: Mapping[str, Any]) -> None:
+        """Raise `ConfigurationError` where encoders of other settings (`ModelAdapter.encoding_settings`) made them."""
+
+    def encoded_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Conditions (B, ...) of B of its validation prompts, or of the empty one, on the CPU."""
+
+    def refuse_unknown_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise `ConfigurationError` where there is a prompt that it cannot give the condition of."""
+
+
+def encoded_data(trainer: Any) -> EncodedData | None:
+    """A trainer's DataModule, if it brings conditions along."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, EncodedData) else None

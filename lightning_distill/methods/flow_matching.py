@@ -10,6 +10,7 @@ from lightning_distill.flow.losses import power_loss
 from lightning_distill.flow.path import conditional_velocity, interpolate
 from lightning_distill.flow.times import TimeSampler, Uniform
 from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.condition import replace_rows
 from lightning_distill.methods.sampling import Batch
 from lightning_distill.models.base import Condition
 
@@ -72,16 +73,15 @@ class FlowMatching(TeacherStudentBase):
         """The network, and the text encoders if they train along."""
         return self.networks
 
-    def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts, with gradients where the text encoders train."""
-        with torch.set_grad_enabled(self.train_text_encoders and torch.is_grad_enabled()):
-            return self.adapter.encode_prompt(prompts)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Drop captions, then as in every method."""
-        keep = (torch.rand(len(batch["prompt"])) >= self.caption_dropout).tolist()
-        prompts = [prompt if kept else "" for prompt, kept in zip(batch["prompt"], keep, strict=True)]
-        return super().training_step({**batch, "prompt": prompts}, batch_idx)
+        keep = torch.rand(len(batch["prompt"])) >= self.caption_dropout
+        prompts = [prompt if kept else "" for prompt, kept in zip(batch["prompt"], keep.tolist(), strict=True)]
+        batch = {**batch, "prompt": prompts}
+        if "condition" in batch:
+            null = self.null_condition(len(prompts))
+            batch["condition"] = replace_rows(batch["condition"], null, ~keep.to(self.device))
+        return super().training_step(batch, batch_idx)
 
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
         """The squared error of the conditional velocity."""

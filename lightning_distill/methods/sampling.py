@@ -16,7 +16,10 @@ from lightning_distill.methods.validation import AverageVelocityReference, Valid
 from lightning_distill.models.base import Condition, ModelAdapter
 
 Batch = dict[str, Any]
-"""`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1], if there are pictures; `index` (B,), places in the data set."""
+"""`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1], if there are pictures; `index` (B,), places in the data set.
+
+Precomputed data have `latents` (B, C, h, w) in the place of `image`, and `condition`: what networks are told of the captions.
+"""
 
 
 class SamplingModule(LightningModule, ABC):
@@ -39,6 +42,14 @@ class SamplingModule(LightningModule, ABC):
     @abstractmethod
     def sampling_student(self) -> nn.Module:
         """The student that is validated and exported."""
+
+    @abstractmethod
+    def latents(self, batch: Batch) -> Tensor:
+        """Latents (B, C, h, w) of a batch's pictures."""
+
+    @abstractmethod
+    def condition(self, batch: Batch) -> Condition:
+        """Conditions of a batch's prompts."""
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str]) -> Condition:

@@ -71,8 +71,10 @@ class AverageVelocityReference:
         """
         options = module.validation
         prompts = batch["prompt"][: options.samples]
-        x0 = module.adapter.encode_images(batch["image"][: options.samples]) if "image" in batch else None
-        condition, null = module.encode_prompt(prompts), module.null_condition(len(prompts))
+        # All of the batch is encoded, as where it comes encoded: the last bits depend on the number of samples.
+        x0 = module.latents(batch)[: len(prompts)] if "image" in batch or "latents" in batch else None
+        condition = {name: value[: len(prompts)] for name, value in module.condition(batch).items()}
+        null = module.null_condition(len(prompts))
         shape = module.latent_shape if x0 is None else x0.shape[1:]
         noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(options.seed)).to(module.device)
         shift = module.adapter.time_shift(tuple(shape))

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import conditional_velocity, interpolate
 from lightning_distill.flow.times import Uniform
+from lightning_distill.methods.base import Objective
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
@@ -74,6 +75,25 @@ def test_dropped_captions_are_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     module.training_step(batch, 0)
     assert set(seen) == {"", "a red circle"}
     assert 150 < seen.count("") < 250
+
+
+def test_dropped_captions_of_encoded_data_are_the_same_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = method(caption_dropout=0.5)
+    seen: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(
+        module, "objective", lambda x0, condition: seen.append(condition) or Objective(x0.new_ones(400), x0[:, 0, 0, 0])
+    )
+    module.trainer = trainer(tmp_path)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
+    batch = {"prompt": ["a red circle"] * 400, "index": torch.arange(400)}
+    encoded = {"latents": torch.rand(400, 3, 4, 4), "condition": module.adapter.encode_prompt(batch["prompt"])}
+    for further in ({"image": encoded["latents"]}, encoded):
+        torch.manual_seed(2)
+        module.training_step({**batch, **further}, 0)
+    assert torch.equal(seen[0]["caption"], seen[1]["caption"])
+    assert 150 < (seen[1]["caption"] == 0).sum() < 250
+    assert not (encoded["condition"]["caption"] == 0).any()
 
 
 def test_text_encoders_train_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
