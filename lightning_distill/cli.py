@@ -1,15 +1,17 @@
-"""The command line: a thin LightningCLI, `python -m lightning_distill fit|validate|test|predict|sample`."""
+"""The command line: a thin LightningCLI, `python -m lightning_distill fit|validate|test|predict|precompute|sample`."""
 
 import pickle
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -27,6 +29,7 @@ from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
 from lightning_distill.errors import ConfigurationError, NonFiniteError
+from lightning_distill.precompute import PrecomputeOptions, precompute
 
 ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite)
 
@@ -74,12 +77,13 @@ class DistillCLI(LightningCLI):
 
     Args:
         args: Arguments without the program's name; None takes those of the process.
+        run: Whether the first of them is a command, which is then run.
 
     Raises:
         ConfigurationError: If a setting cannot work.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             LightningModule,
@@ -91,13 +95,16 @@ class DistillCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            run=run,
             args=None if args is None else list(args),
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with interpolation across config files, `--config` by name, and no duplicate keys."""
         kwargs.setdefault(
-            "description", "Few-step distillation; `sample` (see `sample --help`) draws with an exported pipeline."
+            "description",
+            "Few-step distillation; `precompute --help` and `sample --help` tell of two more commands: latents and embeddings "
+            "written once, and pictures drawn with an exported pipeline.",
         )
         parser = self.parser_class(parser_mode="omegaconf+", dump_header=[f"torch=={torch.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="File, or name of a shipped config; may be repeated.")
@@ -111,6 +118,8 @@ class DistillCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Refuse a checkpoint that is not there; Lightning would also put its settings in place of this run's."""
+        if "subcommand" not in self.config:
+            return
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and "://" not in str(path) and not Path(path).exists():
             raise ConfigurationError(
@@ -137,11 +146,7 @@ class DistillCLI(LightningCLI):
         try:
             return super()._instantiate_trainer({**config, "callbacks": [*always, *listed]}, callbacks)
         except MisconfigurationException as error:
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(
-                f"the trainer does not go with this machine or its settings ({reason.rstrip('!.')}); trainer.accelerator is "
-                f"{config['accelerator']!r}, and 'auto' or 'cpu' runs without a GPU"
-            ) from error
+            raise _unfit(error, config) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -153,6 +158,54 @@ class DistillCLI(LightningCLI):
         if path and Path(path).is_file():  # a sharded checkpoint is a directory, and its settings are not in one file
             self._report_differences(Path(path))
         return kwargs
+
+
+class PrecomputeCLI(DistillCLI):
+    """`precompute`: the settings of a training, and what to write of its data before it.
+
+    Of the trainer `accelerator`, `devices`, `num_nodes` and `precision` count.
+
+    Args:
+        args: Arguments after `precompute`.
+
+    Raises:
+        ConfigurationError: If a setting cannot work.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of a training's settings, under this command's name."""
+        description = "Write the latents and prompt embeddings that a training asks for, once; an interrupted run goes on."
+        return super().init_parser(prog="lightning_distill precompute", description=description, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of the command itself."""
+        parser.add_class_arguments(PrecomputeOptions)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """In the place of a trainer, what shares the work among devices."""
+        config = self._get(self.config_init, "trainer")
+        settings = {name: config[name] for name in ("accelerator", "devices", "num_nodes", "precision")}
+        try:
+            return Fabric(**settings)
+        except (RuntimeError, MisconfigurationException) as error:
+            raise _unfit(error, settings) from error
+
+    def after_instantiate_classes(self) -> None:
+        """Run the command."""
+        options = PrecomputeOptions(**{field.name: self.config[field.name] for field in fields(PrecomputeOptions)})
+        fabric: Any = self.trainer
+        precompute(self.model, self.datamodule, options, fabric)
+
+
+def _unfit(error: Exception, config: dict[str, Any]) -> ConfigurationError:
+    reason = " ".join(str(error).split())
+    return ConfigurationError(
+        f"the trainer does not go with this machine or its settings ({reason.rstrip('!.')}); trainer.accelerator is "
+        f"{config['accelerator']!r}, and 'auto' or 'cpu' runs without a GPU"
+    )
 
 
 def _saved_settings(path: Path) -> dict[str, Any]:
@@ -201,6 +254,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if argv[:1] == ["sample"]:
             # Imported by name and late: sampling needs none of the training code.
             import_module("lightning_distill.sampling").main(argv[1:])
+        elif argv[:1] == ["precompute"]:
+            PrecomputeCLI(argv[1:])
         else:
             DistillCLI(args)
     except ValueError as error:

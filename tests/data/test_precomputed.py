@@ -1,0 +1,246 @@
+"""Precomputed data: the batches of what they were made from, in its order, resumed exactly."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
+from lightning_distill.callbacks.pictures import LogPictures
+from lightning_distill.callbacks.random_state import RandomState
+from lightning_distill.data import ImageText, Precomputed, Prompts, ShapesData
+from lightning_distill.data.encoded_shards import INDEX
+from lightning_distill.errors import ConfigurationError
+from tests.callbacks.distillation import PictureDistillation
+from tests.data.test_image_text import broken_shard, write_shard
+from tests.precomputing import encode, ready
+from tests.toy import ToyModule, read_losses
+
+
+def shapes(**settings: Any) -> ShapesData:
+    data = ShapesData(**{"size": 30, "batch_size": 4, "prompts_per_category": 2} | settings)
+    data.setup()
+    return data
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 30 samples of Shapes and 12 to validate on, seven a file."""
+    return encode(shapes(), tmp_path_factory.mktemp("shapes") / "precomputed")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> ImageText:
+    """Pictures of three shapes, in three buckets."""
+    for number in range(2):
+        write_shard(tmp_path / "shards" / f"{number:03}.tar", 16 * number, 16)
+    write_shard(tmp_path / "validation.tar", 0, 5)
+    return image_text(tmp_path)
+
+
+def image_text(folder: Path, **settings: Any) -> ImageText:
+    sources = {"source": str(folder / "shards" / "*.tar"), "validation_source": str(folder / "validation.tar")}
+    data = ImageText(**sources | {"batch_size": 2, "num_workers": 0, "height": 32, "width": 32, "multiple": 8} | settings)
+    data.setup("fit")
+    return data
+
+
+@pytest.fixture
+def _any_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of other data than Shapes, in the place of pictures their lengths."""
+
+    def lengths(self: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return {"picture": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+
+    monkeypatch.setattr("tests.callbacks.distillation.PictureAdapter.encode_prompt", lengths)
+
+
+def assert_same_batches(found: Iterator[dict[str, Any]], expected: Iterator[dict[str, Any]]) -> int:
+    count = 0
+    for one, other in zip(found, expected, strict=True):
+        assert one["prompt"] == other["prompt"]
+        assert torch.equal(one["index"], other["index"])
+        assert torch.equal(one["latents"], other["image"])
+        count += 1
+    return count
+
+
+# The batches
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_batches_are_those_of_the_pictures(directory: Path, seed: int) -> None:
+    data, original = ready(directory, seed=seed), shapes()
+    original.seed = seed  # of the order; the pictures are drawn already
+    assert assert_same_batches(data.train_dataloader(), original.train_dataloader()) == 7
+    assert assert_same_batches(data.val_dataloader(), original.val_dataloader()) == 3
+    for batch in data.train_dataloader():
+        expected = PictureDistillation().adapter.encode_prompt(batch["prompt"])
+        assert torch.equal(batch["condition"]["picture"], expected["picture"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_them_as_they_share_pictures(directory: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_distill.data.resumable.ResumableData._replicas", lambda self: (2, rank))
+    assert assert_same_batches(ready(directory).train_dataloader(), shapes().train_dataloader()) == 3
+
+
+@pytest.mark.usefixtures("_any_prompt")
+def test_batches_are_of_one_bucket_as_the_pictures_are(pictures: ImageText, tmp_path: Path) -> None:
+    data = ready(encode(pictures, tmp_path / "precomputed"), batch_size=2)
+    assert assert_same_batches(data.train_dataloader(), pictures.train_dataloader()) == 15
+    assert len({batch["latents"].shape for batch in data.train_dataloader()}) == 3
+    assert json.loads((tmp_path / "precomputed" / INDEX).read_text())["picture_sizes"] == [[24, 40], [32, 32], [40, 24]]
+
+
+@pytest.mark.usefixtures("_any_prompt")
+def test_broken_pictures_are_counted_and_sit_out(pictures: ImageText, tmp_path: Path) -> None:
+    broken_shard(tmp_path, 10)  # the last seven are a shard of their own
+    with pytest.warns(UserWarning, match="ImageText leaves out broken"):
+        encode(image_text(tmp_path), tmp_path / "precomputed")
+    data = ready(tmp_path / "precomputed", batch_size=1)
+    seen = [(batch["prompt"][0], int(batch["index"])) for batch in data.train_dataloader()]
+    assert sorted(seen) == sorted((f"picture {i}", i) for i in range(32))
+    index = json.loads((tmp_path / "precomputed" / INDEX).read_text())
+    assert index["broken"] == {"train": 10, "validation": 0}
+    assert "broken.tar" in index["shards"]["train"][-1]["broken"][0][1]
+
+
+@pytest.mark.usefixtures("_any_prompt")
+def test_prompts_alone(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{'a' * i}" for i in range(1, 21)))
+    original = Prompts(str(tmp_path / "prompts.txt"), validation_samples=4, batch_size=4)
+    data = ready(encode(original, tmp_path / "precomputed"))
+    assert not data.has_images
+    for batch, expected in zip(data.train_dataloader(), original.train_dataloader(), strict=True):
+        assert batch["prompt"] == expected["prompt"]
+        assert batch["condition"]["picture"].flatten().tolist() == [len(prompt) for prompt in batch["prompt"]]
+        assert "latents" not in batch
+    module = PictureDistillation()
+    with pytest.raises(ConfigurationError, match="data is Precomputed, which has no pictures"):
+        Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, data)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("taken", [1, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_where_its_state_was_saved(directory: Path, taken: int, num_workers: int) -> None:
+    whole = [batch["index"].tolist() for batch in ready(directory).train_dataloader()]
+    loader = ready(directory, num_workers=num_workers).train_dataloader()
+    iterator = iter(loader)
+    before = [next(iterator)["index"].tolist() for _ in range(taken)]
+    again = ready(directory, num_workers=num_workers).train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    assert before + [batch["index"].tolist() for batch in again] == whole
+
+
+class ToyOfLatents(ToyModule):
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        return super().training_step({**batch, "image": batch["latents"]}, batch_idx)
+
+
+def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(directory: Path, tmp_path: Path) -> None:
+    def fit(name: str, steps: int, **options: Any) -> object:
+        seed_everything(0)
+        losses = tmp_path / f"{name}.jsonl"
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            callbacks=[RandomState(), AtomicCheckpoint(dirpath=str(tmp_path / name), every_n_train_steps=5)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(ToyOfLatents(losses=str(losses)), Precomputed(str(directory), batch_size=4, num_workers=0), **options)
+        return read_losses(losses)
+
+    whole = fit("whole", 12)
+    fit("part", 5)
+    assert fit("part", 12, ckpt_path=tmp_path / "part" / "last.ckpt") == whole
+    assert len(whole) == 12
+
+
+# Prompts and what is refused
+
+
+def test_conditions_of_validation_prompts_and_of_none(directory: Path) -> None:
+    data = ready(directory, "validate")
+    adapter = PictureDistillation().adapter
+    prompts = [prompt for batch in data.val_dataloader() for prompt in batch["prompt"]]
+    asked = [prompts[3], prompts[0], prompts[3]]
+    assert torch.equal(data.encoded_prompts(asked)["picture"], adapter.encode_prompt(asked)["picture"])
+    assert torch.equal(data.encoded_prompts([""])["picture"], adapter.encode_prompt([""])["picture"])
+    mixed = data.encoded_prompts(["", prompts[1]])["picture"]
+    assert torch.equal(mixed, torch.cat([adapter.encode_prompt([p])["picture"] for p in ("", prompts[1])]))
+    with pytest.raises(ConfigurationError, match="the prompt 'a unicorn' is not among the validation prompts"):
+        data.encoded_prompts([prompts[0], "a unicorn"])
+
+
+def test_pictures_of_other_prompts_are_refused_before_anything_is_loaded(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[LogPictures(["a unicorn"])], enable_checkpointing=False)
+    monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
+    with pytest.raises(ConfigurationError, match="'a unicorn' is not among the validation prompts"):
+        trainer.fit(PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0))
+
+
+def test_another_teacher_is_refused_in_one_sentence(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"family": "photographs"}
+    monkeypatch.setattr("tests.callbacks.distillation.PictureAdapter.encoding_settings", lambda self: settings)
+    monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
+    with pytest.raises(
+        ConfigurationError, match=r"was made with another teacher \(adapter\.family 'pictures', and now 'photog"
+    ):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+            PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
+        )
+
+
+def test_text_encoders_that_train_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PictureDistillation, "train_text_encoders", True)
+    with pytest.raises(ConfigurationError, match=r"model\.train_text_encoders is true, and precomputed data"):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+            PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
+        )
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_damage_is_noticed(directory: Path, tmp_path: Path, verify: bool) -> None:
+    for path in directory.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damaged = tmp_path / "train-00002.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 4
+    damaged.write_bytes(content if verify else content[:-1])
+    ready(directory, verify=verify)
+    with pytest.raises(ConfigurationError, match=r"train-00002\.safetensors is missing or damaged"):
+        ready(tmp_path, verify=verify)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"directory": "absent"}, r"data\.directory is 'absent', which holds no index\.json"),
+        ({"batch_size": 40}, "30 training samples do not hold a batch"),
+        ({"batch_size": 0}, r"data\.batch_size is 0"),
+        ({"num_workers": -1}, r"data\.num_workers is -1"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str, directory: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Precomputed(**{"directory": str(directory)} | settings).setup("fit")
+
+
+def test_what_was_not_finished_is_refused(directory: Path, tmp_path: Path) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps({**index, "complete": False}))
+    with pytest.raises(ConfigurationError, match="which `precompute` has not finished; run the same command again"):
+        Precomputed(str(tmp_path)).setup("fit")

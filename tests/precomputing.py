@@ -1,0 +1,64 @@
+"""Precomputed data in milliseconds, of pictures that are their own latents; and a short run to precompute for."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningDataModule
+
+from lightning_distill.data import Precomputed
+from lightning_distill.precompute import PrecomputeOptions, precompute
+from tests.callbacks.distillation import PictureDistillation
+
+
+def encode(data: LightningDataModule, directory: Path, **options: Any) -> Path:
+    """Precompute, on this process alone."""
+    precompute(
+        PictureDistillation(),
+        data,
+        PrecomputeOptions(**{"out": str(directory), "shard_size": 7} | options),
+        Fabric(accelerator="cpu", devices=1),
+    )
+    return directory
+
+
+def ready(directory: Path, stage: str = "fit", **settings: Any) -> Precomputed:
+    """A DataModule that is set up."""
+    data = Precomputed(str(directory), **{"batch_size": 4, "num_workers": 0} | settings)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def write_config(folder: Path, **settings: Any) -> Path:
+    """A short MeanFlow run on the embedded teacher, with a checkpoint at its end."""
+    config = {
+        "base": "shapes_student.yaml",
+        "model": {
+            "class_path": "MeanFlow",
+            "init_args": {
+                "solution": "bootstrapped",
+                "trajectory_fraction": 0.5,
+                "caption_dropout": 0.3,
+                "cache_latents": False,
+                "metric": None,
+                "validation": {"nfe": [1], "solver_steps": 1, "samples": 4},
+            },
+        },
+        "data": {"class_path": "ShapesData", "init_args": {"size": 30, "batch_size": 6, "prompts_per_category": 1}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 3,
+            "limit_val_batches": 0,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 3}}
+            ],
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**config, **settings}))
+    return path
