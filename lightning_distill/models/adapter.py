@@ -101,11 +101,9 @@ class DiffusersAdapter(ModelAdapter):
             self._reach_hub(name)
         index = self._read(DiffusionPipeline, "model_index.json")
         kind = index.get("_class_name")
+        kind = kind[-1] if isinstance(kind, list) else kind  # a class that the directory brings along, as students do
         if kind not in FAMILIES:
-            raise ConfigurationError(
-                f"adapter.pretrained is {name!r}, a {kind[-1] if isinstance(kind, list) else kind}; give a pipeline of "
-                f"{', '.join(FAMILIES)}"
-            )
+            raise ConfigurationError(f"adapter.pretrained is {name!r}, a {kind}; give a pipeline of {', '.join(FAMILIES)}")
         self._family = FAMILIES[kind]
         config = self._read(self._family.network_class, "transformer/config.json", subfolder="transformer")
         self.embeds_guidance = bool(config.get("guidance_embeds", False))

@@ -249,6 +249,11 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
         DiffusersAdapter(str(tmp_path)).check()
 
 
+def test_a_student_is_no_teacher() -> None:
+    with pytest.raises(ConfigurationError, match=r"adapter\.pretrained is 'shapes-student', a TwoTimeFluxPipeline; give"):
+        DiffusersAdapter("shapes-student").check()
+
+
 def test_an_unknown_hub_id_is_refused_within_seconds_without_network() -> None:
     start = time.perf_counter()
     with pytest.raises(ConfigurationError, match="cannot be fetched from the hub") as caught:
