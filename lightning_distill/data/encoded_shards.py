@@ -119,7 +119,7 @@ def write_samples(path: Path, samples: Sequence[EncodedSample], dtype: torch.dty
             columns[name].append(value.to(dtype) if value.is_floating_point() and value.itemsize > dtype.itemsize else value)
     header = {"prompts": [sample.prompt for sample in samples], "sizes": sizes, "dtypes": dtypes}
     tensors = {name: torch.stack(values).contiguous() for name, values in columns.items()}
-    content = save(tensors, {_HEADER: json.dumps(header, sort_keys=True)})
+    content = save(tensors, {_HEADER: json.dumps(header)})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest(), len(content)
 
