@@ -120,7 +120,8 @@ def precompute(model: LightningModule, data: LightningDataModule, options: Preco
             for stretch in own:
                 _write(directory, stretch, samples, data, encoder, buckets, DTYPES[options.dtype])
                 rank_zero_info(f"Precompute: wrote {stretch.file}")
-    fabric.barrier()
+    with fabric.rank_zero_first():
+        pass  # a barrier, without the time limit of Fabric's own: processes may come to their ends hours apart
     if fabric.is_global_zero:
         _finish(directory, settings, stretches, known)
     fabric.barrier()

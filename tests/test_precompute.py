@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,11 @@ class ThreadedFabric(Fabric):
 
     def barrier(self, name: str | None = None) -> None:
         self.threads.wait(30)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        yield
+        self.barrier()
 
 
 @pytest.mark.parametrize("processes", [2, 5])
