@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.meanflow import PHASES
+from lightning_distill.methods.shared_base import own_state_dict
 from lightning_distill.models.sharding import Sharding
 
 Weights = dict[str, dict[str, Tensor]]
@@ -194,7 +195,8 @@ class SwitchSolution(Callback):
         state = self.state
         state.origin, state.step, state.value = str(pl_module.solution), trainer.global_step, state.observed
         if self.guard_factor is not None:
-            self._weights = {name: _copy(module.state_dict()) for name, module in _kept(pl_module).items()}
+            teacher = getattr(pl_module, "teacher", None)
+            self._weights = {name: _copy(own_state_dict(module, teacher)) for name, module in _kept(pl_module).items()}
         _set_solution(pl_module, self.to)
         value = "not measured yet" if state.value is None else f"{state.value:.4g}"
         rank_zero_info(
@@ -207,7 +209,7 @@ class SwitchSolution(Callback):
         state = self.state
         with torch.inference_mode(False), torch.no_grad():
             for name, module in _kept(pl_module).items():
-                module.load_state_dict(self._weights[name])
+                module.load_state_dict({**module.state_dict(), **self._weights[name]})  # those of a shared base never left
         self._weights = None
         for optimizer in trainer.optimizers:
             _forget_moments(optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, jump, predict_x0, renoise
 from lightning_distill.methods.side_optimizer import ReplicatedOptimizer
-from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.base import Condition, LoraOptions, ModelAdapter, StudentOptions
 from lightning_distill.models.sharding import Sharding, SideOptimizer
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class TrajectoryAlignment(nn.Module):
         critic_clip: Largest norm of the critic's gradients.
         start_step: Optimizer step from which the critic trains.
         critic_warmup_steps: Steps for which the critic trains alone before the student is aligned.
+        critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
+            trains as a whole.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -72,6 +74,7 @@ class TrajectoryAlignment(nn.Module):
         critic_clip: float = 1.0,
         start_step: int = 0,
         critic_warmup_steps: int = 0,
+        critic_lora: LoraOptions | Literal["student"] | None = "student",
     ) -> None:
         super().__init__()
         if not weight > 0:
@@ -86,6 +89,11 @@ class TrajectoryAlignment(nn.Module):
             raise ConfigurationError(f"alignment.critic_updates is {critic_updates}; the critic needs at least 1")
         if not critic_lr > 0 or not critic_clip > 0:
             raise ConfigurationError("alignment.critic_lr and alignment.critic_clip must be above 0")
+        if isinstance(critic_lora, str) and critic_lora != "student":
+            raise ConfigurationError(
+                f"alignment.critic_lora is {critic_lora!r}; choose student, settings of its own, or null for a critic that "
+                "trains as a whole"
+            )
         if start_step < 0 or critic_warmup_steps < 0:
             raise ConfigurationError("alignment.start_step and alignment.critic_warmup_steps must not be negative")
         self.weight = weight
@@ -96,14 +104,20 @@ class TrajectoryAlignment(nn.Module):
         self.critic_clip = critic_clip
         self.start_step = start_step
         self.critic_warmup_steps = critic_warmup_steps
+        self.critic_lora = critic_lora
         self._optimizer: SideOptimizer | None = None
         self._pending_state: dict[str, Any] | None = None
 
     critic: nn.Module
 
-    def build(self, adapter: ModelAdapter, teacher: nn.Module) -> None:
+    def critic_options(self, student: StudentOptions) -> StudentOptions:
+        """How the critic is built beside a student of these options."""
+        lora = student.lora if self.critic_lora == "student" else self.critic_lora
+        return StudentOptions(time_embedding="original", gradient_checkpointing=student.gradient_checkpointing, lora=lora)
+
+    def build(self, adapter: ModelAdapter, teacher: nn.Module, student: StudentOptions) -> None:
         """The critic starts as the teacher, whatever s: at first both scores agree on the teacher's own samples."""
-        self.critic, _ = adapter.build_student(teacher, StudentOptions(time_embedding="original"))
+        self.critic, _ = adapter.build_student(teacher, self.critic_options(student))
 
     def active(self, step: int) -> bool:
         """Whether the alignment takes part at an optimizer step."""
@@ -195,7 +209,8 @@ class TrajectoryAlignment(nn.Module):
             sharding: The strategy, where it has spread the critic over processes.
         """
         if self._optimizer is None:
-            adamw = torch.optim.AdamW(self.critic.parameters(), lr=self.critic_lr, betas=(0.0, 0.99), weight_decay=0)
+            trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
+            adamw = torch.optim.AdamW(trained, lr=self.critic_lr, betas=(0.0, 0.99), weight_decay=0)
             if self._pending_state is not None:
                 adamw.load_state_dict(self._pending_state)
             if sharding is None:

@@ -3,6 +3,7 @@
 import copy
 import time
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from lightning_distill.errors import ConfigurationError
@@ -23,6 +24,7 @@ from lightning_distill.methods.average import ShardedAverage
 from lightning_distill.methods.condition import EncodedData, encoded_data
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.sampling import Batch, SamplingModule
+from lightning_distill.methods.shared_base import StudentAverage, check_sharing, shared_names
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.sharding import Sharding, SideOptimizer
@@ -51,7 +53,7 @@ class TeacherStudentBase(SamplingModule):
     """Distillation of a frozen teacher into a student of few steps.
 
     A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
-    saved, only the student, its average and the optimizer's state.
+    saved, only the student, its average and the optimizer's state; with LoRA, only what trains of the student and its average.
 
     Args:
         adapter: The teacher's family and where its weights are.
@@ -105,7 +107,7 @@ class TeacherStudentBase(SamplingModule):
         self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
         self.cache_latents = cache_latents
         self.strict_loading = False  # checkpoints leave the frozen parts out
-        self.ema: AveragedModel | ShardedAverage | None = None
+        self.ema: StudentAverage | ShardedAverage | None = None
         self.smooth_time_report: SmoothTimeReport | None = None
         self._latent_cache: dict[int, Tensor] = {}
         self._null_condition: Condition | None = None
@@ -136,6 +138,7 @@ class TeacherStudentBase(SamplingModule):
     def setup(self, stage: str) -> None:
         """Refuse settings that cannot work, before anything large is loaded."""
         self.adapter.check()
+        self.check_student(self.student_options)
         self.guidance.check(self.adapter.embeds_guidance)
         self._check_strategy()
         self._use_encoded_data(encoded_data(self._trainer))
@@ -168,6 +171,15 @@ class TeacherStudentBase(SamplingModule):
             )
         data.check_encodings(self.adapter.encoding_settings())
 
+    def check_student(self, options: StudentOptions) -> None:
+        """Refuse a network of these options that the adapter cannot build or the trainer cannot place."""
+        self.adapter.check_student(options)
+        if options.lora is not None and self.sharding is not None:
+            raise ConfigurationError(
+                f"LoRA shares weights between networks, and {type(self.sharding).__name__} takes them apart; set "
+                "trainer.strategy to auto or ddp, or student.lora and alignment.critic_lora to null"
+            )
+
     def configure_model(self) -> None:
         """Load the teacher and build the student."""
         if hasattr(self, "student"):
@@ -185,10 +197,10 @@ class TeacherStudentBase(SamplingModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         return strategy if isinstance(strategy, Sharding) else None
 
-    def build_average(self, decay: float) -> AveragedModel | ShardedAverage:
+    def build_average(self, decay: float) -> StudentAverage | ShardedAverage:
         """The average of what is trained, which starts like it."""
         if self.sharding is None:
-            return AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
+            return StudentAverage(self.trained, get_ema_multi_avg_fn(decay))
         return ShardedAverage(self.build_trained(), decay)
 
     def build_trained(self) -> nn.Module:
@@ -278,7 +290,12 @@ class TeacherStudentBase(SamplingModule):
         return loss
 
     def on_fit_start(self) -> None:
-        """Check, at the start of a fresh run, that the refitted time embedder leaves the teacher's velocities as they were."""
+        """Check that weights are still shared where they are meant to be, and what the time embedder's refit has changed.
+
+        Of a fresh run only: the velocities of the teacher must be what they were.
+        """
+        if self.student_options.lora is not None:
+            check_sharing(self.trained, self.teacher)
         report = self.smooth_time_report
         if report is None or self.trainer.ckpt_path is not None:
             return
@@ -390,15 +407,24 @@ class TeacherStudentBase(SamplingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen parts out."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(self.frozen_prefixes)}
+        names = self._saved_names(checkpoint["state_dict"])
+        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+
+    def _saved_names(self, state: Iterable[str]) -> list[str]:
+        shared = shared_names(self, getattr(self, "teacher", None))
+        return [name for name in state if not name.startswith(self.frozen_prefixes) and name not in shared]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks a part of what is trained; loading is not strict, since frozen parts are left out."""
+        """Refuse a checkpoint of another student; loading is not strict, since frozen parts are left out."""
         if self.sharding is not None:  # its strategy has looked
             return
-        expected = {k for k in self.state_dict() if not k.startswith(self.frozen_prefixes)}
-        if missing := sorted(expected - checkpoint["state_dict"].keys()):
+        expected, found = set(self._saved_names(self.state_dict())), checkpoint["state_dict"].keys()
+        if surplus := sorted(name for name in found - expected if name.startswith("student.")):
+            raise ConfigurationError(
+                f"the checkpoint has {surplus[0]!r} and {len(surplus) - 1} more weights that this configuration has not; "
+                "resume with the model settings it was trained with"
+            )
+        if missing := sorted(expected - found):
             raise ConfigurationError(
                 f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more weights of this configuration; "
                 "resume with the model settings it was trained with"

@@ -45,6 +45,8 @@ class FlowMatching(TeacherStudentBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.student_options.lora is not None:
+            raise ConfigurationError("student.lora is set, and FlowMatching trains the whole network; set it to null")
         if not 0 <= caption_dropout < 1:
             raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1), 0.1 is usual")
         if train_text_encoders and self.ema_decay is not None:

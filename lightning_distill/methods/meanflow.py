@@ -23,6 +23,7 @@ from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.condition import null_rows, select
 from lightning_distill.methods.derivative_check import check_derivative, precision
+from lightning_distill.methods.shared_base import check_sharing
 from lightning_distill.models.base import Condition
 from lightning_distill.models.sharding import SideOptimizer
 
@@ -304,9 +305,17 @@ class MeanFlow(TeacherStudentBase):
 
     # Networks and checkpoints
 
+    def setup(self, stage: str) -> None:
+        """Refuse settings that cannot work, the critic's among them."""
+        super().setup(stage)
+        if self.alignment is not None:
+            self.check_student(self.alignment.critic_options(self.student_options))
+
     def on_fit_start(self) -> None:
         """Look at the derivative, if this run may need it, before the first step relies on it."""
         super().on_fit_start()
+        if self.alignment is not None and self.alignment.critic_options(self.student_options).lora is not None:
+            check_sharing(self.alignment.critic, self.teacher)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
         if "differential" in (self.solution, *(getattr(callback, "to", None) for callback in callbacks)):
             report = check_derivative(self)
@@ -319,9 +328,9 @@ class MeanFlow(TeacherStudentBase):
         """Teacher and student, and the critic of the alignment."""
         super().build_networks()
         if self.alignment is not None:
-            self.alignment.build(self.adapter, self.teacher)
+            self.alignment.build(self.adapter, self.teacher, self.student_options)
             # The critic has an optimizer of its own and averages its own gradients.
-            critic = [f"alignment.{name}" for name, _ in self.alignment.named_parameters()]
+            critic = [f"alignment.{name}" for name, parameter in self.alignment.named_parameters() if parameter.requires_grad]
             self._ddp_params_and_buffers_to_ignore = critic
 
     def side_optimizers(self) -> dict[str, SideOptimizer]:

@@ -15,12 +15,15 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.fingerprint import fingerprint
+from lightning_distill.models.lora_directory import save_lora_student
+from lightning_distill.models.lora_student import lora_layers, merged
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
-from lightning_distill.models.sharded_networks import empty_network, stored_transformer
-from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
+from lightning_distill.models.sharded_networks import build_sharded_student, empty_network, stored_transformer
+from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
+from lightning_distill.models.student import build_student, lora_config
+from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
 from lightning_distill.models.two_time_hunyuan_image import TwoTimeHunyuanImagePipeline
@@ -105,8 +108,17 @@ class DiffusersAdapter(ModelAdapter):
         if kind not in FAMILIES:
             raise ConfigurationError(f"adapter.pretrained is {name!r}, a {kind}; give a pipeline of {', '.join(FAMILIES)}")
         self._family = FAMILIES[kind]
-        config = self._read(self._family.network_class, "transformer/config.json", subfolder="transformer")
-        self.embeds_guidance = bool(config.get("guidance_embeds", False))
+        self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
+
+    def check_student(self, options: StudentOptions) -> None:
+        """Raise `ConfigurationError` where LoRA is asked for in layers that the transformer does not have."""
+        if options.lora is not None:
+            with torch.device("meta"):
+                network = self.family.network_class.from_config(self._transformer_config())
+            lora_config(network, options.lora)
+
+    def _transformer_config(self) -> dict[str, Any]:
+        return self._read(self.family.network_class, "transformer/config.json", subfolder="transformer")
 
     def _read(self, kind: type[ConfigMixin], file: str, **where: str) -> dict[str, Any]:
         try:
@@ -220,35 +232,14 @@ class DiffusersAdapter(ModelAdapter):
         return network.requires_grad_(False).eval()
 
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
-        """A trainable copy of the teacher with an interval input and, by default, smooth time."""
-        teacher, smooth = two_time(teacher), options.time_embedding == "smooth"
-        config = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
-        config |= {
-            "interval_embedding": options.interval_embedding,
-            "time_frequency_bound": options.frequency_bound if smooth else None,
-            "interval_frequency_bound": options.frequency_bound,
-        }
-        # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
-        weights = None if self.sharding is None else self._stored()
-        if weights is not None:
-            student = empty_network(self.family.network_class, config, weights)
-            teacher = empty_network(self.family.network_class, dict(teacher.config), weights)  # with its whole embedders
+        """A trainable copy of the teacher, or LoRA on its own weights, with an interval input and, by default, smooth time."""
+        teacher = two_time(teacher)
+        if self.sharding is None:
+            student, report = build_student(teacher, options)
         else:
-            student = type(teacher).from_config(config).to(teacher.device)
-            missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-            own = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
-            if unexpected or not all(name.startswith(own) for name in missing):
-                raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
-        report = None
-        if smooth:
-            report = refit_embedders(teacher.timestep_embedders, student.timestep_embedders, options.derivative_penalty)
-        student.reset_interval_embedding()
+            parts = self._stored(), self.sharding
+            student, report = build_sharded_student(self.family.network_class, dict(teacher.config), options, *parts)
         self._use_attention_backend(student)
-        if options.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        student.requires_grad_(True).train()
-        if self.sharding is not None:
-            self.sharding.shard(student, weights)
         return student, report
 
     def _stored(self) -> StoredWeights:
@@ -359,6 +350,15 @@ class DiffusersAdapter(ModelAdapter):
     def save_student(self, student: nn.Module, directory: Path) -> None:
         """Write the family's few-step pipeline, which loads with `trust_remote_code=True`."""
         save_few_step_pipeline(self._whole_pipeline(), two_time(student), self.sequence_length, directory)
+
+    def merge_lora(self, student: nn.Module) -> nn.Module:
+        """A plain student in place of one with LoRA, in float32 on the CPU; any other as it is."""
+        return merged(two_time(student)) if lora_layers(student) else student
+
+    def save_lora(self, student: nn.Module, directory: Path) -> None:
+        """Write a LoRA student without its base, as `load_lora_student` reads it."""
+        origin = self.pretrained if self.revision is None else f"{self.pretrained}@{self.revision}"
+        save_lora_student(self.pipeline, two_time(student), self.sequence_length, origin, directory)
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write the family's stock pipeline."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.guidance import classifier_free, inside_interval
 from lightning_distill.flow.times import step_grid
 from lightning_distill.models.sharding import Sharding
@@ -16,6 +17,36 @@ from lightning_distill.models.smooth_time import SmoothTimeReport
 
 Condition = dict[str, Tensor]
 """What the network is told about the prompts: named tensors, all with the batch in front."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    r"""Low-rank updates of a network's linear layers, :math:`W + \frac{\alpha}{\text{rank}} B A` (LoRA, arXiv 2106.09685).
+
+    A and B are float32 whatever the precision of W, and B starts as zeros. There is no dropout: a derivative along time takes
+    the network as one function.
+
+    Args:
+        rank: Rows of A, at least 1.
+        alpha: Scale of the update, above 0; None is the rank, so that the update is B A.
+        targets: Ends of the names of linear layers in the transformer's blocks, such as "to_q"; None is what the family's
+            `lora_targets` says, attention and feed-forward.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigurationError(f"lora.rank is {self.rank}; take at least 1, 64 is usual, or set lora to null for none")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigurationError(f"lora.alpha is {self.alpha}; set it above 0, or to null for the rank")
+        if self.targets is not None and not self.targets:
+            raise ConfigurationError("lora.targets is empty; name linear layers, or set it to null for the family's own")
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,8 @@ class StudentOptions:
             teacher.
         gradient_checkpointing: Whether blocks are run again in the backward pass instead of keeping their activations.
         max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch.
+        lora: None: every weight trains, in a copy of the teacher in float32. Else the student's weights are the teacher's own,
+            in one memory, and low-rank updates and the time embedders train.
     """
 
     interval_embedding: Literal["zero", "clone"] = "zero"
@@ -39,6 +72,7 @@ class StudentOptions:
     derivative_penalty: float = 3e-4
     gradient_checkpointing: bool = False
     max_drift: float = 0.1
+    lora: LoraOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +134,13 @@ class ModelAdapter(nn.Module, ABC):
     def check(self) -> None:
         """Raise `ConfigurationError` where the settings cannot work; before anything is loaded. Sets `embeds_guidance`."""
 
+    def check_student(self, options: StudentOptions) -> None:
+        """Raise `ConfigurationError` where a student of these options cannot be built; before anything is loaded."""
+        if options.lora is not None:
+            raise ConfigurationError(
+                f"student.lora is set, and {type(self).__name__} makes students that train as a whole; set it to null"
+            )
+
     @abstractmethod
     def load(self, encoders: bool = True) -> None:
         """Load the text encoders and the autoencoder, frozen and in evaluation mode.
@@ -115,7 +156,7 @@ class ModelAdapter(nn.Module, ABC):
 
     @abstractmethod
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
-        """A trainable copy of the teacher that takes (r, t).
+        """A trainable copy of the teacher that takes (r, t), or, with LoRA, a network on the teacher's own weights.
 
         Returns:
             The student, and how well its refitted time embedder follows the teacher's (None if it was not refitted).
@@ -182,6 +223,18 @@ class ModelAdapter(nn.Module, ABC):
     @abstractmethod
     def save_student(self, student: nn.Module, directory: Path) -> None:
         """Write the student as its library loads it, with all its components and the code it needs."""
+
+    def merge_lora(self, student: nn.Module) -> nn.Module:
+        """A student whose low-rank updates are part of its weights; the student itself if it has none."""
+        return student
+
+    def save_lora(self, student: nn.Module, directory: Path) -> None:
+        """Write the weights alone that a LoRA student trains, and what it takes to put them on their base again.
+
+        Raises:
+            ConfigurationError: If the adapter makes no such students.
+        """
+        raise ConfigurationError(f"{type(self).__name__} makes no students with LoRA; export this one as a whole")
 
     @abstractmethod
     def save_teacher(self, network: nn.Module, directory: Path) -> None:

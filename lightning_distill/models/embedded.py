@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.models.base import ModelAdapter, StudentOptions
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline, TwoTimeFluxTransformer2DModel
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -179,6 +180,10 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
             raise ConfigurationError(
                 f"adapter.vae is {self.pretrained!r}, which holds no autoencoder; train one with fit --config shapes_vae.yaml"
             )
+
+    def check_student(self, options: StudentOptions) -> None:
+        """Refuse LoRA: there are no weights to keep."""
+        ModelAdapter.check_student(self, options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """There are none: text encoders that are drawn at every start encode nothing twice.

@@ -1,22 +1,20 @@
 """Diffusers pipeline directories: students with the code they need, teachers in stock form."""
 
-import copy
 import inspect
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
 
 from lightning_distill.models.average_velocity_scheduler import AverageVelocityScheduler
-from lightning_distill.models.few_step import FewStepPipeline, tokenizer_within
+from lightning_distill.models.few_step import FewStepPipeline
+from lightning_distill.models.few_step_components import pipeline_arguments, student_pipeline
 from lightning_distill.models.two_time import TwoTimeModel
 
 TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound")
-SHIFT_SETTINGS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def save_few_step_pipeline(pipeline: FewStepPipeline, student: TwoTimeModel, max_sequence_length: int, directory: Path) -> None:
@@ -28,12 +26,7 @@ def save_few_step_pipeline(pipeline: FewStepPipeline, student: TwoTimeModel, max
         max_sequence_length: Tokens that the student's prompts were padded to; becomes the tokenizer's own length.
         directory: Where to; made if it is not there.
     """
-    tokenizer = copy.deepcopy(getattr(pipeline, pipeline.prompt_tokenizer))
-    tokenizer_within(tokenizer).model_max_length = max_sequence_length
-    known = pipeline.scheduler.config
-    scheduler = AverageVelocityScheduler(**{name: known[name] for name in SHIFT_SETTINGS if name in known})
-    replaced = {"transformer": student, pipeline.prompt_tokenizer: tokenizer, "scheduler": scheduler}
-    type(pipeline)(**{**_arguments(pipeline), **replaced}).save_pretrained(directory)
+    student_pipeline(type(pipeline), pipeline, student, max_sequence_length).save_pretrained(directory)
 
     # diffusers knows no way to save a class with its code: it would look for this package when it loads.
     index_file = directory / "model_index.json"
@@ -73,7 +66,7 @@ def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, direct
     # Time embeddings in float32 beside weights in bfloat16 would fail in a stock model, which casts times.
     state = {name: value.to(network.dtype) for name, value in network.state_dict().items()}
     stock.load_state_dict(state, assign=True)
-    stock_pipeline: DiffusionPipeline = pipeline.stock_class(**{**_arguments(pipeline), "transformer": stock})
+    stock_pipeline: DiffusionPipeline = pipeline.stock_class(**{**pipeline_arguments(pipeline), "transformer": stock})
     stock_pipeline.save_pretrained(directory)
     _forget_origin(directory)
 
@@ -81,13 +74,6 @@ def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, direct
 def stock_network_class(network_class: type[TwoTimeModel]) -> type[ModelMixin]:
     """The class of diffusers that a two-time transformer extends."""
     return next(parent for parent in network_class.__mro__ if parent.__module__.startswith("diffusers.models.transformers."))
-
-
-def _arguments(pipeline: FewStepPipeline) -> dict[str, Any]:
-    """What a pipeline is made from: components and settings."""
-    _, optional = pipeline._get_signature_keys(pipeline)
-    settings = {name: pipeline.config[name] for name in optional if name not in pipeline.components}
-    return {**pipeline.components, **settings}
 
 
 def _forget_origin(directory: Path) -> None:

@@ -9,7 +9,11 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.sharding import Sharding
+from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
+from lightning_distill.models.student import start_from, student_config
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
 
@@ -56,6 +60,30 @@ def empty_network(network_class: type[TwoTimeModel], config: dict[str, Any], wei
         if name in weights:
             buffer.copy_(weights.read(name))
     return network
+
+
+def build_sharded_student(
+    network_class: type[TwoTimeModel],
+    teacher: dict[str, Any],
+    options: StudentOptions,
+    weights: StoredWeights,
+    sharding: Sharding,
+) -> tuple[TwoTimeModel, SmoothTimeReport | None]:
+    """As `build_student`, from a teacher's files.
+
+    Args:
+        network_class: Of the family.
+        teacher: The configuration of the teacher.
+        options: Of the student.
+        weights: The teacher's.
+        sharding: By which the student is spread over processes.
+    """
+    student = empty_network(network_class, student_config(teacher, options), weights)
+    embedders = empty_network(network_class, teacher, weights).timestep_embedders
+    report = start_from(embedders, student, options)
+    student.requires_grad_(True).train()
+    sharding.shard(student, weights)
+    return student, report
 
 
 @torch.no_grad()

@@ -13,6 +13,13 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Ends of the names of diffusers' projections for attention."""
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The same with those of the prompt's tokens."""
+FEED_FORWARD = ("net.0.proj", "net.2")
+"""Ends of the names of diffusers' feed-forward layers."""
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is."""
@@ -182,6 +189,8 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     """What the stock forward's `timestep` is at noise: 1, or 1000."""
     feature_scale: ClassVar[float] = 1000.0
     """What the model's own features of time get at noise."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Ends of the names of the linear layers in its blocks that LoRA is for, unless told otherwise: attention, feed-forward."""
 
     @register_to_config
     def __init__(

@@ -11,11 +11,13 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from .few_step import FewStepPipeline, pack_latents, unpack_latents
-from .two_time import TwoTimeModel
+from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeFluxTransformer2DModel(TwoTimeModel, FluxTransformer2DModel):
     """FLUX transformer with a second time input; image tokens and prompts go in as in the stock one."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out")
 
 
 class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):

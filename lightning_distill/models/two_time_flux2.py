@@ -5,7 +5,7 @@ this package.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from .few_step import FewStepPipeline
-from .two_time import TwoTimeModel
+from .two_time import JOINT_ATTENTION, TwoTimeModel
 
 NOMINAL_STEPS = 50
 """FLUX.2's shift depends on the number of steps; students are trained on one grid, the teacher's."""
@@ -21,6 +21,14 @@ NOMINAL_STEPS = 50
 
 class TwoTimeFlux2Transformer2DModel(TwoTimeModel, Flux2Transformer2DModel):
     """FLUX.2 transformer with a second time input; image tokens and prompts go in as in the stock one."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *JOINT_ATTENTION,
+        "linear_in",
+        "linear_out",
+        "to_qkv_mlp_proj",
+        "to_out",
+    )
 
 
 class FewStepFlux2(FewStepPipeline):

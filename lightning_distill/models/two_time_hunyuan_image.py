@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .few_step import FewStepPipeline
-from .two_time import TwoTimeEmbedding, TwoTimeModel
+from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeEmbedding, TwoTimeModel
 
 
 def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +46,7 @@ class TwoTimeHunyuanImageTransformer2DModel(TwoTimeModel, HunyuanImageTransforme
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder", "timestep_embedder_r"]
     timestep_scale: ClassVar[float] = 1000.0
+    lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out")
 
     def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
         """What replaces a module of this name within its parent; None leaves it."""

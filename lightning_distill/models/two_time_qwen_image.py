@@ -12,13 +12,14 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 
 from .few_step import FewStepPipeline, pack_latents, unpack_latents
-from .two_time import TwoTimeModel
+from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeQwenImageTransformer2DModel(TwoTimeModel, QwenImageTransformer2DModel):
     """Qwen-Image transformer with a second time input; image tokens and prompts go in as in the stock one."""
 
     feature_scale: ClassVar[float] = 1.0
+    lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
 
 
 class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):

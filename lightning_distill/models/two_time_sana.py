@@ -11,7 +11,7 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
 from .few_step import FewStepPipeline
-from .two_time import ScaledTimeProjection, TwoTimeModel
+from .two_time import ATTENTION, ScaledTimeProjection, TwoTimeModel
 
 INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What Sana's prompts are preceded by, unless told otherwise."""
@@ -19,6 +19,9 @@ INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["co
 
 class TwoTimeSanaTransformer2DModel(TwoTimeModel, SanaTransformer2DModel):
     """Sana transformer with a second time input; latents and prompts go in as in the stock one."""
+
+    # Its feed-forward layers are convolutions.
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
 
     def own_features(self, embedder: str) -> nn.Module:
         """The features of times in [0, 1] that the stock class gives to its embedder."""

@@ -10,13 +10,14 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from .few_step import FewStepPipeline
-from .two_time import TwoTimeModel
+from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeSD3Transformer2DModel(TwoTimeModel, SD3Transformer2DModel):
     """SD3 transformer with a second time input; latents and prompts go in as in the stock one."""
 
     timestep_scale: ClassVar[float] = 1000.0
+    lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
 
 
 class TwoTimeStableDiffusion3Pipeline(FewStepPipeline, StableDiffusion3Pipeline):

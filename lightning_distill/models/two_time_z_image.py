@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from .few_step import FewStepPipeline
-from .two_time import TwoTimeEmbedding, TwoTimeModel
+from .two_time import ATTENTION, TwoTimeEmbedding, TwoTimeModel
 
 
 class ZImageTimeProjection(nn.Module):
@@ -58,6 +58,7 @@ class TwoTimeZImageTransformer2DModel(TwoTimeModel, ZImageTransformer2DModel):
     """Z-Image transformer with a second time input; latents and prompts go in as in the stock one."""
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["t_embedder"]
+    lora_targets: ClassVar[tuple[str, ...]] = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
         """What replaces a module of this name within its parent; None leaves it."""

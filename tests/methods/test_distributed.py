@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import save_tiny_pipeline
+
 SCRIPT = """
 import json, sys
 import torch
@@ -35,13 +37,48 @@ with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(sums, file)
 """
 
+LORA = """
+import json, sys
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+from tests.methods.test_lora import method
+from tests.tiny import PROMPTS
+
+teacher, out = sys.argv[1:]
+module = method(teacher)  # the same weights in both processes, then noise of their own
+trainer = Trainer(
+    default_root_dir=out, max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+)
+torch.manual_seed(trainer.global_rank)
+data = [{"image": torch.rand(3, 32, 32), "prompt": PROMPTS[i % 3], "index": i} for i in range(12)]
+before = {name: value.clone() for name, value in module.teacher.state_dict().items()}
+trainer.fit(module, DataLoader(data, batch_size=2))
+assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
+networks = {"student": module.student, "critic": module.alignment.critic, "ema": module.ema.module}
+assert all(network.proj_out.weight is module.teacher.proj_out.weight for network in networks.values())
+sums = {name: sum(p.double().sum().item() for p in network.parameters()) for name, network in networks.items()}
+with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
+    json.dump(sums, file)
+"""
+
 
 @pytest.mark.parametrize("solution", ["discrete", "differential"])
 def test_two_processes_stay_equal_with_alignment(solution: str, tmp_path: Path) -> None:
+    assert_equal_in_two_processes(SCRIPT, solution, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_stay_equal_on_shared_weights(tmp_path: Path) -> None:
+    assert_equal_in_two_processes(LORA, save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True), tmp_path)
+
+
+def assert_equal_in_two_processes(code: str, argument: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
+    script.write_text(code)
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(script), solution, str(tmp_path)]
+    command = [sys.executable, str(script), argument, str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

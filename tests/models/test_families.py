@@ -24,10 +24,12 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import DiffusersAdapter
 from lightning_distill.models.adapter import FAMILIES as KNOWN
-from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.base import Condition, LoraOptions, ModelAdapter, StudentOptions
+from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from tests.models.families import FAMILIES, load_family, make_adapter, save_family
 from tests.tiny import PROMPTS, draw, load_adapter, noise, train_a_little
 
+LORA = LoraOptions(rank=2)
 SIZE = 32
 SCALE = 3.5
 DRAW = """
@@ -75,6 +77,15 @@ def pipeline_adapter(pipeline_directory: str) -> DiffusersAdapter:
 def build(adapter: ModelAdapter, **options: Any) -> tuple[nn.Module, nn.Module]:
     teacher = adapter.load_teacher()
     return teacher, adapter.build_student(teacher, StudentOptions(**options))[0]
+
+
+def move(student: TwoTimeModel) -> TwoTimeModel:
+    """Move what trains."""
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return student
 
 
 def states(adapter: ModelAdapter, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Condition]:
@@ -169,8 +180,9 @@ def test_smooth_time_leaves_the_teacher_as_it_is_up_to_the_fit(adapter: ModelAda
     assert 0 < (u - v).norm() / v.norm() < report.fit_error
 
 
-def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter) -> None:
-    _, student = build(adapter)
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter, lora: LoraOptions | None) -> None:
+    _, student = build(adapter, lora=lora)
     train_a_little(student).double()
     x, t, condition = states(adapter, torch.float64)
     v, r = torch.randn_like(x), 0.4 * t
@@ -196,6 +208,29 @@ def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter) -> No
         dual = average_velocity(forward_ad.make_dual(x, v), r, forward_ad.make_dual(t, torch.ones_like(t)))
         exact = forward_ad.unpack_dual(dual).tangent
     assert (dudt - exact).norm() / exact.norm() < 1e-6
+
+
+def test_a_lora_student_is_the_teacher_on_the_teachers_own_weights(adapter: DiffusersAdapter) -> None:
+    x, t, condition = states(adapter)
+    options = StudentOptions(time_embedding="original", lora=LORA)
+    adapter.check_student(options)
+    teacher = adapter.load_teacher()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student, _ = adapter.build_student(teacher, options)
+    base = {id(parameter) for parameter in teacher.parameters()}
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in student.named_parameters() if id(parameter) not in base}
+    times = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
+    assert all("lora_" in name or name.startswith(times) for name in trained)
+    for target in type(teacher).lora_targets:
+        assert any(name.endswith(f".{target}.lora_A.default.weight") for name in trained), target
+    with torch.no_grad():
+        for r in (t, torch.zeros(3), 0.4 * t):
+            u = adapter.average_velocity(student, x, r, t, condition, SCALE)
+            assert torch.equal(u, adapter.average_velocity(teacher, x, r, t, condition, SCALE))
+        move(student)
+        assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), u, rtol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:

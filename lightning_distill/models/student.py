@@ -1,0 +1,88 @@
+"""Students of a teacher: a copy that trains as a whole, or low-rank updates on the teacher's own weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import LoraConfig
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.base import LoraOptions, StudentOptions
+from lightning_distill.models.lora_student import add_lora, build_over, lora_modules, time_prefixes
+from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
+from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
+
+
+def build_student(teacher: TwoTimeModel, options: StudentOptions) -> tuple[TwoTimeModel, SmoothTimeReport | None]:
+    """A trainable network with an interval input and, by default, smooth time, which otherwise computes what the teacher does.
+
+    Args:
+        teacher: Frozen.
+        options: Of the student. With LoRA, its parameters are the teacher's own objects, but for the time embedders and the
+            low-rank updates, which start without effect.
+
+    Returns:
+        The student, and how well its refitted time embedders follow the teacher's (None if they were not refitted).
+    """
+    config = student_config(teacher.config, options)
+    student = _copy(teacher, config) if options.lora is None else _over(teacher, config)
+    report = start_from(teacher.timestep_embedders, student, options)
+    if options.lora is None:
+        student.requires_grad_(True)
+    else:
+        add_lora(student, lora_config(student, options.lora))
+    return student.train(), report
+
+
+def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[str, Any]:
+    """The configuration of a student, of that of its teacher."""
+    smooth = options.time_embedding == "smooth"
+    return {key: value for key, value in teacher.items() if not key.startswith("_")} | {
+        "interval_embedding": options.interval_embedding,
+        "time_frequency_bound": options.frequency_bound if smooth else None,
+        "interval_frequency_bound": options.frequency_bound,
+    }
+
+
+def start_from(
+    embedders: Sequence[TwoTimeEmbedding], student: TwoTimeModel, options: StudentOptions
+) -> SmoothTimeReport | None:
+    """Refit a student's time embedders to its teacher's, if they are to be smooth, and reset its interval input."""
+    report = None
+    if options.time_embedding == "smooth":
+        report = refit_embedders(embedders, student.timestep_embedders, options.derivative_penalty)
+    student.reset_interval_embedding()
+    if options.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return report
+
+
+def lora_config(network: TwoTimeModel, options: LoraOptions) -> LoraConfig:
+    """What peft is told about a network's low-rank updates.
+
+    Raises:
+        ConfigurationError: If the network has no layers of these names.
+    """
+    try:
+        modules = lora_modules(network, network.lora_targets if options.targets is None else options.targets)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"lora.targets does not fit: {error}; this family's own are {', '.join(network.lora_targets)}"
+        ) from error
+    alpha = options.rank if options.alpha is None else options.alpha
+    return LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=modules)
+
+
+def _copy(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
+    # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
+    student: TwoTimeModel = type(teacher).from_config(config).to(teacher.device)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    if unexpected or not all(name.startswith(time_prefixes(student)) for name in missing):
+        raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
+    return student
+
+
+def _over(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
+    student = build_over(teacher, type(teacher), config)
+    own = time_prefixes(student)
+    student.load_state_dict({name: value for name, value in teacher.state_dict().items() if name.startswith(own)}, strict=False)
+    return student
