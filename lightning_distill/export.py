@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import diffusers
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_distill import __version__
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.adapter import two_time
 from lightning_distill.models.base import DIFFUSERS_CODE, ExportCode, ModelAdapter
+from lightning_distill.models.lora_student import PREFIX, lora_layers, lora_weights, time_weights
 
 MARK = "export.json"
 """File that tells a directory written by this module from any other."""
@@ -34,6 +37,7 @@ class ModelCard:
         minutes: Time the training took.
         figures: Measured figures by name, such as "val/prompt_accuracy/nfe_4".
         notes: Further paragraphs, in Markdown.
+        torch_dtype: Precision of the teacher's weights, which a LoRA student draws with.
     """
 
     method: str
@@ -46,9 +50,16 @@ class ModelCard:
     minutes: float | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
+    torch_dtype: str = "float32"
 
 
-def export_student(adapter: ModelAdapter, student: nn.Module, directory: str | Path, card: ModelCard) -> Path:
+def export_student(
+    adapter: ModelAdapter,
+    student: nn.Module,
+    directory: str | Path,
+    card: ModelCard,
+    lora: Literal["merged", "unmerged"] = "merged",
+) -> Path:
     """Write a student as a pipeline that draws in a few steps, with the code that it needs.
 
     It loads in any process that has diffusers, by `DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)`; what
@@ -59,14 +70,24 @@ def export_student(adapter: ModelAdapter, student: nn.Module, directory: str | P
         student: A two-time network.
         directory: Where to. An earlier export there is replaced.
         card: What the README says.
+        lora: Of a student with LoRA: "merged" computes its weights in float32, which takes a copy of the whole network in the
+            memory of the CPU. "unmerged" writes only what has trained, which `load_lora_student` puts on its base.
 
     Returns:
         The directory.
 
     Raises:
-        ConfigurationError: If the directory holds anything but an earlier export.
+        ConfigurationError: If the directory holds anything but an earlier export, or an unmerged student has no LoRA.
     """
-    return _export(adapter, directory, "student", student, card, lambda path: adapter.save_student(student, path))
+    if lora == "merged":
+        check_export_directory(directory)
+        whole = adapter.merge_lora(student)
+        return _export(adapter, directory, "student", whole.state_dict(), card, lambda path: adapter.save_student(whole, path))
+    if not lora_layers(student):
+        raise ConfigurationError("this student has no LoRA to export unmerged; export it merged, which is as it is")
+    network = two_time(student)
+    own = {f"{PREFIX}{name}": value for name, value in lora_weights(network).items()} | time_weights(network)
+    return _export(adapter, directory, "lora_student", own, card, lambda path: adapter.save_lora(student, path))
 
 
 def export_teacher(adapter: ModelAdapter, network: nn.Module, directory: str | Path, card: ModelCard) -> Path:
@@ -84,7 +105,7 @@ def export_teacher(adapter: ModelAdapter, network: nn.Module, directory: str | P
     Raises:
         ConfigurationError: If the directory holds anything but an earlier export.
     """
-    return _export(adapter, directory, "teacher", network, card, lambda path: adapter.save_teacher(network, path))
+    return _export(adapter, directory, "teacher", network.state_dict(), card, lambda path: adapter.save_teacher(network, path))
 
 
 def check_export_directory(directory: str | Path) -> Path:
@@ -107,7 +128,7 @@ def _export(
     adapter: ModelAdapter,
     directory: str | Path,
     kind: str,
-    network: nn.Module,
+    weights: Mapping[str, Tensor],
     card: ModelCard,
     save: Callable[[Path], None],
 ) -> Path:
@@ -119,10 +140,10 @@ def _export(
     unfinished.mkdir(parents=True)
     save(unfinished)
     own = {"guidance_scale": card.guidance_scale} if adapter.embeds_guidance else {}
-    arguments = own if kind == "student" else adapter.stock_arguments(card.guidance_scale)
+    arguments = adapter.stock_arguments(card.guidance_scale) if kind == "teacher" else own
     (unfinished / "README.md").write_text(render_card(card, kind, arguments, adapter.export_code))
     (unfinished / MARK).write_text(json.dumps({"kind": kind, "lightning_distill": __version__, "method": card.method}) + "\n")
-    _check_weights(unfinished, network)
+    _check_weights(unfinished, weights)
     for path in (*unfinished.rglob("*"), unfinished):
         _sync(path)
     if target.exists():
@@ -133,17 +154,21 @@ def _export(
     return target
 
 
-def _check_weights(directory: Path, network: nn.Module) -> None:
-    """Make sure that one component, or the whole, holds the network's weights; the files' headers are read, not the weights."""
-    expected = {(name, *value.shape) for name, value in network.state_dict().items()}
+def _check_weights(directory: Path, weights: Mapping[str, Tensor]) -> None:
+    """Make sure that one component, or the directory itself, holds the weights; headers of files are read, not weights."""
+    expected = {(name, *value.shape) for name, value in weights.items()}
     for component in (directory, *(path for path in directory.iterdir() if path.is_dir())):
-        found: set[tuple[object, ...]] = set()
-        for file in component.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                found |= {(name, *tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        if found >= expected:
+        if _shapes(component.glob("*.safetensors")) >= expected:
             return
     raise RuntimeError(f"the export in {directory} does not hold the network's weights; it was left there to be looked at")
+
+
+def _shapes(files: Iterable[Path]) -> set[tuple[object, ...]]:
+    found: set[tuple[object, ...]] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found |= {(name, *tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return found
 
 
 def _sync(path: Path) -> None:
@@ -159,11 +184,11 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
 
     Args:
         card: What it says.
-        kind: "student" or "teacher".
+        kind: "student", "lora_student" or "teacher".
         arguments: Of the pipeline, besides prompt, steps and size.
         code: How it is used.
     """
-    student = kind == "student"
+    student = kind != "teacher"
     base = [] if Path(card.teacher).exists() or "/" not in card.teacher else [f"base_model: {card.teacher}"]
     facts = {
         "Method": card.method,
@@ -183,12 +208,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         "---",
         "",
     ]
-    lines += [
-        f"# {title}",
-        "",
-        _STUDENT.format(steps=_listed(card.nfe)) if student else _TEACHER.format(library=code.library),
-        "",
-    ]
+    lines += [f"# {title}", "", _ABOUT[kind].format(steps=_listed(card.nfe), library=code.library), ""]
     steps = max(card.nfe) if student else 32
     inputs = [
         '"a prompt"' if student else 'prompt="a prompt"',
@@ -197,7 +217,9 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         f"height={card.height}",
         f"width={card.width}",
     ]
-    example = (code.student if student else code.teacher).format(
+    example = {"student": code.student, "lora_student": code.lora_student, "teacher": code.teacher}[kind].format(
+        base=_name(card.teacher),
+        torch_dtype=card.torch_dtype,
         inputs="\n".join(f"    {each}," for each in inputs),
         steps=steps,
         guidance_scale=card.guidance_scale,
@@ -216,13 +238,16 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
 
 _STUDENT = (
     "A text-to-image pipeline that draws in {steps} steps, distilled from a teacher of many. Guidance is distilled in: a step "
-    "is one forward. Its code is in Python files in this directory, hence `trust_remote_code`. It "
-    "needs `diffusers`, `transformers` and `accelerate`."
+    "is one forward. "
 )
-_TEACHER = (
-    "A stock text-to-image model for {library}. Where the transformer does not embed the guidance scale, guidance costs a "
-    "second branch. Prompts are padded to the length they had in training."
-)
+_ABOUT = {
+    "student": _STUDENT + "Its code is in Python files in this directory, hence `trust_remote_code`. It needs `diffusers`, "
+    "`transformers` and `accelerate`.",
+    "lora_student": _STUDENT + "Here is only what was trained, LoRA and time embedders; Python files in this directory put it "
+    "onto the teacher's pipeline, which stays as it is. They need `diffusers`, `transformers`, `accelerate` and `peft`.",
+    "teacher": "A stock text-to-image model for {library}. Where the transformer does not embed the guidance scale, guidance "
+    "costs a second branch. Prompts are padded to the length they had in training.",
+}
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """`python -m lightning_distill sample`: pictures from a pipeline directory."""
 
 import argparse
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 import lightning_distill.models
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.adapter import FAMILIES, stock_options
+from lightning_distill.models.adapter import FAMILIES, DiffusersAdapter, stock_options
 from lightning_distill.models.few_step import FewStepPipeline, tokenizer_within
 from lightning_distill.models.hunyuan_image3_directory import is_hunyuan_image3, published_class, read_config
 from lightning_distill.models.hunyuan_image3_directory import is_student as is_student_config
+from lightning_distill.models.lora_student import SETTINGS, load_lora_student
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigurationError(f"--out is {str(arguments.out)!r}; give a file name that ends in .png")
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
-    pipeline = load_pipeline(arguments.pipeline, arguments.trust_remote_code, DTYPES[arguments.torch_dtype])
+    dtype = DTYPES[arguments.torch_dtype]
+    pipeline = load_pipeline(arguments.pipeline, arguments.trust_remote_code, dtype, arguments.base)
     if isinstance(pipeline, DiffusionPipeline):
         pipeline.set_progress_bar_config(disable=True)
     images = sample(
@@ -69,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lightning_distill sample", description="Draw pictures with a pipeline directory.")
     known = f"directory of an exported student or of a stock pipeline of a known family, or {', '.join(SHIPPED)}"
     parser.add_argument("--pipeline", required=True, help=known)
+    parser.add_argument("--base", help="of a student exported without it: directory or hub id (default: what it was made from)")
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated: the pictures make a grid")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--nfe", type=int, default=4, help="steps (default: 4)")
@@ -87,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_pipeline(
-    name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32
+    name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32, base: str | None = None
 ) -> DiffusionPipeline | PreTrainedModel:
     """A pipeline, or a student of HunyuanImage 3.0, on the GPU if there is one.
 
@@ -95,11 +99,18 @@ def load_pipeline(
         name: A shipped name or a directory.
         trust_remote_code: Whether to run Python files in the directory that are not this package's own.
         torch_dtype: Precision to load with.
+        base: Of a LoRA student that was exported without it: a shipped name, a directory or a hub id; None is the teacher that
+            it was made from.
 
     Raises:
-        ConfigurationError: If there is no pipeline of a known family, or it brings code that is not trusted.
+        ConfigurationError: If there is no pipeline of a known family, it brings code that is not trusted, or its base is not
+            there.
     """
     directory = Path(resolve_pretrained(name))
+    if (directory / SETTINGS).is_file():
+        return _on_base(name, directory, base, torch_dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    if base is not None:
+        raise ConfigurationError(f"--base is {base!r}, but --pipeline {name!r} is a whole pipeline; leave --base out")
     config = read_config(directory)
     is_pipeline = (directory / "model_index.json").is_file()
     if not is_pipeline and not is_hunyuan_image3(config):
@@ -131,6 +142,30 @@ def load_pipeline(
             f"--pipeline {name!r} is a {type(pipeline).__name__}; give an exported student, or one of {', '.join(FAMILIES)}"
         )
     return pipeline.to(device)
+
+
+def _on_base(name: str, directory: Path, base: str | None, torch_dtype: torch.dtype) -> DiffusionPipeline:
+    """A LoRA student on its base, by this package's own code: the directory's is not run."""
+    settings = json.loads((directory / SETTINGS).read_text())
+    kind = settings["pipeline"][1]
+    if kind not in {family.__name__ for family in FAMILIES.values()}:
+        raise ConfigurationError(f"--pipeline {name!r} draws by {kind}, which this version does not know; update it")
+    base, _, revision = (base or settings["base_model"]).partition("@")
+    try:
+        DiffusersAdapter(base, revision=revision or None).check()
+        stock = DiffusionPipeline.from_pretrained(
+            resolve_pretrained(base), revision=revision or None, torch_dtype=torch_dtype, use_safetensors=True
+        )
+    except (ConfigurationError, OSError) as error:
+        reason = " ".join(str(error).split()).removeprefix("adapter.pretrained is ")
+        raise ConfigurationError(
+            f"--pipeline {name!r} holds only what a student adds to its base, which cannot be loaded ({reason}); give the "
+            "directory or hub id of its base as --base"
+        ) from error
+    try:
+        return load_lora_student(stock, directory)
+    except ValueError as error:
+        raise ConfigurationError(f"--pipeline {name!r} does not go onto the base {base!r}: {error}") from error
 
 
 def is_own_code(file: Path) -> bool:

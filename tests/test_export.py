@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import MARK, ModelCard, check_export_directory, export_student, export_teacher, render_card
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.base import LoraOptions, StudentOptions
+from lightning_distill.models.lora_student import load_lora_student
 from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
+from tests.models.families import save_family
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_tiny_pipeline, train_a_little
 
 CARD = ModelCard("MeanFlow", "shapes-teacher", (1, 2, 4), 32, 32, guidance_scale=2.0)
@@ -39,6 +42,22 @@ for directory, out, dtype in zip(*[iter(sys.argv[1:])] * 3):
 assert not any(name.startswith("lightning") for name in sys.modules), "the export needs its maker"
 """
 
+# Likewise, with the code that is beside the weights.
+LOAD_LORA_AND_DRAW = """
+import sys, torch
+from diffusers import DiffusionPipeline
+base, *directories = sys.argv[1:]
+sys.path.append(directories[0])
+from few_step_student.lora_student import load_lora_student
+for directory in directories:
+    stock = DiffusionPipeline.from_pretrained(base, torch_dtype=getattr(torch, directory))
+    pipeline = load_lora_student(stock, directory)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    prompts = ["a red circle", "a green square", "a circle"]
+    torch.save(pipeline(prompts, guidance_scale=4.5, generator=generators, output_type="pt").images, f"{directory}.pt")
+assert not any(name.startswith("lightning") for name in sys.modules), "the export needs its maker"
+"""
+
 
 @pytest.fixture
 def teacher_directory(tmp_path: Path) -> str:
@@ -60,6 +79,15 @@ def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def build_student(adapter: DiffusersAdapter, **options: Any) -> TwoTimeFluxTransformer2DModel:
     student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(**options))
     return train_a_little(student)
+
+
+def build_lora_student(adapter: DiffusersAdapter) -> TwoTimeFluxTransformer2DModel:
+    student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(lora=LoraOptions(rank=2)))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return student
 
 
 def files(directory: Path) -> set[str]:
@@ -123,6 +151,92 @@ def test_a_student_is_safetensors_with_its_code_and_a_card(adapter: DiffusersAda
     assert sorted(path.name for path in directory.parent.iterdir()) == ["student"]
     for path in directory.rglob("*.json"):
         assert str(tmp_path) not in path.read_text(), f"{path} tells where it was made"
+
+
+def test_a_lora_student_draws_the_same_bits_on_its_base_in_a_fresh_process(tmp_path: Path) -> None:
+    base = save_tiny_pipeline(tmp_path / "tiny", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+    expected = {}
+    for dtype in ("float32", "bfloat16"):
+        adapter = load_adapter(base, torch_dtype=dtype, max_sequence_length=6)
+        student = build_lora_student(adapter).eval()
+        export_student(adapter, student, tmp_path / dtype, CARD, lora="unmerged")
+        expected[dtype] = draw(adapter, student, PROMPTS, 4, 4.5)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", LOAD_LORA_AND_DRAW, base, *expected], check=True, cwd=tmp_path, env=environment)
+    for dtype, images in expected.items():
+        assert images.std() > 1e-3
+        assert torch.equal(torch.load(tmp_path / f"{dtype}.pt"), images), dtype
+
+
+def test_a_lora_student_is_written_without_its_base(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    student = build_lora_student(adapter)
+    directory = export_student(adapter, student, tmp_path / "student", CARD, lora="unmerged")
+    code = {*CODE, "average_velocity_scheduler.py", "few_step_components.py", "lora_student.py"}
+    assert files(directory) == {
+        "README.md",
+        MARK,
+        "adapter_config.json",
+        "pytorch_lora_weights.safetensors",
+        "student.json",
+        "time_embedders.safetensors",
+        *(f"few_step_student/{file}" for file in code),
+    }
+    for path in directory.rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), f"{path} tells where it was made"
+    assert json.loads((directory / "student.json").read_text())["base_model"] == "tiny"
+    assert json.loads((directory / MARK).read_text())["kind"] == "lora_student"
+    trained = sum(parameter.nbytes for parameter in student.parameters() if parameter.requires_grad)
+    assert sum(path.stat().st_size for path in directory.glob("*.safetensors")) < trained + 10_000
+    stock = FluxPipeline.from_pretrained(adapter.pretrained)
+    stock.load_lora_weights(directory)  # under names that diffusers knows
+    given = {name for name, _ in stock.transformer.named_parameters() if "lora_" in name}
+    assert len(given) == len([name for name, _ in student.named_parameters() if "lora_" in name])
+
+
+def test_a_lora_student_is_merged_by_default(adapter: DiffusersAdapter, tmp_path: Path, modules_cache: None) -> None:
+    student = build_lora_student(adapter).eval()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    directory = export_student(adapter, student, tmp_path / "student", CARD)
+    assert files(directory) == files(export_student(adapter, build_student(adapter), tmp_path / "whole", CARD))
+    pipeline = DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    images = pipeline(PROMPTS, generator=generators, output_type="pt").images
+    torch.testing.assert_close(images, draw(adapter, student, PROMPTS, 4), rtol=0, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+def test_weights_are_merged_in_float32(teacher_directory: str) -> None:
+    adapter = load_adapter(teacher_directory, torch_dtype="bfloat16")
+    student = build_lora_student(adapter)
+    layer = student.get_submodule("transformer_blocks.0.attn.to_q")
+    expected = layer.base_layer.weight.double() + layer.lora_B.default.weight.double() @ layer.lora_A.default.weight.double()
+    found = adapter.merge_lora(student).get_submodule("transformer_blocks.0.attn.to_q").weight
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_lora_student_goes_onto_its_own_base_only(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    directory = export_student(adapter, build_lora_student(adapter), tmp_path / "student", CARD, lora="unmerged")
+    base = FluxPipeline.from_pretrained(adapter.pretrained)
+    guided = FluxPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "guided", guidance_embeds=True))
+    with pytest.raises(ValueError, match="base has guidance_embeds False, and the one that is given True"):
+        load_lora_student(guided, directory)
+    other = FluxPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "other"))
+    with pytest.raises(ValueError, match="weights of the base that is given are not those"):
+        load_lora_student(other, directory)
+    with pytest.raises(ValueError, match="base is a FluxPipeline, not a StableDiffusion3Pipeline"):
+        load_lora_student(DiffusionPipeline.from_pretrained(save_family("stable_diffusion_3", tmp_path / "sd3")), directory)
+    weights = load_file(directory / "pytorch_lora_weights.safetensors")
+    weights.pop(next(iter(weights)))
+    save_file(weights, directory / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="are not those of the layers that its settings name"):
+        load_lora_student(base, directory)
+
+
+def test_a_whole_student_cannot_be_written_without_its_base(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="has no LoRA to export unmerged"):
+        export_student(adapter, build_student(adapter), tmp_path / "student", CARD, lora="unmerged")
+    assert not (tmp_path / "student").exists()
 
 
 def test_a_teacher_is_a_stock_pipeline_of_the_same_function(adapter: DiffusersAdapter, tmp_path: Path) -> None:
@@ -261,18 +375,21 @@ def test_card_tells_method_teacher_steps_figures_and_how_to_load() -> None:
         assert part in text
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["student", "lora_student", "teacher"])
 @pytest.mark.parametrize("embeds_guidance", [False, True])
 def test_code_in_the_card_runs(kind: str, embeds_guidance: bool, tmp_path: Path, modules_cache: None) -> None:
     directory = save_tiny_pipeline(tmp_path / "tiny", guidance_embeds=embeds_guidance)
     adapter = load_adapter(directory)
     if kind == "student":
         out = export_student(adapter, build_student(adapter), tmp_path / "out", CARD)
+    elif kind == "lora_student":
+        out = export_student(adapter, build_lora_student(adapter), tmp_path / "out", CARD, lora="unmerged")
     else:
         out = export_teacher(adapter, adapter.load_teacher(), tmp_path / "out", CARD)
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
-    exec(code.replace("this/directory", str(out)).replace("a prompt", "a circle"), names)
+    code = code.replace("this/directory", str(out)).replace("a prompt", "a circle").replace(CARD.teacher, directory)
+    exec(code, names)
     assert names["image"].size == (32, 32)
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from lightning_distill import cli, sampling
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, export_student
 from lightning_distill.models import registry
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.few_step import pack_latents
 from lightning_distill.sampling import GAP, main, write_grid
 from tests.models.families import save_family
@@ -38,9 +39,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | Tensor]:
     student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions())
     card = ModelCard("MeanFlow", "shapes-teacher", (1, 4), 32, 32)
     export_student(adapter, train_a_little(student).eval(), directory / "student", card)
+    lora, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(lora=LoraOptions(rank=2)))
+    export_student(adapter, lora, directory / "lora", card, "unmerged")
     save_tiny_pipeline(directory / "guided", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
     torch.set_num_threads(1)
-    return {name: directory / name for name in ("teacher", "student", "guided")} | {"drawn": draw(adapter, student, PROMPTS, 4)}
+    return {name: directory / name for name in ("teacher", "student", "lora", "guided")} | {
+        "drawn": draw(adapter, student, PROMPTS, 4)
+    }
 
 
 def read(file: Path) -> np.ndarray:
@@ -137,6 +142,53 @@ def test_students_and_teachers_of_other_families_draw(tmp_path: Path) -> None:
         out = tmp_path / f"{name}.png"
         main(["--pipeline", str(tmp_path / name), *prompts(*PROMPTS), "--nfe", "2", *scale, "--out", str(out)])
         assert read(out).shape == (64 + GAP, 64 + GAP, 3)
+
+
+def test_a_student_draws_on_its_base(made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--pipeline", str(made["lora"]), *prompts(*PROMPTS), "--out", str(tmp_path / "x.png")]
+    main([*arguments, "--base", str(made["teacher"])])
+    assert read(tmp_path / "x.png").shape == (64 + GAP, 64 + GAP, 3)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigurationError, match=r"holds only what a student adds.*give the directory or hub id of its base as --"
+    ):
+        main(arguments)  # of a teacher in a directory only the name is known
+    shutil.copytree(made["teacher"], tmp_path / "shapes_teacher")
+    monkeypatch.setattr(registry, "_DIRECTORY", tmp_path)
+    shutil.copytree(made["lora"], tmp_path / "named")
+    settings = json.loads((made["lora"] / "student.json").read_text())
+    (tmp_path / "named" / "student.json").write_text(json.dumps({**settings, "base_model": "shapes-teacher"}))
+    main(["--pipeline", "named", *prompts(*PROMPTS), "--out", "y.png"])
+    assert np.array_equal(read(Path("y.png")), read(Path("x.png")))
+
+
+def test_code_beside_a_student_without_its_base_is_not_run(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["lora"], tmp_path / "changed")
+    (tmp_path / "changed" / "few_step_student" / "lora_student.py").write_text("raise RuntimeError")
+    main(
+        [
+            "--pipeline",
+            str(tmp_path / "changed"),
+            "--base",
+            str(made["teacher"]),
+            *prompts("a circle"),
+            "--out",
+            str(tmp_path / "x.png"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "base", "message"),
+    [
+        ("student", "teacher", "is a whole pipeline; leave --base out"),
+        ("lora", "guided", "does not go onto the base .* guidance_embeds"),
+        ("lora", "student", "cannot be loaded .* give the directory or hub id of its base as --base"),
+    ],
+)
+def test_bases_that_do_not_fit_are_refused(made: dict[str, Path], pipeline: str, base: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        sampling.load_pipeline(str(made[pipeline]), base=str(made[base]))
 
 
 def test_a_teacher_with_embedded_guidance_takes_the_scale_as_input(made: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,11 +24,19 @@ class ExportPipeline(Callback):
         directory: Where to; an earlier export there is replaced. None is `student` (after training a teacher, `teacher`) in
             the run's log directory.
         notes: Further paragraphs of the model card, in Markdown.
+        lora: How a student with LoRA is written: "merged" into whole weights, or "unmerged", what has trained alone, which is
+            small and goes onto the teacher's pipeline.
+
+    Raises:
+        ConfigurationError: If `lora` is neither.
     """
 
-    def __init__(self, directory: str | None = None, notes: str = "") -> None:
+    def __init__(self, directory: str | None = None, notes: str = "", lora: Literal["merged", "unmerged"] = "merged") -> None:
+        if lora not in ("merged", "unmerged"):
+            raise ConfigurationError(f"ExportPipeline.lora is {lora!r}; choose merged or unmerged")
         self.directory = directory
         self.notes = notes
+        self.lora = lora
         self._target: Path | None = None
         self._seconds = 0.0
         self._since: float | None = None
@@ -41,6 +49,10 @@ class ExportPipeline(Callback):
             raise ConfigurationError(
                 f"ExportPipeline writes students and teachers, and {type(pl_module).__name__} trains neither; "
                 "take it out of trainer.callbacks"
+            )
+        if self.lora == "unmerged" and pl_module.student_options.lora is None:
+            raise ConfigurationError(
+                "ExportPipeline.lora is unmerged, and the student trains as a whole; set it to merged, or model.student.lora"
             )
         log_dir = trainer.log_dir or trainer.default_root_dir
         default = Path(log_dir) / ("student" if pl_module.has_teacher else "teacher")
@@ -74,8 +86,11 @@ class ExportPipeline(Callback):
         network = pl_module.adapter.whole_copy(trained if pl_module.has_teacher else trained.get_submodule("transformer"))
         if not trainer.is_global_zero:
             return
-        export = export_student if pl_module.has_teacher else export_teacher
-        export(pl_module.adapter, network, self._target, self.model_card(trainer, pl_module))
+        card = self.model_card(trainer, pl_module)
+        if pl_module.has_teacher:
+            export_student(pl_module.adapter, network, self._target, card, self.lora)
+        else:
+            export_teacher(pl_module.adapter, network, self._target, card)
         rank_zero_info(f"Exported the {'student' if pl_module.has_teacher else 'teacher'} to {self._target}")
 
     def model_card(self, trainer: Trainer, module: TeacherStudentBase) -> ModelCard:
@@ -96,4 +111,5 @@ class ExportPipeline(Callback):
             minutes=self._elapsed() / 60,
             figures={name: value for name, value in figures.items() if math.isfinite(value)},
             notes=self.notes,
+            torch_dtype=str(getattr(module.adapter, "torch_dtype", "float32")),
         )

@@ -19,7 +19,8 @@ from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.metrics import PromptAccuracy
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import Condition
+from lightning_distill.models.base import Condition, LoraOptions, StudentOptions
+from lightning_distill.models.lora_student import load_lora_student, lora_weights
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 
@@ -80,6 +81,17 @@ def test_fit_ends_with_the_student_that_is_validated(
     card = (directory / "README.md").read_text()
     for part in ("| Method | Regression |", "| Training steps | 2 |", "| Training time | 0.", "1 or 4 steps", "As agreed."):
         assert part in card
+
+
+def test_fit_ends_with_what_lora_has_trained(teacher_directory: str, tmp_path: Path) -> None:
+    student = StudentOptions(lora=LoraOptions(rank=2))
+    module = Regression(DiffusersAdapter(teacher_directory), student=student, ema_decay=0.5, validation=OPTIONS)
+    fit(module, tmp_path, ExportPipeline(lora="unmerged"))
+    pipeline = load_lora_student(FluxPipeline.from_pretrained(teacher_directory), tmp_path / "student")
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    assert torch.equal(pipeline(PROMPTS, generator=generators, output_type="pt").images, module.sample(PROMPTS, 4))
+    moved = [name for name, value in lora_weights(module.sampling_student).items() if "lora_B" in name and value.any()]
+    assert moved
 
 
 @pytest.mark.parametrize("reported", [False, True])
@@ -143,6 +155,10 @@ def test_what_cannot_be_exported_is_refused_before_training(teacher_directory: s
     module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
     with pytest.raises(ConfigurationError, match="holds something other than an earlier export"):
         fit(module, tmp_path, ExportPipeline(teacher_directory))
+    with pytest.raises(ConfigurationError, match=r"ExportPipeline.lora is unmerged, and the student trains as a whole"):
+        fit(module, tmp_path, ExportPipeline(lora="unmerged"))
+    with pytest.raises(ConfigurationError, match=r"ExportPipeline.lora is 'both'; choose merged or unmerged"):
+        ExportPipeline(lora="both")  # type: ignore[arg-type]
     assert module.global_step == 0
 
 

@@ -22,7 +22,7 @@ from lightning_distill.flow.path import jump
 from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models import DiffusersAdapter
+from lightning_distill.models import DiffusersAdapter, load_lora_student
 from lightning_distill.models.adapter import FAMILIES as KNOWN
 from lightning_distill.models.base import Condition, LoraOptions, ModelAdapter, StudentOptions
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
@@ -231,6 +231,24 @@ def test_a_lora_student_is_the_teacher_on_the_teachers_own_weights(adapter: Diff
         move(student)
         assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), u, rtol=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_lora_student_goes_into_whole_weights_or_onto_its_base(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    _, student = build(adapter, lora=LORA)
+    move(student).eval()
+    card = ModelCard("MeanFlow", "tiny", (4,), SIZE, SIZE, SCALE)
+    export_student(adapter, student, tmp_path / "student", card, "unmerged")
+    pipeline = load_lora_student(DiffusionPipeline.from_pretrained(adapter.pretrained), tmp_path / "student")
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    size = {"height": SIZE, "width": SIZE, "output_type": "pt"}
+    images = draw(adapter, student, PROMPTS, 2, SCALE)
+    drawn = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=SCALE, generator=generators, **size).images
+    assert torch.equal(drawn, images)
+    plain = adapter.merge_lora(student)
+    assert not [name for name in plain.state_dict() if "lora" in name or "base_layer" in name]
+    assert plain.state_dict().keys() == build(adapter)[1].state_dict().keys()
+    torch.testing.assert_close(draw(adapter, plain, PROMPTS, 2, SCALE), images, rtol=0, atol=1e-4)
 
 
 def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:
