@@ -16,6 +16,7 @@ from lightning_distill.configuration import config_directory, flatten, shipped_c
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, save_tiny_pipeline
 
 FLUX = "flux_meanflow.yaml"
+FLUX_LORA = "flux_meanflow_lora.yaml"
 NO_GPU = not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
@@ -83,12 +84,13 @@ def test_it_begins_by_saying_what_it_is_for(name):
     assert len(first) > 40
 
 
-def test_every_setting_for_flux_has_a_comment():
-    lines = [line.strip().removeprefix("- ") for line in (config_directory() / FLUX).read_text().splitlines()]
+@pytest.mark.parametrize("name", [FLUX, FLUX_LORA])
+def test_every_setting_for_flux_has_a_comment(name):
+    lines = [line.strip().removeprefix("- ") for line in (config_directory() / name).read_text().splitlines()]
     settings = [line for line in lines if line and not line.startswith("#")]
     sections = ("init_args:", "model:", "data:", "trainer:", "logger:", "callbacks:")
     silent = [line for line in settings if line not in sections and " # " not in line]
-    assert len(settings) > 50
+    assert len(settings) > 25
     assert not silent
 
 
@@ -119,15 +121,37 @@ def test_without_a_gpu(capsys, pictures):
     assert "trainer.accelerator is 'gpu'" in sentence
 
 
-def test_two_steps_on_the_cpu(tmp_path, pictures):
-    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+def two_steps(name: str, teacher: str, pictures: Path, *further: str) -> None:
     main(
         [
-            *("fit", "--config", FLUX, "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+            *("fit", "--config", name, "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
             *(f"--model.adapter.pretrained={teacher}", "--model.validation.height=32", "--model.validation.width=32"),
             *(f"--data.directory={pictures}", "--data.validation_share=0.25", "--data.batch_size=4", "--data.num_workers=0"),
+            *further,
         ]
     )
+
+
+def test_two_steps_of_lora_on_the_cpu(tmp_path, pictures):
+    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+    soon = ("--model.alignment.start_step=0", "--model.alignment.critic_warmup_steps=0", "--trainer.accumulate_grad_batches=1")
+    two_steps(FLUX_LORA, teacher, pictures, *soon, "--model.student.lora.rank=2")
+    run = tmp_path / "runs" / "flux_meanflow_lora"
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    own = ("lora_", "timestep_embedder", "n_averaged")
+    assert {name.partition(".")[0] for name in state} == {"student", "ema", "alignment"}
+    assert not [name for name in state if not any(part in name for part in own)]
+    assert all(value.any() for name, value in state.items() if name.startswith("student.") and "lora_B" in name)
+    assert all(value.dtype == torch.float32 for name, value in state.items() if "lora_" in name)
+    (weights,) = (run / "student" / "transformer").glob("*.safetensors")
+    assert not [name for name in load_file(weights) if "lora" in name]
+    pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
+    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1
+
+
+def test_two_steps_on_the_cpu(tmp_path, pictures):
+    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+    two_steps(FLUX, teacher, pictures)
     run = tmp_path / "runs" / "flux_meanflow"
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
