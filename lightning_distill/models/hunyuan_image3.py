@@ -14,6 +14,7 @@ from lightning_distill.models import few_step_hunyuan_image3 as family
 from lightning_distill.models.adapter import DTYPES
 from lightning_distill.models.base import Condition, ExportCode, ModelAdapter, StudentOptions
 from lightning_distill.models.expert_routing import Routing
+from lightning_distill.models.fingerprint import fingerprint
 from lightning_distill.models.hunyuan_image3_directory import (
     is_hunyuan_image3,
     is_student,
@@ -86,7 +87,8 @@ class HunyuanImage3Adapter(ModelAdapter):
         self.embeds_guidance = False
         self._layout: TokenLayout | None = None
         self._generation: Any = None
-        self.vae: Any
+        self._vae: list[Any] = []  # a list, since what is a part of this module moves to the GPU with it
+        self._encoders = True
 
     def check(self) -> None:
         """Raise `ConfigurationError` where the settings cannot work."""
@@ -140,7 +142,18 @@ class HunyuanImage3Adapter(ModelAdapter):
         local = Path(self.pretrained)
         return local if local.is_dir() else Path(snapshot_download(self.pretrained, revision=self.revision))
 
-    def load(self) -> None:
+    def encoding_settings(self) -> dict[str, Any]:
+        """What latents and conditions depend on: the checkpoint, by its files or its hub id, and what it is asked."""
+        pretrained, directory = self.pretrained, Path(self.pretrained)
+        return {
+            "pretrained": f"sha256:{fingerprint(directory, ['.'])}" if directory.is_dir() else pretrained,
+            "revision": self.revision,
+            "torch_dtype": self.torch_dtype,
+            "max_sequence_length": self.max_sequence_length,
+            "system_prompt": self.system_prompt,
+        }
+
+    def load(self, encoders: bool = True) -> None:
         """Load the tokenizer and the autoencoder, frozen and in evaluation mode; there are no text encoders."""
         self.check()  # nothing of the checkpoint runs unless it is trusted
         directory = self.directory
@@ -160,7 +173,10 @@ class HunyuanImage3Adapter(ModelAdapter):
             }
         )
         # Not by diffusers' own `to`, which warns of parts in float32 that this autoencoder has not.
-        self.vae = nn.Module.to(vae, DTYPES[self.torch_dtype]).requires_grad_(False).eval()
+        self._vae = [nn.Module.to(vae, DTYPES[self.torch_dtype]).requires_grad_(False).eval()]
+        self._encoders = encoders
+        if encoders:
+            self.add_module("vae", self._vae[0])
 
     @property
     def layout(self) -> TokenLayout:
@@ -211,7 +227,7 @@ class HunyuanImage3Adapter(ModelAdapter):
     def encode_prompt(self, prompts: list[str]) -> Condition:
         """Conditions of B prompts: their tokens, since the network reads them itself."""
         try:
-            return self.layout.condition(prompts, self.vae.device)
+            return self.layout.condition(prompts, self._vae[0].device)
         except ValueError as error:
             raise ConfigurationError(f"{error}: set adapter.max_sequence_length") from error
 
@@ -226,12 +242,18 @@ class HunyuanImage3Adapter(ModelAdapter):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
-        return family.encode_latents(self.vae, images)
+        return family.encode_latents(self._vae[0], images)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
-        return family.decode_latents(self.vae, latents)
+        (vae,) = self._vae
+        if self._encoders:
+            return family.decode_latents(vae, latents)
+        try:
+            return family.decode_latents(nn.Module.to(vae, latents.device), latents)
+        finally:
+            vae.cpu()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of an image of H x W pixels.
