@@ -1,4 +1,4 @@
-"""The command line: a thin LightningCLI, `python -m lightning_distill fit|validate|test|predict|precompute|sample`."""
+"""The command line: a thin LightningCLI, `python -m lightning_distill fit|validate|test|predict|precompute|export|sample`."""
 
 import pickle
 import sys
@@ -27,6 +27,7 @@ import lightning_distill.strategies  # noqa: F401  # these are imported so that 
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
+from lightning_distill.checkpoint_export import CheckpointExport, export_checkpoint
 from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
 from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.precompute import PrecomputeOptions, precompute
@@ -103,8 +104,8 @@ class DistillCLI(LightningCLI):
         """A parser with interpolation across config files, `--config` by name, and no duplicate keys."""
         kwargs.setdefault(
             "description",
-            "Few-step distillation; `precompute --help` and `sample --help` tell of two more commands: latents and embeddings "
-            "written once, and pictures drawn with an exported pipeline.",
+            "Few-step distillation; `precompute --help`, `export --help` and `sample --help` tell of three more commands: "
+            "latents and embeddings written once, a checkpoint written as a pipeline, and pictures drawn with it.",
         )
         parser = self.parser_class(parser_mode="omegaconf+", dump_header=[f"torch=={torch.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="File, or name of a shipped config; may be repeated.")
@@ -200,6 +201,40 @@ class PrecomputeCLI(DistillCLI):
         precompute(self.model, self.datamodule, options, fabric)
 
 
+class ExportCLI(DistillCLI):
+    """`export`: the settings of a training, and which of its checkpoints to write where.
+
+    Of the trainer nothing counts: one process does it on the CPU.
+
+    Args:
+        args: Arguments after `export`.
+
+    Raises:
+        ConfigurationError: If a setting cannot work.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of a training's settings, under this command's name."""
+        description = "Write the student of a checkpoint, of one file or of a sharded run, as a pipeline directory."
+        return super().init_parser(prog="lightning_distill export", description=description, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of the command itself."""
+        parser.add_class_arguments(CheckpointExport)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None."""
+        return None
+
+    def after_instantiate_classes(self) -> None:
+        """Run the command."""
+        options = {field.name: self.config[field.name] for field in fields(CheckpointExport)}
+        export_checkpoint(self.model, CheckpointExport(**options))
+
+
 def _unfit(error: Exception, config: dict[str, Any]) -> ConfigurationError:
     reason = " ".join(str(error).split())
     return ConfigurationError(
@@ -256,6 +291,8 @@ def main(args: Sequence[str] | None = None) -> None:
             import_module("lightning_distill.sampling").main(argv[1:])
         elif argv[:1] == ["precompute"]:
             PrecomputeCLI(argv[1:])
+        elif argv[:1] == ["export"]:
+            ExportCLI(argv[1:])
         else:
             DistillCLI(args)
     except ValueError as error:

@@ -22,7 +22,7 @@ from lightning_distill.models.registry import SHIPPED, resolve_pretrained
 from lightning_distill.models.sharded_networks import build_sharded_student, empty_network, stored_transformer
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.models.student import build_student, lora_config
+from lightning_distill.models.student import build_student, lora_config, student_config
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
@@ -241,6 +241,12 @@ class DiffusersAdapter(ModelAdapter):
             student, report = build_sharded_student(self.family.network_class, dict(teacher.config), options, *parts)
         self._use_attention_backend(student)
         return student, report
+
+    def empty_student(self, options: StudentOptions) -> nn.Module:
+        """A student as `build_student` makes it, whose weights take no memory, and without LoRA."""
+        with init_empty_weights(include_buffers=False):
+            student: TwoTimeModel = self.family.network_class.from_config(student_config(self._transformer_config(), options))
+        return student
 
     def _stored(self) -> StoredWeights:
         return stored_transformer(resolve_pretrained(self.pretrained), self.revision)

@@ -183,6 +183,16 @@ class ModelAdapter(nn.Module, ABC):
         """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
         return network
 
+    def empty_student(self, options: StudentOptions) -> nn.Module:
+        """A student as `build_student` makes it, whose weights take no memory, and without LoRA.
+
+        Raises:
+            ConfigurationError: If the family has none.
+        """
+        raise ConfigurationError(
+            f"adapter is {type(self).__name__}, which does not export checkpoints; let ExportPipeline do it at the end of fit"
+        )
+
     @abstractmethod
     def encoding_settings(self) -> dict[str, Any]:
         """What latents and conditions depend on, as plain values by name, so that those of another teacher can be told.

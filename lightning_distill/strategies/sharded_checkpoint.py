@@ -45,7 +45,8 @@ class ShardedCheckpoints(ParallelStrategy):
         assert module is not None
         frozen: tuple[str, ...] = getattr(module, "frozen_prefixes", ())
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        return {name: value for name, value in named if not name.startswith(frozen)}
+        kept = {name for name in module.state_dict() if not name.startswith(frozen)}  # some buffers are never kept
+        return {name: value for name, value in named if name in kept}
 
     def lightning_module_state_dict(self) -> State:
         """Nothing: weights are not part of the dictionary that Lightning makes of a run's state."""

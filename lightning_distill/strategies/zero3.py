@@ -47,8 +47,9 @@ class ZeRO3Precision(DeepSpeedPrecision):
 class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
     """DeepSpeed with ZeRO stage 3: weights, gradients and the optimizer's state are spread over the processes.
 
-    Networks are filled and spread a module at a time. The frozen teacher, the critic, the average and the text encoders are
-    spread like the student; the autoencoder is not. Gradients are clipped by DeepSpeed, to `trainer.gradient_clip_val`.
+    Networks are filled and spread a module at a time: the frozen teacher, the critic, the average and the text encoders like
+    the student, and the autoencoder too, once it has been loaded. Gradients are clipped by DeepSpeed, to
+    `trainer.gradient_clip_val`.
 
     Args:
         **kwargs: Of `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`; of its stages, 3.

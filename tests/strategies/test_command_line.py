@@ -105,6 +105,17 @@ def test_it_trains_switches_is_killed_resumes_exports_and_samples(strategy: str,
     assert rest["global_step"] == 4
     assert (tmp_path / "runs" / "flux_meanflow" / "pictures.png").is_file()
 
+    exported = command(
+        tmp_path, *("export", "--config", "run.yaml", "--ckpt_path", "checkpoints/last.ckpt", "--directory", "exported")
+    )
+    assert exported.returncode == 0, exported.stderr[-3000:]
+    files = {path.relative_to(tmp_path / "student") for path in (tmp_path / "student").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "exported") for path in (tmp_path / "exported").rglob("*") if path.is_file()}
+    differing = [
+        name for name in files if (tmp_path / "student" / name).read_bytes() != (tmp_path / "exported" / name).read_bytes()
+    ]
+    assert differing == [Path("README.md")]  # which tells of the training's time
+
     drawn = command(
         tmp_path,
         *("sample", "--pipeline", "student", "--prompt", "a red circle", "--nfe", "2", "--height", "32", "--width", "32"),

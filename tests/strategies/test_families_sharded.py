@@ -1,0 +1,26 @@
+"""Every family under every strategy that shards: two processes compute what one does."""
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from tests.models.families import FAMILIES, save_family
+from tests.strategies.test_sharded import STRATEGIES, largest_difference, train
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_family(request.param, tmp_path_factory.mktemp("family") / request.param)
+
+
+@pytest.fixture(scope="module")
+def single(directory: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return train(tmp_path_factory.mktemp("single") / "run", directory, "--checkpointing", "--steps", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_it_trains_spread_over_two_processes(strategy: str, directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
+    settings = ["--strategy", strategy, "--devices", "2", "--checkpointing", "--steps", "2"]
+    assert largest_difference(single, train(tmp_path / "run", directory, *settings)) < 1e-5
