@@ -8,10 +8,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.family_table import FamilyTable
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--family-table FILE`: where the table of what families have passed is to be brought up to date."""
+    parser.addoption("--family-table", type=Path, help="Markdown file with a marked table of families")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect outcomes, in the process that workers report to."""
+    if config.getoption("--family-table") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FamilyTable(config.getoption("--family-table")))
 
 
 @pytest.fixture(autouse=True)

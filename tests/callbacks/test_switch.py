@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.optimizers import MuonWithAdamW
+from lightning_distill.strategies import FSDP2Strategy
 from tests.callbacks.distillation import Ones, Scripted
 
 pytestmark = [
@@ -243,7 +243,7 @@ def test_methods_and_strategies_that_it_cannot_work_with():
         SwitchSolution(latest_step=1).setup(trainer, torch.nn.Linear(1, 1), "fit")
     with pytest.raises(ConfigurationError, match="'differential' already"):
         SwitchSolution(latest_step=1).setup(trainer, Scripted({}, solution="differential"), "fit")
-    sharded = SimpleNamespace(strategy=FSDPStrategy())
+    sharded = SimpleNamespace(strategy=FSDP2Strategy())
     with pytest.raises(ConfigurationError, match="sharded"):
         SwitchSolution(latest_step=1).setup(sharded, Scripted({}), "fit")
     SwitchSolution(latest_step=1, guard_factor=None).setup(sharded, Scripted({}), "fit")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,6 +19,7 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import DiffusersAdapter, LoraOptions, StudentOptions
 from lightning_distill.optimizers import MuonWithAdamW
+from lightning_distill.strategies import FSDP2Strategy
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
@@ -122,7 +122,7 @@ def test_all_networks_are_in_one_memory(teacher: str) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in trained(module.student).values()}
     assert {id(p) for p in trained(module.alignment.critic).values()} == {
-        id(p) for group in module.alignment.optimizer().param_groups for p in group["params"]
+        id(p) for group in module.alignment.optimizer().optimizer.param_groups for p in group["params"]
     }
     assert names
 
@@ -277,8 +277,8 @@ def test_sharded_strategies_are_refused_before_anything_is_loaded(teacher: str, 
     student = MeanFlow(DiffusersAdapter(teacher), student=StudentOptions(lora=LoraOptions()), **settings)
     critic = MeanFlow(DiffusersAdapter(teacher), alignment=TrajectoryAlignment(critic_lora=LoraOptions()), **settings)
     for module in (student, critic):
-        module._trainer = SimpleNamespace(strategy=FSDPStrategy(), datamodule=None)
-        with pytest.raises(ConfigurationError, match=r"FSDPStrategy takes them apart; set trainer.strategy to auto or ddp"):
+        module._trainer = SimpleNamespace(strategy=FSDP2Strategy(), datamodule=None)
+        with pytest.raises(ConfigurationError, match=r"FSDP2Strategy takes them apart; set trainer.strategy to auto or ddp"):
             module.setup("fit")
         assert not hasattr(module, "student")
 

@@ -30,9 +30,11 @@ class Repeatable(MeanFlow):
 
 
 def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, ema: bool) -> MeanFlow:
+    adapter = DiffusersAdapter(pretrained)
+    adapter.check()
     return Repeatable(
-        DiffusersAdapter(pretrained),
-        guidance=Guidance("two_branch", 2.0),
+        adapter,
+        guidance=Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
         solution=solution,
         student=StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0),
         validation=ValidationOptions(nfe=(1,), average_velocity=False),

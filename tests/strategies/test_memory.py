@@ -1,0 +1,77 @@
+"""No process holds a whole network while teacher and student are loaded: the peak memory of one of two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from tests.tiny import tiny_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import json, sys, threading, time
+from lightning import Trainer, seed_everything
+from tests.strategies.train_tiny import Repeatable, data, method
+from torch.utils.data import DataLoader
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+class Stop(Exception):
+    pass
+
+class Measured(Repeatable):
+    def configure_model(self):
+        before, peak, done = anonymous(), [0.0], threading.Event()
+        def watch():
+            while not done.is_set():
+                peak[0] = max(peak[0], anonymous())
+                time.sleep(0.002)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        super().configure_model()
+        done.set()
+        watcher.join()
+        with open(f"peak{self.global_rank}.json", "w") as file:
+            json.dump(peak[0] - before, file)
+
+pretrained, strategy, devices = sys.argv[1:]
+seed_everything(0)
+module = method(pretrained, "discrete", True, False, False)
+module.__class__ = Measured
+trainer = Trainer(max_steps=1, accelerator="cpu", devices=int(devices), strategy=strategy, logger=False,
+                  enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(module, DataLoader(data(), batch_size=4))
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
+    """A pipeline with a transformer of some 240 MiB, and that size."""
+    torch.manual_seed(0)
+    pipeline = tiny_pipeline()
+    config = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
+    shape = {"num_layers": 8, "num_single_layers": 8, "num_attention_heads": 3, "attention_head_dim": 128}
+    pipeline.transformer = FluxTransformer2DModel(**{**config, **shape, "axes_dims_rope": (16, 56, 56)})
+    directory = tmp_path_factory.mktemp("medium")
+    pipeline.save_pretrained(directory)
+    return str(directory), sum(p.numel() * 4 for p in pipeline.transformer.parameters()) / 2**20
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("deepspeed_stage_3", marks=pytest.mark.slow)])
+def test_a_process_never_holds_a_whole_transformer(strategy: str, pretrained: tuple[str, float], tmp_path: Path) -> None:
+    directory, size = pretrained
+    (tmp_path / "run.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "run.py", directory, strategy, "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peaks = [json.loads((tmp_path / f"peak{rank}.json").read_text()) for rank in (0, 1)]
+    # Half of the teacher and half of the student, with what is in passing.
+    assert 0.9 * size < max(peaks) < 1.6 * size
