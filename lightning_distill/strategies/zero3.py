@@ -37,7 +37,10 @@ class ZeRO3Precision(DeepSpeedPrecision):
 
     def forward_context(self) -> Any:
         """Autocast."""
-        return nullcontext() if self._dtype is None else torch.autocast(self._device, dtype=self._dtype)
+        if self._dtype is None:
+            return nullcontext()
+        # Its cache would hold all weights, whole and in 16 bits, until the end of the forward pass.
+        return torch.autocast(self._device, dtype=self._dtype, cache_enabled=False)
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Backward pass; Lightning has divided the loss by the number of batches that are accumulated already."""
