@@ -1,4 +1,4 @@
-"""The command line: a thin LightningCLI, `python -m lightning_distill fit|validate|test|predict|precompute|export|sample`."""
+"""The command line: a thin LightningCLI, `python -m lightning_distill fit|...`, and commands around it."""
 
 import pickle
 import sys
@@ -30,6 +30,7 @@ from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.checkpoint_export import CheckpointExport, export_checkpoint
 from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
 from lightning_distill.errors import ConfigurationError, NonFiniteError
+from lightning_distill.planning import PlanOptions, plan
 from lightning_distill.precompute import PrecomputeOptions, precompute
 
 ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite)
@@ -104,8 +105,8 @@ class DistillCLI(LightningCLI):
         """A parser with interpolation across config files, `--config` by name, and no duplicate keys."""
         kwargs.setdefault(
             "description",
-            "Few-step distillation; `precompute --help`, `export --help` and `sample --help` tell of three more commands: "
-            "latents and embeddings written once, a checkpoint written as a pipeline, and pictures drawn with it.",
+            "Few-step distillation; `--help` of `plan`, `precompute`, `export` and `sample` tells of four more commands: what a "
+            "training asks of a machine, latents and embeddings written once, a checkpoint written as a pipeline, and pictures.",
         )
         parser = self.parser_class(parser_mode="omegaconf+", dump_header=[f"torch=={torch.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="File, or name of a shipped config; may be repeated.")
@@ -235,6 +236,39 @@ class ExportCLI(DistillCLI):
         export_checkpoint(self.model, CheckpointExport(**options))
 
 
+class PlanCLI(DistillCLI):
+    """`plan`: the settings of a training, and the machine that it is to run on.
+
+    Args:
+        args: Arguments after `plan`.
+
+    Raises:
+        ConfigurationError: If a setting cannot work.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser of a training's settings, under this command's name."""
+        description = "Count what a training would take of each GPU, and which machine is large enough; nothing is loaded."
+        return super().init_parser(prog="lightning_distill plan", description=description, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of the command itself."""
+        parser.add_class_arguments(PlanOptions)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """In the place of a trainer, its settings: the machine that it is for need not be this one."""
+        return self._get(self.config_init, "trainer")
+
+    def after_instantiate_classes(self) -> None:
+        """Run the command."""
+        options = PlanOptions(**{field.name: self.config[field.name] for field in fields(PlanOptions)})
+        settings: Any = self.trainer
+        plan(self.model, self.datamodule, settings, options)
+
+
 def _unfit(error: Exception, config: dict[str, Any]) -> ConfigurationError:
     reason = " ".join(str(error).split())
     return ConfigurationError(
@@ -293,6 +327,8 @@ def main(args: Sequence[str] | None = None) -> None:
             PrecomputeCLI(argv[1:])
         elif argv[:1] == ["export"]:
             ExportCLI(argv[1:])
+        elif argv[:1] == ["plan"]:
+            PlanCLI(argv[1:])
         else:
             DistillCLI(args)
     except ValueError as error:

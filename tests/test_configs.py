@@ -125,6 +125,7 @@ def two_steps(name: str, teacher: str, pictures: Path, *further: str) -> None:
     main(
         [
             *("fit", "--config", name, "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+            "--trainer.strategy=auto",
             *(f"--model.adapter.pretrained={teacher}", "--model.validation.height=32", "--model.validation.width=32"),
             *(f"--data.directory={pictures}", "--data.validation_share=0.25", "--data.batch_size=4", "--data.num_workers=0"),
             *further,

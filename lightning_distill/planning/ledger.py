@@ -1,0 +1,119 @@
+"""Memory of computations that are not done: what tensors without memory would take while they are alive."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_distill.planning.description import is_fake
+
+Key = int
+"""Number of processes that gradients are divided among."""
+
+
+class Ledger(TorchDispatchMode):
+    """Follows the bytes of all tensors that come into being in it.
+
+    Gradients of parameters are counted and dropped as soon as they are there, since sharded strategies divide them; what is
+    alive besides and the sum of gradients so far give the peak for any number of processes.
+
+    Args:
+        shares: Numbers of processes that gradients may be divided among.
+
+    Attributes:
+        live: Bytes alive, without gradients.
+        gradients: Bytes of gradients.
+        peaks: Most of both, by the number of processes.
+    """
+
+    def __init__(self, shares: Sequence[Key]) -> None:
+        super().__init__()
+        self.live = 0
+        self.gradients = 0
+        self.peaks = dict.fromkeys(shares, 0.0)
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Count the results."""
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and is_fake(x):
+                self._count(x.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.note()
+
+    def note(self, bytes_beside: float = 0, divided: bool = False) -> None:
+        """Look at what is alive now.
+
+        Args:
+            bytes_beside: Of what was not seen here.
+            divided: Whether these are divided among processes.
+        """
+        for share in self.peaks:
+            beside = bytes_beside / share if divided else bytes_beside
+            self.peaks[share] = max(self.peaks[share], self.live + self.gradients / share + beside)
+
+    def take_gradients(self, parameters: Iterable[nn.Parameter], accumulated: bool = False) -> None:
+        """Count the gradients of parameters from now on.
+
+        Args:
+            parameters: That train.
+            accumulated: Whether there are gradients from before, which those of a step are added to.
+        """
+
+        def count(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if accumulated:
+                self.note()
+            else:
+                self.gradients += parameter.grad.nbytes
+            parameter.grad = None
+            self.note()
+
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self.gradients += parameter.nbytes if accumulated else 0
+                parameter.register_post_accumulate_grad_hook(count)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """What `torch.autocast` does on CUDA and not on a CPU: operations that are sensitive to rounding run in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Widen the inputs of those operations."""
+        kwargs = kwargs or {}
+        if func in _FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tuple(_widened(x) for x in args), {name: _widened(x) for name, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _widened(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+_FLOAT32 = {
+    *(F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.mse_loss, F.softplus, F.cosine_similarity),
+    *(torch.layer_norm, torch.group_norm, torch.rms_norm, torch.softmax, torch.rsqrt, torch.pow, torch.sum, torch.exp),
+    *(torch.log, torch.reciprocal, torch.cumsum, torch.prod),
+    *(Tensor.softmax, Tensor.rsqrt, Tensor.pow, Tensor.__pow__, Tensor.sum, Tensor.exp, Tensor.log, Tensor.reciprocal),
+    *(Tensor.cumsum, Tensor.prod),
+}
+"""Of torch's list for CUDA (ATen/autocast_mode.h) those that transformers and autoencoders call."""

@@ -1,0 +1,285 @@
+"""The memory and the forwards of a training step: the method's own step, run on tensors that have no memory."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow import dual_rules
+from lightning_distill.flow.solvers import SOLVERS
+from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.planning.description import attach_description
+from lightning_distill.planning.ledger import CudaAutocast, Ledger
+from lightning_distill.planning.networks import FEW, Stacks, build_networks, sizes, stacks
+
+SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Numbers of processes that a step is measured for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a process trains on at a time.
+
+    Attributes:
+        samples: Number of them.
+        size: Height and width of pictures in pixels.
+        images: Whether there are pictures.
+        encoded: Whether latents and conditions come encoded.
+        accumulated: Whether gradients of several passes are added up.
+    """
+
+    samples: int
+    size: tuple[int, int]
+    images: bool = True
+    encoded: bool = False
+    accumulated: bool = False
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training takes, as numbers that are affine in the numbers of a network's blocks.
+
+    Attributes:
+        numbers: Bytes and counts by name: `weights/student`, `trained/student`, `state/student` of the optimizer, `step` of its
+            temporaries, `encode` of encoding, `pass/<phase>/<share>`, the most of activations and gradients of a forward and
+            backward pass in a phase, where gradients are divided among so many processes.
+        calls: Of networks in a step, by phase and `teacher`, `student`, `student_backward` and so on.
+        blocks: Bytes of the largest block of a network and of what is outside its blocks, by network.
+    """
+
+    numbers: dict[str, float]
+    calls: dict[str, dict[str, float]]
+    blocks: dict[str, tuple[int, int]]
+
+    @property
+    def phases(self) -> list[str]:
+        """Names of the phases."""
+        return list(self.calls)
+
+
+def measure_step(
+    module: TeacherStudentBase, directory: Path, batch: Batch, phases: list[str], precision: str = "32-true", gpu: bool = True
+) -> StepCost:
+    """Run a method's training step without memory, at a few blocks of each kind, and conclude from there.
+
+    Equal blocks add equally, so a step is run with two blocks of each list, and once more for each list with three.
+
+    Args:
+        module: A method whose networks are not built; it is not to be used afterwards.
+        directory: Of the pipeline's configurations.
+        batch: What a process trains on at a time.
+        phases: Solutions that training goes through; those of MeanFlow with an alignment are measured with it.
+        precision: Of the trainer: "bf16-mixed", "16-mixed" or "32-true".
+        gpu: Whether training is on a GPU, whose autocast and optimizers take more memory than those of a CPU.
+
+    Raises:
+        ConfigurationError: If the precision is another, or the optimizer cannot be run so.
+    """
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None, "32": None}
+    if precision not in dtypes:
+        raise ConfigurationError(
+            f"trainer.precision is {precision}, which plan does not know; choose one of {', '.join(dtypes)}"
+        )
+    adapter = module.adapter
+    assert isinstance(adapter, DiffusersAdapter)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    found = stacks(adapter, directory)
+    few = dict.fromkeys(found.depths, FEW)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        if gpu:
+            stack.enter_context(patch.object(dual_rules, "CPU_BLOCK_BYTES", dual_rules.DEVICE_BLOCK_BYTES))
+        attach_description(adapter, directory, not batch.encoded, mode)
+        run = _Run(module, batch, mode, dtypes[precision], gpu)
+        run.encode()
+        base = run.measure(found, few, phases)
+        numbers = dict(base.numbers)
+        for name, depth in found.depths.items():
+            more = run.measure(found, {**few, name: FEW + 1}, phases)
+            for key, value in base.numbers.items():
+                numbers[key] += (depth - FEW) * (more.numbers[key] - value)
+    return StepCost(numbers | run.encoders, base.calls, base.blocks)
+
+
+class _Run:
+    def __init__(
+        self, module: TeacherStudentBase, batch: Batch, mode: FakeTensorMode, dtype: torch.dtype | None, gpu: bool
+    ) -> None:
+        self.module, self.batch, self.mode, self.dtype, self.gpu = module, batch, mode, dtype, gpu
+        self.encoders: dict[str, float] = {}
+        self.inputs: dict[str, Any] = {}
+        self.further = _further_calls(module)
+        # All samples in one part of the batch, and no passes whose number is drawn: the step takes the same each time.
+        for name, value in {"cache_latents": False, "equal_fraction": 0.0, "trajectory_jumps": 1}.items():
+            if hasattr(module, name):
+                setattr(module, name, value)
+        if getattr(module, "trajectory_fraction", 0) > 0:
+            module.trajectory_fraction = 1.0  # type: ignore[assignment]
+
+    def device(self) -> AbstractContextManager[Any]:
+        """What a GPU does beyond a CPU."""
+        return CudaAutocast() if self.gpu else nullcontext()
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """As the trainer's."""
+        autocast = nullcontext() if self.dtype is None else torch.autocast("cpu", self.dtype, cache_enabled=False)
+        with self.device(), autocast:
+            yield
+
+    def encode(self) -> None:
+        """Latents and conditions of a batch, and what making them takes."""
+        module, samples, ledger = self.module, self.batch.samples, Ledger((1,))
+        prompts = ["a picture"] * samples
+        with self.mode:
+            image = torch.empty(samples, 3, *self.batch.size)
+        with ledger, self.precision(), torch.no_grad():
+            null = module.adapter.encode_prompt([""])
+            condition = module.adapter.encode_prompt(prompts)
+            latents = module.adapter.encode_images(image)
+        module._null_condition = null
+        self.inputs = {"prompt": prompts, "latents": latents.detach(), "condition": condition}
+        adapter = module.adapter
+        self.encoders["encode"] = 0.0 if self.batch.encoded else ledger.peaks[1]
+        parts = {"text_encoders": adapter.text_encoders().values(), "autoencoder": [adapter.pipeline.vae]}
+        for name, modules in parts.items():
+            kept = not self.batch.encoded
+            self.encoders[f"weights/{name}"] = sum(sizes(part).weights for part in modules) if kept else 0
+            self.encoders[f"parameters/{name}"] = sum(sizes(part).parameters for part in modules) if kept else 0
+
+    def measure(self, found: Stacks, depths: Mapping[str, int], phases: list[str]) -> StepCost:
+        """With so many blocks."""
+        module = self.module
+        build_networks(module, found, depths, self.mode)
+        alignment = getattr(module, "alignment", None)
+        networks: dict[str, nn.Module] = {"teacher": module.teacher, "student": module.student}
+        if alignment is not None:
+            networks["critic"] = alignment.critic
+        numbers: dict[str, float] = {}
+        blocks = {}
+        for name, network in networks.items():
+            found_sizes = sizes(network, None if name == "teacher" else module.teacher)
+            numbers[f"parameters/{name}"] = found_sizes.parameters
+            numbers[f"weights/{name}"] = found_sizes.weights
+            numbers[f"trained/{name}"] = found_sizes.trained
+            blocks[name] = found_sizes.largest_block, found_sizes.rest
+        numbers["weights/average"] = 4 * numbers["trained/student"] if module.ema_decay is not None else 0
+        numbers["state/student"], numbers["step"] = self._optimizer()
+        calls = {}
+        for phase in phases:
+            counter, ledger = self._pass(phase, networks)
+            counter.update(self.further.get(phase, {}))
+            calls[phase] = {name: float(count) for name, count in counter.items()}
+            for share, peak in ledger.peaks.items():
+                numbers[f"pass/{phase}/{share}"] = peak
+        return StepCost(numbers, calls, blocks)
+
+    def _optimizer(self) -> tuple[float, float]:
+        """Bytes of what the optimizer keeps, and of what it needs for a step besides."""
+        ledger = Ledger((1,))
+        try:
+            configured = self.module.configure_optimizers()
+            optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+            for group in optimizer.param_groups:
+                if self.gpu and group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True  # torch's own choice there
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            with ledger:
+                optimizer.step()
+                kept = ledger.live
+                ledger.peaks[1] = kept
+                optimizer.step()
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"model.optimizer cannot be run on tensors without memory ({str(error).splitlines()[0]}); plan with an "
+                "optimizer of torch that keeps as much, such as torch.optim.AdamW"
+            ) from error
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        return kept, ledger.peaks[1] - kept
+
+    def _pass(self, phase: str, networks: Mapping[str, nn.Module]) -> tuple[Counter[str], Ledger]:
+        """A forward and backward pass."""
+        module, ledger, counter = self.module, Ledger(SHARES), Counter[str]()
+        alignment = getattr(module, "alignment", None)
+        if hasattr(module, "solution"):
+            module.solution = phase  # type: ignore[assignment]
+        if alignment is not None:
+            alignment.start_step = alignment.critic_warmup_steps = 0
+            alignment.nfe, alignment.critic_updates = (1,), 1
+            alignment._optimizer = _SideStep(alignment.critic, ledger, self.gpu)
+        handles = [network.register_forward_pre_hook(_counting(name, counter)) for name, network in networks.items()]
+        ledger.take_gradients(module.student.parameters(), self.batch.accumulated)
+        with ledger, self.precision():
+            x0, condition = module.latents(self.inputs), module.condition(self.inputs)
+            loss = module.objective(x0, condition).loss.mean()
+        with ledger, self.device():  # blocks that are run again must do so as before
+            loss.backward()
+        for handle in handles:
+            handle.remove()
+        for parameter in module.student.parameters():
+            parameter._post_accumulate_grad_hooks = None
+        return counter, ledger
+
+
+def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:
+    """Calls in a step beside those of one that draws the least, in the mean: where r = t, and along trajectories.
+
+    Both branches of guidance are one call, of a batch twice as large.
+    """
+    found: dict[str, Counter[str]] = {phase: Counter() for phase in ("discrete", "bootstrapped", "differential")}
+    alignment = getattr(module, "alignment", None)
+    for phase, counter in found.items():
+        if getattr(module, "equal_fraction", 0) > 0:
+            counter.update({"student": 1, "student_backward": 1} if phase == "differential" else {"teacher": 1})
+        if getattr(module, "trajectory_fraction", 0) > 0:
+            jumps = (module.trajectory_jumps + 1) / 2 - 1  # type: ignore[operator]
+            by_teacher = module.trajectory_source == "teacher"
+            each = SOLVERS[str(module.solver)].evaluations if by_teacher else 1
+            counter["teacher" if by_teacher else "student"] += jumps * each  # type: ignore[assignment]
+        if alignment is not None:
+            counter["student"] += sum((nfe + 1) / 2 for nfe in alignment.nfe) / len(alignment.nfe) - 1
+            for name in ("critic", "critic_backward"):
+                counter[name] += alignment.critic_updates - 1
+    return found
+
+
+def _counting(name: str, counter: Counter[str]) -> Any:
+    def count(network: nn.Module, args: Any) -> None:
+        counter[name] += 1
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in network.parameters()):
+            counter[f"{name}_backward"] += 1
+
+    return count
+
+
+class _SideStep:
+    """In the place of a critic's optimizer: its backward pass, and AdamW's step, with the student's graph alive."""
+
+    def __init__(self, network: nn.Module, ledger: Ledger, gpu: bool) -> None:
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._trained, self._ledger = trained, ledger
+        self._temporaries = sum(p.nbytes for p in trained) if gpu else max(p.nbytes for p in trained)
+
+    def step(self, loss: Tensor) -> None:
+        """The bytes of a step."""
+        before = self._ledger.gradients
+        for parameter in self._trained:
+            parameter._post_accumulate_grad_hooks = None
+        self._ledger.take_gradients(self._trained)
+        loss.backward()
+        self._ledger.note(self._temporaries, divided=True)
+        self._ledger.gradients = before

@@ -1,0 +1,97 @@
+"""The step that is run without memory: it is the method's own, and few blocks tell what many take."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lightning_distill.planning.networks as networks
+from lightning_distill.methods import MeanFlow, TrajectoryAlignment
+from lightning_distill.methods.guidance import Guidance
+from lightning_distill.models import DiffusersAdapter
+from lightning_distill.models.base import LoraOptions, StudentOptions
+from lightning_distill.models.embedded import build_flux_pipeline
+from lightning_distill.planning.ledger import Ledger
+from lightning_distill.planning.step import Batch, StepCost, measure_step
+from tests.tiny import WORDS, tiny_vae
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five joint and four single blocks."""
+    directory = tmp_path_factory.mktemp("teacher")
+    build_flux_pipeline(tiny_vae(), WORDS, num_layers=5, num_single_layers=4, num_attention_heads=2).save_pretrained(directory)
+    return directory
+
+
+def measure(directory: Path, phases: list[str], **options: object) -> tuple[MeanFlow, StepCost]:
+    adapter = DiffusersAdapter(str(directory))
+    adapter.check()
+    module = MeanFlow(
+        adapter,
+        guidance=Guidance("two_branch", 2.0),
+        student=StudentOptions(**options),  # type: ignore[arg-type]
+        alignment=TrajectoryAlignment(nfe=(1, 3)),
+        solver_steps=3,
+        ema_decay=0.9,
+    )
+    return module, measure_step(module, directory, Batch(2, (32, 32)), phases)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_few_blocks_tell_what_all_take(pipeline: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    _, few = measure(pipeline, ["differential"], gradient_checkpointing=checkpointing)
+    monkeypatch.setattr(networks, "FEW", 9)  # no list is longer
+    _, whole = measure(pipeline, ["differential"], gradient_checkpointing=checkpointing)
+    assert few.numbers.keys() == whole.numbers.keys()
+    for name, value in whole.numbers.items():
+        exact = not name.startswith("pass")
+        assert few.numbers[name] == pytest.approx(value, rel=1e-9 if exact else 0.02), name
+
+
+def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
+    module, cost = measure(pipeline, ["discrete"], lora=LoraOptions(rank=2))
+    adapter = DiffusersAdapter(str(pipeline))
+    adapter.load()
+    teacher = adapter.load_teacher()
+    student, _ = adapter.build_student(teacher, module.student_options)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert cost.numbers["parameters/teacher"] == sum(p.numel() for p in teacher.parameters())
+    assert cost.numbers["trained/student"] == trained
+    assert cost.numbers["weights/student"] == 4 * trained  # the rest is the teacher's
+    assert cost.numbers["state/student"] == 8 * trained
+    encoders = sum(p.numel() for part in adapter.text_encoders().values() for p in part.parameters())
+    assert cost.numbers["parameters/text_encoders"] == encoders
+    # Three of the solution, one where r = t, one of the alignment; trajectories of one and of three jumps have 1.5 in the mean.
+    assert cost.calls["discrete"]["teacher"] == 5
+    assert cost.calls["discrete"]["student"] == 1 + 1.5
+
+
+def test_the_ledger_knows_what_is_alive() -> None:
+    with FakeTensorMode():
+        x = torch.empty(256, requires_grad=True)
+    ledger = Ledger((1, 2))
+    with ledger:
+        y = x * 2
+        assert ledger.live == 1024
+        z = y.view(16, 16)  # the same memory
+        del y
+        assert ledger.live == 1024
+        del z
+    assert ledger.live == 0
+    assert ledger.peaks == {1: 1024, 2: 1024}
+    ledger.note(1000, divided=True)
+    assert ledger.peaks == {1: 1024, 2: 1024}
+
+
+def test_gradients_are_divided_among_processes() -> None:
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.empty(512))
+    ledger = Ledger((1, 4))
+    ledger.take_gradients([weight])
+    with ledger:
+        weight.square().sum().backward()
+    assert weight.grad is None
+    assert ledger.gradients == 2048
+    assert ledger.peaks[4] < ledger.peaks[1]
