@@ -1,13 +1,15 @@
 """Memory of computations that are not done: what tensors without memory would take while they are alive."""
 
+import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,15 +44,15 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Count the results."""
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and is_fake(x):
-                self._count(x.untyped_storage())
+        # Views of what was there before, such as weights, and changes of it in place are nothing new.
+        old = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in old and storage._cdata not in self._known:
+                self._count(storage)
         return result
 
     def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
 
         def freed(_: Any) -> None:
             del self._known[key]
@@ -90,30 +92,46 @@ class Ledger(TorchDispatchMode):
 
         for parameter in parameters:
             if parameter.requires_grad:
-                self.gradients += parameter.nbytes if accumulated else 0
                 parameter.register_post_accumulate_grad_hook(count)
 
 
-class CudaAutocast(TorchFunctionMode):
-    """What `torch.autocast` does on CUDA and not on a CPU: operations that are sensitive to rounding run in float32."""
+def _storages(tree: Any) -> list[Any]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor) and is_fake(x)]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Widen the inputs of those operations."""
-        kwargs = kwargs or {}
-        if func in _FLOAT32 and torch.is_autocast_enabled("cpu"):
+
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """What `torch.autocast` does on CUDA and not on a CPU: operations that are sensitive to rounding run in float32.
+
+    They are replaced for the time, since a mode would not see what is run again in a backward pass.
+    """
+    import torch._decomp.decompositions_for_jvp  # noqa: F401  # torch compiles these at the first dual number, from the originals
+
+    with ExitStack() as stack:
+        for owner, names in _FLOAT32.items():
+            for name in names:
+                stack.enter_context(patch.object(owner, name, _in_float32(getattr(owner, name))))
+        yield
+
+
+def _in_float32(func: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(func)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
             args, kwargs = tuple(_widened(x) for x in args), {name: _widened(x) for name, x in kwargs.items()}
         return func(*args, **kwargs)
+
+    return wide
 
 
 def _widened(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-_FLOAT32 = {
-    *(F.layer_norm, F.group_norm, F.rms_norm, F.softmax, F.mse_loss, F.softplus, F.cosine_similarity),
-    *(torch.layer_norm, torch.group_norm, torch.rms_norm, torch.softmax, torch.rsqrt, torch.pow, torch.sum, torch.exp),
-    *(torch.log, torch.reciprocal, torch.cumsum, torch.prod),
-    *(Tensor.softmax, Tensor.rsqrt, Tensor.pow, Tensor.__pow__, Tensor.sum, Tensor.exp, Tensor.log, Tensor.reciprocal),
-    *(Tensor.cumsum, Tensor.prod),
+_COMMON = ("softmax", "rsqrt", "pow", "sum", "exp", "log", "reciprocal", "cumsum", "prod")
+_FLOAT32: dict[Any, tuple[str, ...]] = {
+    F: ("layer_norm", "group_norm", "rms_norm", "softmax", "softplus", "mse_loss"),
+    torch: ("layer_norm", "group_norm", "rms_norm", *_COMMON),
+    Tensor: ("__pow__", *_COMMON),
 }
 """Of torch's list for CUDA (ATen/autocast_mode.h) those that transformers and autoencoders call."""

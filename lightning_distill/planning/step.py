@@ -19,7 +19,7 @@ from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.planning.description import attach_description
-from lightning_distill.planning.ledger import CudaAutocast, Ledger
+from lightning_distill.planning.ledger import Ledger, cuda_autocast
 from lightning_distill.planning.networks import FEW, Stacks, build_networks, sizes, stacks
 
 SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -129,7 +129,7 @@ class _Run:
 
     def device(self) -> AbstractContextManager[Any]:
         """What a GPU does beyond a CPU."""
-        return CudaAutocast() if self.gpu else nullcontext()
+        return cuda_autocast() if self.gpu else nullcontext()
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -222,15 +222,20 @@ class _Run:
             alignment.nfe, alignment.critic_updates = (1,), 1
             alignment._optimizer = _SideStep(alignment.critic, ledger, self.gpu)
         handles = [network.register_forward_pre_hook(_counting(name, counter)) for name, network in networks.items()]
-        ledger.take_gradients(module.student.parameters(), self.batch.accumulated)
+        trained = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
+        # Those of the step before are there until the backward pass begins, or are added to.
+        ledger.gradients = sum(parameter.nbytes for parameter in trained)
+        ledger.take_gradients(trained, self.batch.accumulated)
         with ledger, self.precision():
             x0, condition = module.latents(self.inputs), module.condition(self.inputs)
             loss = module.objective(x0, condition).loss.mean()
+        if not self.batch.accumulated:
+            ledger.gradients = 0
         with ledger, self.device():  # blocks that are run again must do so as before
             loss.backward()
         for handle in handles:
             handle.remove()
-        for parameter in module.student.parameters():
+        for parameter in trained:
             parameter._post_accumulate_grad_hooks = None
         return counter, ledger
 
