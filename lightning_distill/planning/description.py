@@ -51,7 +51,7 @@ def description_directory(pretrained: str, revision: str | None, given: str | No
     )
 
 
-def attach_description(adapter: DiffusersAdapter, directory: Path, encoders: bool, mode: FakeTensorMode) -> None:
+def attach_description(adapter: DiffusersAdapter, directory: Path, mode: FakeTensorMode) -> None:
     """Give an adapter the components of a pipeline without memory, in the place of `load`.
 
     Raises:
@@ -63,14 +63,14 @@ def attach_description(adapter: DiffusersAdapter, directory: Path, encoders: boo
         if name.startswith("_") or not isinstance(value, list):
             continue
         library, kind = value
-        unused = name == "transformer" or kind is None or (name.startswith("text_encoder") and not encoders)
+        unused = name == "transformer" or kind is None
         components[name] = None if unused else _component(directory, name, library, kind)
     pipeline: FewStepPipeline = adapter.family(**components)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             # Past diffusers' own, which warns of embedders of time: they stay in float32 by themselves.
             without_memory(nn.Module.to(component, DTYPES[adapter.torch_dtype]), mode)
-    adapter.attach(pipeline, encoders)
+    adapter.attach(pipeline)
 
 
 def _component(directory: Path, name: str, library: str, kind: str) -> Any:

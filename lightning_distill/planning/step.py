@@ -100,7 +100,7 @@ def measure_step(
         warnings.simplefilter("ignore")
         if gpu:
             stack.enter_context(patch.object(dual_rules, "CPU_BLOCK_BYTES", dual_rules.DEVICE_BLOCK_BYTES))
-        attach_description(adapter, directory, not batch.encoded, mode)
+        attach_description(adapter, directory, mode)
         run = _Run(module, batch, mode, dtypes[precision], gpu)
         run.encode()
         base = run.measure(found, few, phases)
@@ -147,7 +147,7 @@ class _Run:
         with ledger, self.precision(), torch.no_grad():
             null = module.adapter.encode_prompt([""])
             condition = module.adapter.encode_prompt(prompts)
-            latents = module.adapter.encode_images(image)
+            latents = module.adapter.encode_images(image) if self.batch.images else self._empty_latents()
         module._null_condition = null
         self.inputs = {"prompt": prompts, "latents": latents.detach(), "condition": condition}
         adapter = module.adapter
@@ -157,6 +157,11 @@ class _Run:
             kept = not self.batch.encoded
             self.encoders[f"weights/{name}"] = sum(sizes(part).weights for part in modules) if kept else 0
             self.encoders[f"parameters/{name}"] = sum(sizes(part).parameters for part in modules) if kept else 0
+
+    def _empty_latents(self) -> Tensor:
+        """Of prompts alone."""
+        with self.mode:
+            return torch.empty(self.batch.samples, *self.module.adapter.latent_shape(*self.batch.size))
 
     def measure(self, found: Stacks, depths: Mapping[str, int], phases: list[str]) -> StepCost:
         """With so many blocks."""

@@ -39,7 +39,7 @@ def measure(directory: Path, phases: list[str], **options: object) -> tuple[Mean
     return module, measure_step(module, directory, Batch(2, (32, 32)), phases)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_few_blocks_tell_what_all_take(pipeline: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
     _, few = measure(pipeline, ["differential"], gradient_checkpointing=checkpointing)
     monkeypatch.setattr(networks, "FEW", 9)  # no list is longer
@@ -94,4 +94,5 @@ def test_gradients_are_divided_among_processes() -> None:
         weight.square().sum().backward()
     assert weight.grad is None
     assert ledger.gradients == 2048
-    assert ledger.peaks[4] < ledger.peaks[1]
+    ledger.note(10_000)
+    assert ledger.peaks == {1: 12_048, 4: 10_512}
