@@ -49,7 +49,7 @@ class Stacks:
         part = copy.copy(self.whole)
         part._modules = dict(self.whole._modules)
         for name, depth in depths.items():
-            part._modules[name] = nn.ModuleList(list(self.whole.get_submodule(name))[:depth])  # type: ignore[arg-type, call-overload]
+            part._modules[name] = nn.ModuleList(list(self.whole.get_submodule(name))[:depth])
         return copy.deepcopy(part)
 
 
@@ -102,7 +102,7 @@ def _student(
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     adapter._use_attention_backend(student)
-    return student.train()  # type: ignore[no-any-return]
+    return student.train()
 
 
 def _share(student: TwoTimeModel, teacher: TwoTimeModel) -> None:

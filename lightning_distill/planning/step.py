@@ -150,9 +150,12 @@ class _Run:
             latents = module.adapter.encode_images(image) if self.batch.images else self._empty_latents()
         module._null_condition = null
         self.inputs = {"prompt": prompts, "latents": latents.detach(), "condition": condition}
-        adapter = module.adapter
+        adapter: Any = module.adapter
         self.encoders["encode"] = 0.0 if self.batch.encoded else ledger.peaks[1]
-        parts = {"text_encoders": adapter.text_encoders().values(), "autoencoder": [adapter.pipeline.vae]}
+        parts: dict[str, list[nn.Module]] = {
+            "text_encoders": list(adapter.text_encoders().values()),
+            "autoencoder": [adapter.pipeline.vae],
+        }
         for name, modules in parts.items():
             kept = not self.batch.encoded
             self.encoders[f"weights/{name}"] = sum(sizes(part).weights for part in modules) if kept else 0
@@ -241,7 +244,7 @@ class _Run:
         for handle in handles:
             handle.remove()
         for parameter in trained:
-            parameter._post_accumulate_grad_hooks = None
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         return counter, ledger
 
 
@@ -288,7 +291,7 @@ class _SideStep:
         """The bytes of a step."""
         before = self._ledger.gradients
         for parameter in self._trained:
-            parameter._post_accumulate_grad_hooks = None
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         self._ledger.take_gradients(self._trained)
         loss.backward()
         self._ledger.note(self._temporaries, divided=True)
