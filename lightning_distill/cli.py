@@ -1,4 +1,4 @@
-"""The command line: a thin LightningCLI, `python -m lightning_distill fit|...`, and commands around it."""
+"""The command line: a thin LightningCLI, `python -m lightning_distill fit`, and commands around it."""
 
 import pickle
 import sys
@@ -105,8 +105,8 @@ class DistillCLI(LightningCLI):
         """A parser with interpolation across config files, `--config` by name, and no duplicate keys."""
         kwargs.setdefault(
             "description",
-            "Few-step distillation; `--help` of `plan`, `precompute`, `export` and `sample` tells of four more commands: what a "
-            "training asks of a machine, latents and embeddings written once, a checkpoint written as a pipeline, and pictures.",
+            "Few-step distillation; `--help` of `plan`, `precompute`, `export` and `sample` tells of four more commands: what "
+            "a training asks of a machine, latents and embeddings written once, a checkpoint as a pipeline, and pictures.",
         )
         parser = self.parser_class(parser_mode="omegaconf+", dump_header=[f"torch=={torch.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=NamedConfig, help="File, or name of a shipped config; may be repeated.")
