@@ -1,5 +1,6 @@
 """Sequences of text and one picture, as the published tokenizers make them."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +40,16 @@ def closest(config: Any, image_size: tuple[int, int], **flags: bool) -> ImageInf
     return ImageInfo(height, width, height // factor, width // factor, config.image_base_size, index, **flags)
 
 
-class ChatTemplate:
-    """What both published tokenizers do with prompts; `ids` maps a special token and `encode` a text to ids."""
+class ChatTemplate(ABC):
+    """What both published tokenizers do with prompts."""
 
+    @abstractmethod
     def ids(self, token: str) -> int:
-        raise NotImplementedError
+        """Of a special token."""
 
+    @abstractmethod
     def text_ids(self, text: str) -> list[int]:
-        raise NotImplementedError
+        """Of a text."""
 
     def apply_chat_template(
         self,
