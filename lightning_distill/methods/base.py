@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,10 +23,10 @@ from lightning_distill.methods.average import ShardedAverage
 from lightning_distill.methods.condition import EncodedData, encoded_data
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.sampling import Batch, SamplingModule
+from lightning_distill.methods.sharded_networks import ShardedNetworks
 from lightning_distill.methods.shared_base import StudentAverage, check_sharing, shared_names
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
-from lightning_distill.models.sharding import Sharding, SideOptimizer
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.optimizers import split_parameters
 
@@ -49,7 +48,7 @@ class Objective:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TeacherStudentBase(SamplingModule):
+class TeacherStudentBase(ShardedNetworks, SamplingModule):
     """Distillation of a frozen teacher into a student of few steps.
 
     A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
@@ -140,24 +139,13 @@ class TeacherStudentBase(SamplingModule):
         self.adapter.check()
         self.check_student(self.student_options)
         self.guidance.check(self.adapter.embeds_guidance)
-        self._check_strategy()
+        self.check_strategy(None if self.train_text_encoders else self.adapter)
         self._use_encoded_data(encoded_data(self._trainer))
         data = getattr(self._trainer, "datamodule", None)
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
                 f"data is {type(data).__name__}, which has no pictures, and {type(self).__name__} trains on them; give data "
                 "that has, or to MeanFlow model.trajectory_fraction 1"
-            )
-
-    def _check_strategy(self) -> None:
-        strategy = None if self._trainer is None else self._trainer.strategy
-        if self.sharding is not None and (self.train_text_encoders or not self.adapter.shards):
-            what = "model.train_text_encoders" if self.train_text_encoders else type(self.adapter).__name__
-            raise ConfigurationError(f"{what} does not go with a strategy that shards networks; set trainer.strategy to ddp")
-        if self.sharding is None and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-            raise ConfigurationError(
-                f"trainer.strategy is a {type(strategy).__name__}, which derivatives and shared networks do not pass; choose "
-                "fsdp2, deepspeed_stage_3 or ddp"
             )
 
     def _use_encoded_data(self, data: EncodedData | None) -> None:
@@ -190,12 +178,6 @@ class TeacherStudentBase(SamplingModule):
         if self.ema_decay is not None:
             self.ema = self.build_average(self.ema_decay)
             self.ema.requires_grad_(False)
-
-    @property
-    def sharding(self) -> Sharding | None:
-        """The trainer's strategy, if it spreads networks over processes."""
-        strategy = None if self._trainer is None else self._trainer.strategy
-        return strategy if isinstance(strategy, Sharding) else None
 
     def build_average(self, decay: float) -> StudentAverage | ShardedAverage:
         """The average of what is trained, which starts like it."""
@@ -342,38 +324,6 @@ class TeacherStudentBase(SamplingModule):
     def _logs_now(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
         return self.trainer.global_step % every == 0
-
-    # What processes that share a network decide together: each must call it as often as the others
-
-    def any_process(self, flag: bool) -> bool:
-        """Whether a flag is set in any of the processes that share networks; else as it is."""
-        if self.sharding is None:
-            return flag
-        return bool(self.trainer.strategy.reduce(torch.tensor(float(flag), device=self.device), reduce_op="sum") > 0)
-
-    def first_process(self, number: int) -> int:
-        """The number of the first of the processes that share networks; else as it is."""
-        return number if self.sharding is None else self.trainer.strategy.broadcast(number)
-
-    def rows_where(self, mask: Tensor) -> tuple[Tensor, int]:
-        """Rows of a batch (N,) that a network is called with, and how many of them count.
-
-        A network cannot be asked for nothing, so it is not called where there are none; but where other processes call it, it
-        is called with row 0, which does not count.
-        """
-        rows = mask.nonzero()[:, 0]
-        if self.any_process(len(rows) > 0) and len(rows) == 0:
-            return rows.new_zeros(1), 0
-        return rows, len(rows)
-
-    def side_optimizers(self) -> dict[str, SideOptimizer]:
-        """Of networks that train on losses of their own, by names under which they are saved; made when first asked for."""
-        return {}
-
-    @property
-    def side_networks(self) -> tuple[str, ...]:
-        """Paths of those networks within this module."""
-        return ()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradients, before clipping."""

@@ -1,0 +1,73 @@
+"""What a method asks and decides where its networks are spread over processes."""
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.models.base import ModelAdapter
+from lightning_distill.models.sharding import Sharding, SideOptimizer
+
+
+class ShardedNetworks(LightningModule):
+    """The part of `TeacherStudentBase` that knows of strategies which spread networks over processes.
+
+    A network that is spread needs all processes for each of its forwards, so they must call it equally often. They decide
+    together by `any_process`, `first_process` and `rows_where`, which each must call as often as the others.
+    """
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """The trainer's strategy, if it spreads networks over processes."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, Sharding) else None
+
+    def check_strategy(self, adapter: ModelAdapter | None) -> None:
+        """Refuse a strategy that does not go with the networks, before they are loaded.
+
+        Args:
+            adapter: Of the networks; None where text encoders train along.
+
+        Raises:
+            ConfigurationError: If the networks cannot be spread, or the strategy does not know how.
+        """
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if self.sharding is not None and (adapter is None or not adapter.shards):
+            what = "model.train_text_encoders" if adapter is None else type(adapter).__name__
+            raise ConfigurationError(f"{what} does not go with a strategy that shards networks; set trainer.strategy to ddp")
+        if self.sharding is None and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            raise ConfigurationError(
+                f"trainer.strategy is a {type(strategy).__name__}, which derivatives and shared networks do not pass; choose "
+                "fsdp2, deepspeed_stage_3 or ddp"
+            )
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether a flag is set in any of the processes that share networks; else as it is."""
+        if self.sharding is None:
+            return flag
+        return bool(self.trainer.strategy.reduce(torch.tensor(float(flag), device=self.device), reduce_op="sum") > 0)
+
+    def first_process(self, number: int) -> int:
+        """The number of the first of the processes that share networks; else as it is."""
+        return number if self.sharding is None else self.trainer.strategy.broadcast(number)
+
+    def rows_where(self, mask: Tensor) -> tuple[Tensor, int]:
+        """Rows of a batch (N,) that a network is called with, and how many of them count.
+
+        A network cannot be asked for nothing, so it is not called where there are none; but where other processes call it, it
+        is called with row 0, which does not count.
+        """
+        rows = mask.nonzero()[:, 0]
+        if self.any_process(len(rows) > 0) and len(rows) == 0:
+            return rows.new_zeros(1), 0
+        return rows, len(rows)
+
+    def side_optimizers(self) -> dict[str, SideOptimizer]:
+        """Of networks that train on losses of their own, by names under which they are saved; made when first asked for."""
+        return {}
+
+    @property
+    def side_networks(self) -> tuple[str, ...]:
+        """Paths of those networks within this module."""
+        return ()
