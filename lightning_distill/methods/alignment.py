@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, jump, predict_x0, renoise
+from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.side_optimizer import ReplicatedOptimizer
-from lightning_distill.models.base import Condition, LoraOptions, ModelAdapter, StudentOptions
+from lightning_distill.models.base import LoraOptions, ModelAdapter, StudentOptions
 from lightning_distill.models.sharding import Sharding, SideOptimizer
 
 if TYPE_CHECKING:
@@ -124,32 +125,30 @@ class TrajectoryAlignment(nn.Module):
         return step >= self.start_step
 
     def forward(
-        self, module: TeacherStudentBase, noise: Tensor, condition: Condition, null: Condition, scale: Tensor
+        self, module: TeacherStudentBase, noise: Tensor, condition: GuidedCondition
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Update the critic, then the loss of the student.
 
         Args:
             module: The method, whose student, teacher and guidance are used.
             noise: Where trajectories start (B, C, h, w).
-            condition: Of the prompts.
-            null: Of the empty prompt, in B rows.
-            scale: Guidance scale of each sample (B,).
+            condition: Of the batch.
 
         Returns:
             The weighted loss (B,), and scalars to log.
         """
         warming_up = module.global_step < self.start_step + self.critic_warmup_steps
         with torch.set_grad_enabled(torch.is_grad_enabled() and not warming_up):
-            state = self.roll_out(module, noise, condition, scale)
+            state = self.roll_out(module, noise, condition)
         for _ in range(self.critic_updates):
-            critic_loss = self._update_critic(module, state, condition, scale)
+            critic_loss = self._update_critic(module, state, condition)
         logs = {"critic_loss": critic_loss}
         if warming_up:
             return torch.zeros(len(noise), device=noise.device), logs
-        loss = self.weight * self.student_loss(module, state, condition, null, scale)
+        loss = self.weight * self.student_loss(module, state, condition)
         return loss, logs | {"alignment_loss": loss.detach().mean()}
 
-    def roll_out(self, module: TeacherStudentBase, noise: Tensor, condition: Condition, scale: Tensor) -> TrajectoryState:
+    def roll_out(self, module: TeacherStudentBase, noise: Tensor, condition: GuidedCondition) -> TrajectoryState:
         """Roll the student over a grid of random length to the end of a random segment, with gradient through that only."""
         nfe = module.first_process(self.nfe[int(torch.randint(len(self.nfe), ()))])
         last = module.first_process(int(torch.randint(nfe, ())))
@@ -159,20 +158,19 @@ class TrajectoryAlignment(nn.Module):
         for k in range(last + 1):
             t, r = grid[k].expand(len(x)), grid[k + 1].expand(len(x))
             with torch.set_grad_enabled(with_gradient and k == last):
-                x = jump(x, module.adapter.average_velocity(module.student, x, r, t, condition, scale), r, t)
+                x = jump(x, module.average_velocity(x, r, t, condition), r, t)
         return TrajectoryState(x, grid[last + 1].expand(len(x)))
 
-    def student_loss(
-        self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, null: Condition, scale: Tensor
-    ) -> Tensor:
+    def student_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
         """The loss (B,) whose gradient at x_s is the normalised difference of the two predictions of x0."""
         with torch.no_grad():
             x_s = state.x_s.detach()
             tau, x_tau, _ = diffuse(x_s, state.s)
-            v_student = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, condition, scale)
+            prompts, scale = condition.prompts, condition.scale
+            v_student = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, prompts, scale)
             guidance = scale if self.guidance_scale is None else torch.full_like(scale, self.guidance_scale)
             v_teacher = module.adapter.guided_velocity(
-                module.teacher, x_tau, tau, condition, null, guidance, module.guidance.interval
+                module.teacher, x_tau, tau, prompts, condition.null, guidance, module.guidance.interval
             )
             x0_teacher = predict_x0(x_tau, v_teacher, tau)
             gradient = predict_x0(x_tau, v_student, tau) - x0_teacher
@@ -180,7 +178,7 @@ class TrajectoryAlignment(nn.Module):
             goal = x_s - gradient / expand(size, x_s)
         return 0.5 * (state.x_s - goal).square().flatten(1).mean(1)
 
-    def critic_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:
+    def critic_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
         r"""Flow matching of the critic on the student's states.
 
         The velocity at :math:`x_\tau` with the conditional score :math:`-(x_\tau - a x_s) / b^2` is
@@ -192,13 +190,13 @@ class TrajectoryAlignment(nn.Module):
         tau, x_tau, noise = diffuse(x_s, state.s)
         b = diffusion_std(state.s, tau)
         target = (expand(tau / b, x_s) * noise - x_tau) / expand(1 - tau, x_s)
-        v = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, condition, scale)
+        v = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, condition.prompts, condition.scale)
         return (((1 - state.s) * b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
 
-    def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: Condition, scale: Tensor) -> Tensor:
+    def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
         optimizer = self.optimizer(module.sharding)
         with torch.enable_grad():
-            loss = self.critic_loss(module, state, condition, scale)
+            loss = self.critic_loss(module, state, condition)
         optimizer.step(loss)
         return loss.detach()
 

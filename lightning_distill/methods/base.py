@@ -22,8 +22,8 @@ from lightning_distill.flow.path import jump
 from lightning_distill.methods.average import ShardedAverage
 from lightning_distill.methods.condition import EncodedData, encoded_data
 from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.guided_networks import GuidedNetworks
 from lightning_distill.methods.sampling import Batch, SamplingModule
-from lightning_distill.methods.sharded_networks import ShardedNetworks
 from lightning_distill.methods.shared_base import StudentAverage, check_sharing, shared_names
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
@@ -48,7 +48,7 @@ class Objective:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TeacherStudentBase(ShardedNetworks, SamplingModule):
+class TeacherStudentBase(GuidedNetworks, SamplingModule):
     """Distillation of a frozen teacher into a student of few steps.
 
     A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
@@ -58,6 +58,8 @@ class TeacherStudentBase(ShardedNetworks, SamplingModule):
         adapter: The teacher's family and where its weights are.
         student: How the student's time inputs are built.
         guidance: The guidance that the student learns to do without, and under which the teacher is sampled.
+        caption_dropout: Share of captions replaced by the empty prompt in training, in [0, 1); guidance of kind "improved"
+            needs it.
         optimizer: Callable from parameter groups to an optimizer.
         lr_scheduler: Callable from the optimizer to a scheduler that steps once a batch, or None for a constant rate.
         ema_decay: Decay of the exponential moving average of the student, in (0, 1), or None for no average. Where there
@@ -81,8 +83,10 @@ class TeacherStudentBase(ShardedNetworks, SamplingModule):
     def __init__(
         self,
         adapter: ModelAdapter,
+        *,
         student: StudentOptions = StudentOptions(),
         guidance: Guidance = Guidance(),
+        caption_dropout: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         ema_decay: float | None = None,
@@ -96,9 +100,17 @@ class TeacherStudentBase(ShardedNetworks, SamplingModule):
             self.save_hyperparameters(logger=False)
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ConfigurationError(f"model.ema_decay is {ema_decay}; choose a value between 0 and 1, or null for none")
+        if not 0 <= caption_dropout < 1:
+            raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1), 0.1 is usual")
+        if guidance.kind == "improved" and caption_dropout == 0:
+            raise ConfigurationError(
+                "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
+                "set caption_dropout to 0.1"
+            )
         self.adapter = adapter
         self.student_options = student
         self.guidance = guidance
+        self.caption_dropout = caption_dropout
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.ema_decay = ema_decay

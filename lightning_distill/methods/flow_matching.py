@@ -44,18 +44,15 @@ class FlowMatching(TeacherStudentBase):
         train_text_encoders: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, caption_dropout=caption_dropout, **kwargs)
         if self.student_options.lora is not None:
             raise ConfigurationError("student.lora is set, and FlowMatching trains the whole network; set it to null")
-        if not 0 <= caption_dropout < 1:
-            raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1), 0.1 is usual")
         if train_text_encoders and self.ema_decay is not None:
             raise ConfigurationError(
                 "model.ema_decay averages the network and not the text encoders that train beside it; set ema_decay to null, "
                 "or train_text_encoders to false"
             )
         self.time_sampler = time_sampler
-        self.caption_dropout = caption_dropout
         self.train_text_encoders = train_text_encoders
 
     def build_networks(self) -> None:

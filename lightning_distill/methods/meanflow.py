@@ -14,15 +14,14 @@ from lightning_distill.flow.derivative import (
     finite_difference,
     value_and_time_derivative,
 )
-from lightning_distill.flow.guidance import improved_mix
 from lightning_distill.flow.losses import Loss, PowerLoss
-from lightning_distill.flow.path import expand, interpolate, jump
-from lightning_distill.flow.solvers import SOLVERS, integrate
+from lightning_distill.flow.path import expand, interpolate
+from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid, sample_interval, substeps
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, TeacherStudentBase
-from lightning_distill.methods.condition import null_rows, select
 from lightning_distill.methods.derivative_check import check_derivative, precision
+from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
 from lightning_distill.models.base import Condition
 from lightning_distill.models.sharding import SideOptimizer
@@ -63,7 +62,6 @@ class MeanFlow(TeacherStudentBase):
             operation that has no forward-mode rule, at the cost of two more forward passes.
         tangent_warmup_steps: Optimizer steps over which lambda rises from 0 to 1, from the first differential one.
         loss: Of the regression.
-        caption_dropout: Share of captions replaced by the empty prompt, in [0, 1); guidance of kind "improved" needs it.
         alignment: Trajectory distribution alignment as an auxiliary loss, or None.
         **kwargs: Of `TeacherStudentBase`.
 
@@ -86,7 +84,6 @@ class MeanFlow(TeacherStudentBase):
         derivative: Literal["exact", "finite_difference"] = "exact",
         tangent_warmup_steps: int = 0,
         loss: Loss = PowerLoss(),
-        caption_dropout: float = 0.0,
         alignment: TrajectoryAlignment | None = None,
         **kwargs: Any,
     ) -> None:
@@ -109,13 +106,6 @@ class MeanFlow(TeacherStudentBase):
             raise ConfigurationError(f"model.derivative is {derivative!r}; choose exact or finite_difference")
         if tangent_warmup_steps < 0:
             raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
-        if not 0 <= caption_dropout < 1:
-            raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1)")
-        if self.guidance.kind == "improved" and caption_dropout == 0:
-            raise ConfigurationError(
-                "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
-                "set caption_dropout to 0.1"
-            )
         self.time_sampler = time_sampler
         self.equal_fraction = equal_fraction
         self.solver = solver
@@ -127,7 +117,6 @@ class MeanFlow(TeacherStudentBase):
         self.derivative = derivative
         self.tangent_warmup_steps = tangent_warmup_steps
         self.loss = loss
-        self.caption_dropout = caption_dropout
         self.alignment = alignment
         self._solution: Solution = solution
         self._differential_since: int | None = 0 if solution == "differential" else None
@@ -163,21 +152,18 @@ class MeanFlow(TeacherStudentBase):
         interval = sample_interval(self.time_sampler, len(x0), self.equal_fraction, x0.device)
         r, t = interval.r, interval.t
         noise = torch.randn_like(x0)
-        null = self.null_condition(len(x0))
-        condition = null_rows(condition, null, self.caption_dropout)
-        scale = self.guidance.draw(len(x0), x0.device)
+        guided = self.guided_condition(condition, len(x0))
         x_t = interpolate(x0, noise, t)
         if self.trajectory_fraction > 0:
             rows, count = self.rows_where(torch.rand(len(x0), device=x0.device) < self.trajectory_fraction)
             if len(rows):
-                parts = select(rows, condition), select(rows, null), scale[rows]
-                x_t[rows[:count]] = self.roll_out(noise[rows], t[rows], *parts)[:count]
+                x_t[rows[:count]] = self.roll_out(noise[rows], t[rows], guided[rows])[:count]
 
-        u, target, logs = self.regression(x_t, r, t, condition, null, scale)
+        u, target, logs = self.regression(x_t, r, t, guided)
         loss = self.loss(u, target)
         logs |= {"u_norm": rms(u.detach()), "phase": torch.tensor(float(PHASES[self.solution]))}
         if self.alignment is not None and self.alignment.active(self.global_step):
-            aligned, alignment_logs = self.alignment(self, noise, condition, null, scale)
+            aligned, alignment_logs = self.alignment(self, noise, guided)
             loss = loss + aligned
             logs |= alignment_logs
         return Objective(loss, t, logs)
@@ -188,28 +174,28 @@ class MeanFlow(TeacherStudentBase):
         return self.trajectory_fraction < 1
 
     @torch.no_grad()
-    def roll_out(self, noise: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+    def roll_out(self, noise: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
         """States (B, C, h, w) that are reached at t (B,) from noise, in a random number of jumps or teacher's steps."""
         jumps = self.first_process(int(torch.randint(1, self.trajectory_jumps + 1, ())))
         start = torch.ones_like(t)
         if self.trajectory_source == "teacher":
-            return self._integrate(noise, t, start, jumps, condition, null, scale)
+            return self.integrate_teacher(noise, t, start, jumps, condition, self.solver)
         x = noise
-        for s, end in pairwise(substeps(start, t, jumps, self._shift(noise))):
-            x = jump(x, self._evaluate(x, end, s, condition, scale), end, s)
+        for s, end in pairwise(substeps(start, t, jumps, self.grid_shift(noise))):
+            x = self.student_jump(x, end, s, condition)
         return x
 
     def regression(
-        self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
+        self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The student's u, its target u* in the present solution, (B, C, h, w) each, and scalars to log.
 
         Where r = t, the target is the guided velocity in every solution, and costs no integration and no derivative.
         """
         if self.solution == "differential":
-            return self._differential(x_t, r, t, condition, null, scale)
-        target = self._integrated(x_t, r, t, condition, null, scale)
-        return self.adapter.average_velocity(self.student, x_t, r, t, condition, scale), target, {}
+            return self._differential(x_t, r, t, condition)
+        target = self._integrated(x_t, r, t, condition)
+        return self.average_velocity(x_t, r, t, condition), target, {}
 
     def difference(self, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """Of an average velocity along (v, 0, 1), by a central difference with a step that suits the precision."""
@@ -218,28 +204,25 @@ class MeanFlow(TeacherStudentBase):
         )
 
     @torch.no_grad()
-    def _integrated(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
+    def _integrated(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
         target = torch.empty_like(x_t)
         narrow, count = self.rows_where(t <= r)
         if len(narrow):
-            parts = select(narrow, condition), select(narrow, null), scale[narrow]
-            target[narrow[:count]] = self._velocity(x_t[narrow], t[narrow], *parts)[:count]
+            target[narrow[:count]] = self.teacher_velocity(x_t[narrow], t[narrow], condition[narrow])[:count]
         wide, count = self.rows_where(t > r)
         if len(wide):
             solve = self._discrete if self.solution == "discrete" else self._bootstrapped
-            parts = select(wide, condition), select(wide, null), scale[wide]
-            target[wide[:count]] = solve(x_t[wide], r[wide], t[wide], *parts)[:count]
+            target[wide[:count]] = solve(x_t[wide], r[wide], t[wide], condition[wide])[:count]
         return target
 
     def _differential(
-        self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor
+        self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            v = self._velocity(x_t, t, condition, null, scale)
+        v = self.teacher_velocity(x_t, t, condition)
 
         def network(rows: Tensor) -> AverageVelocityFn:
-            conditions, scales = select(rows, condition), scale[rows]
-            return lambda x, r, t: self.adapter.average_velocity(self.student, x, r, t, conditions, scales)
+            known = condition[rows]
+            return lambda x, r, t: self.average_velocity(x, r, t, known)
 
         (narrow, narrow_count), (wide, wide_count) = self.rows_where(t <= r), self.rows_where(t > r)
         target, u, logs = v.clone(), [], {}
@@ -265,43 +248,14 @@ class MeanFlow(TeacherStudentBase):
         order = torch.cat([narrow, wide]).argsort()
         return torch.cat(u)[order], target, logs
 
-    def _discrete(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
-        x_r = self._integrate(x_t, r, t, self.solver_steps, condition, null, scale)
+    def _discrete(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
+        x_r = self.integrate_teacher(x_t, r, t, self.solver_steps, condition, self.solver)
         return (x_t - x_r) / expand(t - r, x_t)
 
-    def _bootstrapped(self, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
-        s = torch.maximum(move_on_grid(t, self.bootstrap_step, self._shift(x_t)), r)
-        x_s = self._integrate(x_t, s, t, 1, condition, null, scale)
-        x_r = jump(x_s, self._evaluate(x_s, r, s, condition, scale), r, s)
-        return (x_t - x_r) / expand(t - r, x_t)
-
-    def _integrate(
-        self, x_t: Tensor, r: Tensor, t: Tensor, steps: int, condition: Condition, null: Condition, scale: Tensor
-    ) -> Tensor:
-        def velocity(x: Tensor, s: Tensor) -> Tensor:
-            return self._velocity(x, s, condition, null, scale)
-
-        return integrate(velocity, x_t, t, r, steps, self.solver, self._shift(x_t))
-
-    def _shift(self, x: Tensor) -> float:
-        return self.adapter.time_shift(tuple(x.shape[1:]))
-
-    def _velocity(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, scale: Tensor) -> Tensor:
-        """The guided velocity v~ that the student learns."""
-        if self.guidance.kind != "improved":
-            return self.adapter.guided_velocity(self.teacher, x_t, t, condition, null, scale, self.guidance.interval)
-        v = self.adapter.velocity(self.teacher, x_t, t, condition, scale)
-        u_cond = self._evaluate(x_t, t, t, condition, scale)
-        u_null = self._evaluate(x_t, t, t, null, scale)
-        return improved_mix(v, u_cond, u_null, self.guidance.omega, self.guidance.kappa)
-
-    def _evaluate(self, x: Tensor, r: Tensor, t: Tensor, condition: Condition, scale: Tensor) -> Tensor:
-        """The student in evaluation mode."""
-        training = self.student.training
-        self.student.eval()
-        u = self.adapter.average_velocity(self.student, x, r, t, condition, scale)
-        self.student.train(training)
-        return u
+    def _bootstrapped(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
+        s = torch.maximum(move_on_grid(t, self.bootstrap_step, self.grid_shift(x_t)), r)
+        x_s = self.integrate_teacher(x_t, s, t, 1, condition, self.solver)
+        return (x_t - self.student_jump(x_s, r, s, condition)) / expand(t - r, x_t)
 
     # Networks and checkpoints
 

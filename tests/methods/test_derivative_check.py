@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_distill.callbacks import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.derivative_check import check_derivative
+from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.adapter import DiffusersAdapter
@@ -127,7 +128,7 @@ def test_differences_take_the_place_of_the_derivative(precision: str, tmp_path: 
         x, t = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.linspace(0.2, 1, 8)
         condition = {"caption": torch.zeros(8)}
         with module.trainer.precision_plugin.forward_context():
-            u, target, logs = module.regression(x, 0.3 * t, t, condition, condition, torch.ones(8))
+            u, target, logs = module.regression(x, 0.3 * t, t, GuidedCondition(condition, condition, torch.ones(8)))
         assert u.requires_grad
         assert not target.requires_grad
         targets.append(target)

@@ -13,6 +13,7 @@ from lightning_distill.flow.losses import AdaptiveLoss, PowerLoss
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods.alignment import TrajectoryAlignment, TrajectoryState
 from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.validation import ValidationOptions
 from tests.gaussian import GaussianTeacher
@@ -69,7 +70,7 @@ def points() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
 )
 def test_every_target_is_the_exact_average_velocity_for_an_exact_student(settings, tolerance, points) -> None:
     x_t, r, t, condition = points
-    _, target, _ = method(**settings).regression(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, _ = method(**settings).regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
     exact = GAUSSIAN.average_velocity(x_t, r, t)
     assert (target - exact).norm() / exact.norm() < tolerance
 
@@ -77,16 +78,18 @@ def test_every_target_is_the_exact_average_velocity_for_an_exact_student(setting
 def test_discrete_target_holds_no_student(points) -> None:
     x_t, r, t, condition = points
     module = method(solution="discrete")
-    _, before, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
+    _, before, _ = module.regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
     module.student.bias.data += 1
-    _, after, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
+    _, after, _ = module.regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
     assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("solution", ["discrete", "bootstrapped", "differential"])
 def test_at_r_equal_t_every_solution_is_flow_matching_on_the_teacher(solution, points) -> None:
     x_t, _, t, condition = points
-    _, target, _ = method("small", solution=solution).regression(x_t, t, t, condition, condition, torch.ones(16))
+    _, target, _ = method("small", solution=solution).regression(
+        x_t, t, t, GuidedCondition(condition, condition, torch.ones(16))
+    )
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t))
 
 
@@ -96,12 +99,12 @@ def test_bootstrapped_residual_tends_to_the_differential_one(points) -> None:
     module = method("small", solution="differential")
     module.student.double()
     u = module.adapter.average_velocity(module.student, x_t, r, t, condition)
-    _, target, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, _ = module.regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
     differential = u - target
     gaps = []
     for step in (1e-2, 1e-3):
         module.solution, module.bootstrap_step = "bootstrapped", step
-        _, target, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
+        _, target, _ = module.regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
         bootstrapped = (u - target) * expand(t - r, u) / step
         gaps.append(((bootstrapped - differential).norm() / differential.norm()).item())
     assert gaps[1] < 0.15 * gaps[0]
@@ -113,7 +116,7 @@ def test_differential_target_is_the_identity_with_the_derivative_along_the_teach
     module = method("small", solution="differential")
     v = GAUSSIAN.velocity(x_t, t)
     _, dudt = time_derivative(lambda x, r, t: module.student(x, r, t, condition["caption"]), x_t, r, t, v)
-    _, target, logs = module.regression(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, logs = module.regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
     torch.testing.assert_close(target, v - expand(t - r, x_t) * dudt)
     torch.testing.assert_close(logs["dudt_norm"], dudt.square().mean().sqrt())
 
@@ -125,7 +128,7 @@ def test_states_of_a_trajectory_are_on_the_teachers(source, jumps, tolerance) ->
     noise, t, condition = torch.randn(16, 3, 4, 4), torch.linspace(0, 1, 16), {"caption": torch.zeros(16)}
     for seed in range(4):
         torch.manual_seed(seed)
-        x_t = module.roll_out(noise, t, condition, condition, torch.ones(16))
+        x_t = module.roll_out(noise, t, GuidedCondition(condition, condition, torch.ones(16)))
         torch.testing.assert_close(x_t, GAUSSIAN.flow_map(noise, torch.ones(16), t), rtol=tolerance, atol=tolerance)
 
 
@@ -165,7 +168,7 @@ def test_a_share_of_the_training_states_is_the_students_own(fraction, monkeypatc
     module = method("small", trajectory_fraction=fraction, trajectory_jumps=1)
     seen = {}
 
-    def regression(x_t, r, t, condition, null, scale):
+    def regression(x_t, r, t, condition):
         seen.update(x_t=x_t.clone(), t=t)
         return torch.zeros_like(x_t), torch.zeros_like(x_t), {}
 
@@ -192,7 +195,7 @@ def test_a_small_batch_without_such_a_state_does_not_ask_the_network(monkeypatch
 def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> None:
     x_t, r, t, condition = points
     module = method("small", solution="differential", tangent_warmup_steps=10)
-    _, target, _ = module.regression(x_t, r, t, condition, condition, torch.ones(16))
+    _, target, _ = module.regression(x_t, r, t, GuidedCondition(condition, condition, torch.ones(16)))
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t))
     trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(module, loader())
     assert module.tangent_weight == 0.5
@@ -201,7 +204,9 @@ def test_tangent_warmup_starts_at_the_teachers_velocity(points, tmp_path) -> Non
 def test_guidance_moves_the_target_away_from_the_null_branch(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
-    _, target, _ = method(guidance=Guidance(scale=3.0)).regression(x_t, t, t, condition, null, torch.full((16,), 3.0))
+    _, target, _ = method(guidance=Guidance(scale=3.0)).regression(
+        x_t, t, t, GuidedCondition(condition, null, torch.full((16,), 3.0))
+    )
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 1.5)
 
 
@@ -209,7 +214,7 @@ def test_guidance_interval_leaves_times_outside_alone(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
     module = method(guidance=Guidance(scale=3.0, interval=(0.0, 0.5)))
-    _, target, _ = module.regression(x_t, t, t, condition, null, torch.full((16,), 3.0))
+    _, target, _ = module.regression(x_t, t, t, GuidedCondition(condition, null, torch.full((16,), 3.0)))
     guided = torch.where(expand(t <= 0.5, x_t), 1.5, 0.5)
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + guided)
 
@@ -219,7 +224,7 @@ def test_the_second_branch_of_guidance_is_computed_for_guided_rows_alone(points,
     module = method(guidance=Guidance(scale=3.0, interval=(0.0, 0.5)))
     rows = []
     monkeypatch.setattr(GaussianTeacher, "velocity", lambda self, x, t: rows.append(len(x)) or torch.zeros_like(x))
-    module.regression(x_t, t, t, condition, condition, torch.full((16,), 3.0))
+    module.regression(x_t, t, t, GuidedCondition(condition, condition, torch.full((16,), 3.0)))
     assert rows == [16 + int((t <= 0.5).sum())]
 
 
@@ -227,7 +232,7 @@ def test_improved_guidance_mixes_the_student_in(points) -> None:
     x_t, _, t, _ = points
     condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
     module = method(guidance=Guidance(kind="improved", omega=1.0, kappa=0.5), caption_dropout=0.1)
-    _, target, _ = module.regression(x_t, t, t, condition, null, torch.ones(16))
+    _, target, _ = module.regression(x_t, t, t, GuidedCondition(condition, null, torch.ones(16)))
     # v_T + 0.5 (u_c - u_null), and the exact student's captions add as the teacher's do
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 0.75)
 
@@ -430,7 +435,9 @@ class TestAlignment:
                 torch.manual_seed(1)
                 critic.offset.fill_(offset)
                 state = TrajectoryState(x_s, times)
-                losses.append(module.alignment.critic_loss(module, state, condition, torch.ones(4096)).item())
+                losses.append(
+                    module.alignment.critic_loss(module, state, GuidedCondition(condition, condition, torch.ones(4096))).item()
+                )
             slope = (losses[2] - losses[0]) / 0.2
             curvature = (losses[2] - 2 * losses[1] + losses[0]) / 0.01
             assert abs(slope / curvature) < 0.01
@@ -442,14 +449,16 @@ class TestAlignment:
         for s in (0.0, 0.5, 0.9):
             times = torch.full((2048,), s)
             state = TrajectoryState(GAUSSIAN.flow_map(noise, torch.ones(2048), times), times)
-            losses.append(module.alignment.critic_loss(module, state, condition, torch.ones(2048)).item())
+            losses.append(
+                module.alignment.critic_loss(module, state, GuidedCondition(condition, condition, torch.ones(2048))).item()
+            )
         assert max(losses) < 3 * min(losses)
 
     def test_a_student_that_follows_the_teacher_feels_nothing(self) -> None:
         module = aligned(alignment=TrajectoryAlignment())
         noise, condition = torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)}
-        state = module.alignment.roll_out(module, noise, condition, torch.ones(64))
-        loss = module.alignment.student_loss(module, state, condition, condition, torch.ones(64))
+        state = module.alignment.roll_out(module, noise, GuidedCondition(condition, condition, torch.ones(64)))
+        loss = module.alignment.student_loss(module, state, GuidedCondition(condition, condition, torch.ones(64)))
         assert loss.max() < 1e-10
 
     def test_critic_is_told_the_grid_time_of_the_states(self) -> None:
@@ -465,8 +474,8 @@ class TestAlignment:
         module.alignment.critic = Critic()
         condition, s = {"caption": torch.zeros(8)}, torch.full((8,), 0.5)
         state = TrajectoryState(torch.randn(8, 3, 4, 4), s)
-        module.alignment.critic_loss(module, state, condition, torch.ones(8))
-        module.alignment.student_loss(module, state, condition, condition, torch.ones(8))
+        module.alignment.critic_loss(module, state, GuidedCondition(condition, condition, torch.ones(8)))
+        module.alignment.student_loss(module, state, GuidedCondition(condition, condition, torch.ones(8)))
         assert len(asked) == 2
         assert all(torch.equal(r, s) and (t > s).all() and (t < 1).all() for r, t in asked)
 
@@ -479,7 +488,7 @@ class TestAlignment:
             module.alignment.critic.offset.fill_(0.5)  # of the captions, which add to the velocity once more under guidance 2
             state = TrajectoryState(torch.randn(64, 3, 4, 4), torch.zeros(64))
             torch.manual_seed(0)
-            loss = module.alignment.student_loss(module, state, condition, null, torch.full((64,), 2.0))
+            loss = module.alignment.student_loss(module, state, GuidedCondition(condition, null, torch.full((64,), 2.0)))
             losses.append(loss.max().item())
         assert losses[0] == losses[1] == pytest.approx(0, abs=1e-10)
         assert losses[2] > 1e-3
@@ -490,8 +499,8 @@ class TestAlignment:
         module.student.bias.data -= 0.3  # x0 = noise - u is brighter by 0.3
         module.alignment.critic.offset.fill_(-0.3)
         noise, condition = torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)}
-        state = module.alignment.roll_out(module, noise, condition, torch.ones(64))
-        module.alignment.student_loss(module, state, condition, condition, torch.ones(64)).mean().backward()
+        state = module.alignment.roll_out(module, noise, GuidedCondition(condition, condition, torch.ones(64)))
+        module.alignment.student_loss(module, state, GuidedCondition(condition, condition, torch.ones(64))).mean().backward()
         assert module.student.bias.grad < 0  # a descent step raises the bias
 
     def test_only_the_last_segment_carries_gradient(self) -> None:
@@ -499,7 +508,7 @@ class TestAlignment:
         noise, condition = torch.randn(8, 3, 4, 4), {"caption": torch.zeros(8)}
         for seed in range(6):
             torch.manual_seed(seed)
-            state = module.alignment.roll_out(module, noise, condition, torch.ones(8))
+            state = module.alignment.roll_out(module, noise, GuidedCondition(condition, condition, torch.ones(8)))
             (gradient,) = torch.autograd.grad(state.x_s.sum(), module.student.bias)
             # x_s = x - (t - r) (u + bias): a segment of 1/4 and no dependence through earlier ones
             assert gradient.item() == pytest.approx(-0.25 * noise.numel())
@@ -512,7 +521,7 @@ class TestAlignment:
         module.trainer = trainer(tmp_path)
         before = [p.clone() for p in alignment.critic.parameters()]
         null = {"caption": torch.zeros(8)}
-        loss, logs = alignment(module, torch.randn(8, 3, 4, 4), null, null, torch.ones(8))
+        loss, logs = alignment(module, torch.randn(8, 3, 4, 4), GuidedCondition(null, null, torch.ones(8)))
         assert loss.tolist() == [0.0] * 8
         assert set(logs) == {"critic_loss"}
         assert any(not torch.equal(a, b) for a, b in zip(before, alignment.critic.parameters(), strict=True))
