@@ -105,7 +105,9 @@ def test_a_student_draws_the_same_bits_in_a_fresh_process(adapter: DiffusersAdap
         "guided": (load_adapter(guided, max_sequence_length=6), {}),
         "wide": (load_adapter(save_tiny_pipeline(tmp_path / "tiny-wide", num_attention_heads=8)), {}),
         "bfloat16": (load_adapter(guided, torch_dtype="bfloat16"), {}),
+        "stochastic": (load_adapter(guided), {}),
     }
+    cases["stochastic"][0].stochastic_sampling = True
     arguments, expected = [], {}
     for name, (each, options) in cases.items():
         student = build_student(each, **options).eval()
@@ -158,6 +160,7 @@ def test_a_lora_student_draws_the_same_bits_on_its_base_in_a_fresh_process(tmp_p
     expected = {}
     for dtype in ("float32", "bfloat16"):
         adapter = load_adapter(base, torch_dtype=dtype, max_sequence_length=6)
+        adapter.stochastic_sampling = dtype == "bfloat16"
         student = build_lora_student(adapter).eval()
         export_student(adapter, student, tmp_path / dtype, CARD, lora="unmerged")
         expected[dtype] = draw(adapter, student, PROMPTS, 4, 4.5)

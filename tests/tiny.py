@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import interpolate, jump
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import ModelAdapter
 from lightning_distill.models.embedded import build_flux_pipeline
@@ -74,13 +74,20 @@ def noise(count: int, first_seed: int = 0, shape: tuple[int, ...] = (16, 8, 8)) 
 def draw(
     adapter: ModelAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
 ) -> Tensor:
-    """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`."""
+    """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`, and noise in between if it says so."""
     shape = adapter.latent_shape(32, 32)
-    condition, x = adapter.encode_prompt(prompts), noise(len(prompts), shape=shape)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+
+    def fresh_noise() -> Tensor:
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    condition, x = adapter.encode_prompt(prompts), fresh_noise()
     grid = adapter.time_grid(nfe, shape)
     for t, r in itertools.pairwise(grid):
-        start, end = t.expand(len(x)), r.expand(len(x))
+        start, end = t.expand(len(x)), (0 * r if adapter.stochastic_sampling else r).expand(len(x))
         x = jump(x, adapter.average_velocity(student, x, end, start, condition, guidance_scale), end, start)
+        if adapter.stochastic_sampling and r > 0:
+            x = interpolate(x, fresh_noise(), r.expand(len(x)))
     return (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
 
 

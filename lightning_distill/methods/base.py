@@ -48,7 +48,7 @@ class Objective:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TeacherStudentBase(GuidedNetworks, SamplingModule):
+class TeacherStudentBase(SamplingModule, GuidedNetworks):
     """Distillation of a frozen teacher into a student of few steps.
 
     A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
@@ -107,6 +107,7 @@ class TeacherStudentBase(GuidedNetworks, SamplingModule):
                 "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
                 "set caption_dropout to 0.1"
             )
+        adapter.stochastic_sampling = self.stochastic_sampling
         self.adapter = adapter
         self.student_options = student
         self.guidance = guidance

@@ -6,11 +6,12 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torchmetrics import Metric
 
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import interpolate, jump
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import AverageVelocityReference, ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter
@@ -30,6 +31,11 @@ class SamplingModule(LightningModule, ABC):
 
     has_teacher: ClassVar[bool] = True
     """Whether the method distils; plain training has a network and no teacher."""
+    stochastic_sampling: ClassVar[bool] = False
+    """Whether a step of the student goes to data and back by fresh noise (arXiv 2303.01469, Algorithm 1).
+
+    Such a student is asked for r = 0 only. Others jump along the trajectory.
+    """
 
     adapter: ModelAdapter
     teacher: nn.Module
@@ -75,7 +81,8 @@ class SamplingModule(LightningModule, ABC):
         Args:
             prompts: B captions.
             nfe: Steps. One forward each, two for a teacher under two-branch guidance.
-            seeds: One seed a picture, which alone decides its noise; 0 to B - 1 if not given.
+            seeds: One seed a picture, which alone decides its noise, that of stochastic sampling included; 0 to B - 1 if not
+                given.
             network: The student's jumps, or the teacher's Euler steps under guidance.
             batch_size: Pictures at a time.
         """
@@ -84,21 +91,38 @@ class SamplingModule(LightningModule, ABC):
         images = []
         for start in range(0, len(prompts), batch_size):
             chunk = list(prompts[start : start + batch_size])
-            noise = torch.stack(
-                [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds[start : start + batch_size]]
-            )
-            latents = self.sample_latents(noise.to(self.device), self.encode_prompt(chunk), nfe, network)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+            noise = randn_tensor((len(chunk), *shape), generator=generators, device=self.device)
+            latents = self.sample_latents(noise, self.encode_prompt(chunk), nfe, network, generators)
             images.append((self.adapter.decode_latents(latents) / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 
-    def sample_latents(self, noise: Tensor, condition: Condition, nfe: int, network: Literal["student", "teacher"]) -> Tensor:
-        """Latents (B, C, h, w) from noise of that shape, over the family's grid of times."""
+    def sample_latents(
+        self,
+        noise: Tensor,
+        condition: Condition,
+        nfe: int,
+        network: Literal["student", "teacher"],
+        generators: list[Generator] | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) from noise of that shape, over the family's grid of times.
+
+        Args:
+            noise: Where trajectories start.
+            condition: Of B prompts.
+            nfe: Steps.
+            network: "student" or "teacher".
+            generators: Sources of the fresh noise of stochastic sampling, one a picture.
+        """
         x = noise
         null = self.null_condition(len(noise))
         grid = self.adapter.time_grid(nfe, tuple(noise.shape[1:])).to(noise.device)
         for t, r in pairwise(grid):
-            times, ends = t.expand(len(x)), r.expand(len(x))
+            fresh = network == "student" and self.stochastic_sampling
+            times, ends = t.expand(len(x)), (torch.zeros_like(r) if fresh else r).expand(len(x))
             x = jump(x, self.sampling_velocity(x, ends, times, condition, null, network), ends, times)
+            if fresh and r > 0:
+                x = interpolate(x, randn_tensor(x.shape, generator=generators, device=x.device), r.expand(len(x)))
         return x
 
     def sampling_velocity(
@@ -115,6 +139,11 @@ class SamplingModule(LightningModule, ABC):
         return self.adapter.latent_shape(self.validation.height, self.validation.width)
 
     # Validation
+
+    @property
+    def measured_intervals(self) -> list[tuple[float, float]]:
+        """The (r, t) at which the average velocity's error is measured: those that a student is asked for."""
+        return [(r, t) for r, t in self.validation.intervals if r == 0 or not self.stochastic_sampling]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure the student's average velocity on the first batch, and its pictures on all."""

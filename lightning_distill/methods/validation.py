@@ -86,7 +86,7 @@ class AverageVelocityReference:
         def move(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
             return integrate(teacher_velocity, x, start, end, options.solver_steps, "heun", shift)
 
-        for end, start in options.intervals:
+        for end, start in module.measured_intervals:
             r, t = (torch.full((len(prompts),), time, device=module.device) for time in (end, start))
             x_t = move(noise, torch.ones_like(t), t) if x0 is None else interpolate(x0, noise, t)
             result.x_t.append(x_t)

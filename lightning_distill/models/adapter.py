@@ -355,7 +355,8 @@ class DiffusersAdapter(ModelAdapter):
 
     def save_student(self, student: nn.Module, directory: Path) -> None:
         """Write the family's few-step pipeline, which loads with `trust_remote_code=True`."""
-        save_few_step_pipeline(self._whole_pipeline(), two_time(student), self.sequence_length, directory)
+        how = self.sequence_length, self.stochastic_sampling
+        save_few_step_pipeline(self._whole_pipeline(), two_time(student), *how, directory)
 
     def merge_lora(self, student: nn.Module) -> nn.Module:
         """A plain student in place of one with LoRA, in float32 on the CPU; any other as it is."""
@@ -364,7 +365,8 @@ class DiffusersAdapter(ModelAdapter):
     def save_lora(self, student: nn.Module, directory: Path) -> None:
         """Write a LoRA student without its base, as `load_lora_student` reads it."""
         origin = self.pretrained if self.revision is None else f"{self.pretrained}@{self.revision}"
-        save_lora_student(self.pipeline, two_time(student), self.sequence_length, origin, directory)
+        how = self.sequence_length, self.stochastic_sampling
+        save_lora_student(self.pipeline, two_time(student), *how, origin, directory)
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write the family's stock pipeline."""

@@ -6,13 +6,19 @@ This file imports torch and diffusers only: it travels with every exported stude
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from torch import Tensor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
 
 
 class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
     r"""Steps of a network that predicts average velocities (MeanFlow, arXiv 2505.13447, Eq. 12).
 
     .. math:: x_r = x_t - (t - r) \, u(x_t, r, t).
+
+    Under stochastic sampling, that of consistency models (arXiv 2303.01469, Algorithm 1), each step goes to data and back by
+    fresh noise, and the network is asked for r = 0 only:
+
+    .. math:: x_r = (1 - r) (x_t - t \, u(x_t, 0, t)) + r \, \text{noise}.
 
     Times lie in [0, 1] and 1 is noise; the network is told them as they are, not times 1000.
 
@@ -23,6 +29,7 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         max_shift: mu at `max_image_seq_len` tokens.
         base_image_seq_len: Image tokens of the smallest resolution.
         max_image_seq_len: Image tokens of the largest resolution.
+        stochastic_sampling: Whether steps go to data and back by fresh noise.
     """
 
     order = 1
@@ -36,6 +43,7 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         max_shift: float = 1.15,
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
+        stochastic_sampling: bool = False,
     ) -> None:
         self.times = torch.tensor([1.0, 0.0])
 
@@ -46,8 +54,9 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def intervals(self) -> list[tuple[Tensor, Tensor]]:
-        """Start t and end r of each step, each a float32 scalar."""
-        return list(zip(self.times[:-1].unbind(), self.times[1:].unbind(), strict=True))
+        """Start t of each step and the end r that the network is told, each a float32 scalar."""
+        ends = torch.zeros_like(self.times[1:]) if self.config.stochastic_sampling else self.times[1:]
+        return list(zip(self.times[:-1].unbind(), ends.unbind(), strict=True))
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None, shift: float | None = None
@@ -74,7 +83,12 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         self.times = (shift * even / (1 + (shift - 1) * even)).to(torch.float32).to(device)
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """The state at the end of the step that starts at `timestep`.
 
@@ -82,6 +96,7 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
             model_output: Average velocity u over the step, (B, ...).
             timestep: Start t of the step, one of `timesteps`.
             sample: State x_t, (B, ...).
+            generator: Source of the noise of stochastic sampling, one for all samples or one a sample.
             return_dict: Whether to wrap the result.
 
         Returns:
@@ -96,6 +111,10 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         t, r = self.intervals[places[0]]
         # In bfloat16 the result would lose jumps of 1/32 and below.
         x_r = sample.float() - (t - r) * model_output.float()
+        end = self.times[int(places[0]) + 1]
+        if self.config.stochastic_sampling and end > 0:
+            noise = randn_tensor(x_r.shape, generator=generator, device=x_r.device, dtype=torch.float32)
+            x_r = (1 - end) * x_r + end * noise
         return SchedulerOutput(prev_sample=x_r) if return_dict else (x_r,)
 
     def __len__(self) -> int:

@@ -137,6 +137,9 @@ class ModelAdapter(nn.Module, ABC):
     sharding: Sharding | None = None
     """The strategy that spreads networks over processes as they are loaded and built, or None where each has them whole."""
 
+    stochastic_sampling: bool = False
+    """Whether the students it writes go to data and back by fresh noise in each step, as consistency models do."""
+
     export_code: ClassVar[ExportCode] = DIFFUSERS_CODE
     """How its exports are used."""
 

@@ -24,7 +24,11 @@ def pipeline_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 
 def student_pipeline(
-    family: type[FewStepPipeline], teacher: DiffusionPipeline, student: TwoTimeModel, max_sequence_length: int
+    family: type[FewStepPipeline],
+    teacher: DiffusionPipeline,
+    student: TwoTimeModel,
+    max_sequence_length: int,
+    stochastic_sampling: bool,
 ) -> FewStepPipeline:
     """A student's pipeline, with the components of its teacher's.
 
@@ -33,10 +37,12 @@ def student_pipeline(
         teacher: The teacher's pipeline, stock or few-step, of which everything but the transformer and the scheduler is kept.
         student: A network of the family's `network_class`.
         max_sequence_length: Tokens that the student's prompts were padded to; becomes the tokenizer's own length.
+        stochastic_sampling: Whether its steps go to data and back by fresh noise.
     """
     tokenizer = copy.deepcopy(getattr(teacher, family.prompt_tokenizer))
     tokenizer_within(tokenizer).model_max_length = max_sequence_length
     known = teacher.scheduler.config
-    scheduler = AverageVelocityScheduler(**{name: known[name] for name in SHIFT_SETTINGS if name in known})
+    shift = {name: known[name] for name in SHIFT_SETTINGS if name in known}
+    scheduler = AverageVelocityScheduler(**shift, stochastic_sampling=stochastic_sampling)
     replaced = {"transformer": student, family.prompt_tokenizer: tokenizer, "scheduler": scheduler}
     return family(**{**pipeline_arguments(teacher), **replaced})

@@ -98,11 +98,13 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
         if self.embeds_guidance:
             scale = self.generation_config.diff_guidance_scale if guidance_scale is None else guidance_scale
             guidance = torch.full((len(prompts),), float(scale), device=device)
-        scheduler = AverageVelocityScheduler(shift=self.generation_config.flow_shift)
+        scheduler = AverageVelocityScheduler(
+            shift=self.generation_config.flow_shift, stochastic_sampling=self.config.stochastic_sampling
+        )
         scheduler.set_timesteps(num_inference_steps, device=device)
         for t, r in scheduler.intervals:
             u = self.average_velocity(x, r.expand(len(x)), t.expand(len(x)), sequence, guidance)
-            (x,) = scheduler.step(u, t, x, return_dict=False)
+            (x,) = scheduler.step(u, t, x, generator, return_dict=False)
         return VaeImageProcessor().postprocess(decode_latents(self.vae, x), output_type=output_type)
 
 

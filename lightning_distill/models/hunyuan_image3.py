@@ -315,6 +315,7 @@ class HunyuanImage3Adapter(ModelAdapter):
             "interval_frequency_bound": student.config.interval_frequency_bound,
             "system_prompt": self.system_prompt,
             "max_sequence_length": self.max_sequence_length,
+            "stochastic_sampling": self.stochastic_sampling,
         }
         save_model(student, self.directory, directory, settings)
 

@@ -25,6 +25,7 @@ STUDENT_SETTINGS = (
     "interval_frequency_bound",
     "system_prompt",
     "max_sequence_length",
+    "stochastic_sampling",
 )
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")

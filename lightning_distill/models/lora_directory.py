@@ -31,7 +31,12 @@ SAMPLED_LAYERS = 8
 
 
 def save_lora_student(
-    pipeline: FewStepPipeline, student: TwoTimeModel, max_sequence_length: int, base_model: str, directory: Path
+    pipeline: FewStepPipeline,
+    student: TwoTimeModel,
+    max_sequence_length: int,
+    stochastic_sampling: bool,
+    base_model: str,
+    directory: Path,
 ) -> None:
     """Write what `load_lora_student` puts on the base again.
 
@@ -39,6 +44,7 @@ def save_lora_student(
         pipeline: The teacher's.
         student: A network of the pipeline's `network_class` with LoRA.
         max_sequence_length: Tokens that the student's prompts were padded to.
+        stochastic_sampling: Whether its steps go to data and back by fresh noise.
         base_model: Hub id, shipped name or directory of the teacher; of a directory only its name is written.
         directory: Where to; made if it is not there.
     """
@@ -54,6 +60,7 @@ def save_lora_student(
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
         "pipeline": [source.stem, type(pipeline).__name__],
         "max_sequence_length": max_sequence_length,
+        "stochastic_sampling": stochastic_sampling,
         "base_sample": {"layers": layers, "weights": base_sample(student, layers)},
         "transformer": {name: value for name, value in student.config.items() if not name.startswith("_")},
     }

@@ -196,7 +196,8 @@ def load_lora_student(base: DiffusionPipeline, directory: str | Path) -> FewStep
         raise ValueError(f"the weights in {directory} are not those of the layers that its settings name")
     set_peft_model_state_dict(network, lora, ADAPTER)
     network.load_state_dict(times, strict=False)
-    return student_pipeline(family, base, network.eval(), settings["max_sequence_length"])
+    how = settings["max_sequence_length"], settings["stochastic_sampling"]
+    return student_pipeline(family, base, network.eval(), *how)
 
 
 def _plain(value: Any) -> Any:

@@ -17,16 +17,19 @@ from lightning_distill.models.two_time import TwoTimeModel
 TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound")
 
 
-def save_few_step_pipeline(pipeline: FewStepPipeline, student: TwoTimeModel, max_sequence_length: int, directory: Path) -> None:
+def save_few_step_pipeline(
+    pipeline: FewStepPipeline, student: TwoTimeModel, max_sequence_length: int, stochastic_sampling: bool, directory: Path
+) -> None:
     """Write a pipeline that loads with `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
 
     Args:
         pipeline: The teacher's, of which everything but the transformer and the scheduler is kept.
         student: A network of the pipeline's `network_class`.
         max_sequence_length: Tokens that the student's prompts were padded to; becomes the tokenizer's own length.
+        stochastic_sampling: Whether its steps go to data and back by fresh noise.
         directory: Where to; made if it is not there.
     """
-    student_pipeline(type(pipeline), pipeline, student, max_sequence_length).save_pretrained(directory)
+    student_pipeline(type(pipeline), pipeline, student, max_sequence_length, stochastic_sampling).save_pretrained(directory)
 
     # diffusers knows no way to save a class with its code: it would look for this package when it loads.
     index_file = directory / "model_index.json"

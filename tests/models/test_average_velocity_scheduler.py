@@ -45,6 +45,20 @@ def test_step_takes_a_number_and_wraps_its_result() -> None:
     assert x.item() == 0.5
 
 
+def test_stochastic_steps_go_to_data_and_back_by_fresh_noise() -> None:
+    scheduler = AverageVelocityScheduler(shift=1.7, stochastic_sampling=True)
+    scheduler.set_timesteps(3)
+    generators, same = ([torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2))
+    x = torch.randn(2, 16, 8)
+    for (t, r), end in zip(scheduler.intervals, scheduler.times[1:], strict=True):
+        assert r == 0
+        u = torch.randn(2, 16, 8)
+        x0 = x - t * u
+        noise = torch.stack([torch.randn(16, 8, generator=generator) for generator in same]) if end > 0 else 0
+        (x,) = scheduler.step(u, t, x, generators, return_dict=False)
+        torch.testing.assert_close(x, (1 - end) * x0 + end * noise)
+
+
 def test_pairs_chain_from_noise_to_data() -> None:
     scheduler = AverageVelocityScheduler(shift=2.0)
     scheduler.set_timesteps(4)

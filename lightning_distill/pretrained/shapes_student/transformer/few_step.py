@@ -231,7 +231,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for t, r in self.scheduler.intervals:
                 u = self.average_velocity(self.transformer, x, r.expand(count), t.expand(count), condition, guidance)
-                (x,) = self.scheduler.step(u, t, x, return_dict=False)
+                (x,) = self.scheduler.step(u, t, x, generator, return_dict=False)
                 progress_bar.update()
 
         images = x
