@@ -22,7 +22,7 @@ from lightning_distill.flow.derivative import (
 )
 
 if TYPE_CHECKING:
-    from lightning_distill.methods.meanflow import MeanFlow
+    from lightning_distill.methods.student_derivative import StudentDerivative
 
 SAMPLES = 2
 TOLERANCE = {torch.float32: 0.05, torch.float16: 0.2, torch.bfloat16: 0.2}
@@ -75,7 +75,7 @@ class DerivativeReport:
         return ", ".join(parts)
 
 
-def check_derivative(module: MeanFlow) -> DerivativeReport:
+def check_derivative(module: StudentDerivative) -> DerivativeReport:
     """Take the derivative of the student on a probe batch, as training will, and compare it with differences in float32.
 
     Raises:
@@ -110,7 +110,7 @@ def check_derivative(module: MeanFlow) -> DerivativeReport:
     return report
 
 
-def precision(module: MeanFlow) -> torch.dtype:
+def precision(module: StudentDerivative) -> torch.dtype:
     """Of the student's matrix products in training."""
     with module.trainer.precision_plugin.forward_context():
         device = module.device.type
@@ -120,7 +120,7 @@ def precision(module: MeanFlow) -> torch.dtype:
 
 
 @torch.no_grad()
-def _measure(module: MeanFlow) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
+def _measure(module: StudentDerivative) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLES, *module.latent_shape, generator=generator).to(module.device)
     t = torch.tensor([0.4, 0.8], device=module.device)
@@ -141,7 +141,7 @@ def _measure(module: MeanFlow) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
         return found, finite_difference(average_velocity, x, r, t, v, step).float(), seen
 
 
-def _derivative(module: MeanFlow, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
+def _derivative(module: StudentDerivative, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
     if module.derivative == "finite_difference":
         return module.difference(fn, x, r, t, v)
     try:

@@ -52,6 +52,11 @@ class GuidedNetworks(ShardedNetworks, ABC):
     def null_condition(self, batch_size: int) -> Condition:
         """Condition of the empty prompt, in B rows."""
 
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of the configured picture size."""
+
     def guided_condition(self, prompts: Condition, batch_size: int) -> GuidedCondition:
         """A batch's condition for training: a share of its captions dropped, and a guidance scale drawn for each sample."""
         null = self.null_condition(batch_size)

@@ -4,25 +4,19 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.derivative import (
-    AverageVelocityFn,
-    difference_step,
-    finite_difference,
-    value_and_time_derivative,
-)
+from lightning_distill.flow.derivative import AverageVelocityFn
 from lightning_distill.flow.losses import Loss, PowerLoss
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid, sample_interval, substeps
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, TeacherStudentBase
-from lightning_distill.methods.derivative_check import check_derivative, precision
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
+from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
 from lightning_distill.models.base import Condition
 from lightning_distill.models.sharding import SideOptimizer
 
@@ -31,7 +25,7 @@ PHASES: dict[str, int] = {"discrete": 0, "bootstrapped": 1, "differential": 2}
 """Values of the curve `train/phase`."""
 
 
-class MeanFlow(TeacherStudentBase):
+class MeanFlow(StudentDerivative, TeacherStudentBase):
     r"""Distillation of a teacher's flow into average velocities (MeanFlow, arXiv 2505.13447; 2512.13006; 2605.17834).
 
     The student regresses :math:`\| u(x_t, r, t) - u^* \|` onto one of three targets, with :math:`\tilde v` the guided teacher:
@@ -81,7 +75,7 @@ class MeanFlow(TeacherStudentBase):
         trajectory_fraction: float = 0.0,
         trajectory_source: Literal["student", "teacher"] = "student",
         trajectory_jumps: int = 3,
-        derivative: Literal["exact", "finite_difference"] = "exact",
+        derivative: Derivative = "exact",
         tangent_warmup_steps: int = 0,
         loss: Loss = PowerLoss(),
         alignment: TrajectoryAlignment | None = None,
@@ -102,8 +96,7 @@ class MeanFlow(TeacherStudentBase):
             raise ConfigurationError(f"model.trajectory_source is {trajectory_source!r}; choose student or teacher")
         if trajectory_jumps < 1:
             raise ConfigurationError(f"model.trajectory_jumps is {trajectory_jumps}; take at least 1")
-        if derivative not in ("exact", "finite_difference"):
-            raise ConfigurationError(f"model.derivative is {derivative!r}; choose exact or finite_difference")
+        self.choose_derivative(derivative)
         if tangent_warmup_steps < 0:
             raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
         self.time_sampler = time_sampler
@@ -114,7 +107,6 @@ class MeanFlow(TeacherStudentBase):
         self.trajectory_fraction = trajectory_fraction
         self.trajectory_source = trajectory_source
         self.trajectory_jumps = trajectory_jumps
-        self.derivative = derivative
         self.tangent_warmup_steps = tangent_warmup_steps
         self.loss = loss
         self.alignment = alignment
@@ -197,12 +189,6 @@ class MeanFlow(TeacherStudentBase):
         target = self._integrated(x_t, r, t, condition)
         return self.average_velocity(x_t, r, t, condition), target, {}
 
-    def difference(self, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """Of an average velocity along (v, 0, 1), by a central difference with a step that suits the precision."""
-        return finite_difference(
-            fn, x, r, t, v, difference_step(self.adapter.time_frequency(self.student_options), precision(self))
-        )
-
     @torch.no_grad()
     def _integrated(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
         target = torch.empty_like(x_t)
@@ -230,11 +216,7 @@ class MeanFlow(TeacherStudentBase):
             u.append(network(narrow)(x_t[narrow], r[narrow], t[narrow]))
         if len(wide):
             point = x_t[wide], r[wide], t[wide]
-            with self.adapter.held_routing():
-                if self.derivative == "exact":
-                    value, dudt = value_and_time_derivative(network(wide), *point, v[wide])
-                else:
-                    value, dudt = network(wide)(*point), self.difference(network(wide), *point, v[wide])
+            value, dudt = self.value_and_derivative(network(wide), *point, v[wide])
             u.append(value)
             counted = wide[:wide_count]
             target[counted] -= self.tangent_weight * expand(t - r, v)[counted] * dudt[:wide_count]
@@ -266,17 +248,16 @@ class MeanFlow(TeacherStudentBase):
             self.check_student(self.alignment.critic_options(self.student_options))
 
     def on_fit_start(self) -> None:
-        """Look at the derivative, if this run may need it, before the first step relies on it."""
+        """As in every method that takes derivatives; the critic's base must be the teacher's as well."""
         super().on_fit_start()
         if self.alignment is not None and self.alignment.critic_options(self.student_options).lora is not None:
             check_sharing(self.alignment.critic, self.teacher)
+
+    @property
+    def takes_derivatives(self) -> bool:
+        """Whether the differential solution is the target, or what a callback may switch to."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
-        if "differential" in (self.solution, *(getattr(callback, "to", None) for callback in callbacks)):
-            report = check_derivative(self)
-            rank_zero_info(str(report))
-            if report.difference is not None:
-                for logger in self.loggers:
-                    logger.log_metrics({"derivative/difference": report.difference}, step=0)
+        return "differential" in (self.solution, *(getattr(callback, "to", None) for callback in callbacks))
 
     def build_networks(self) -> None:
         """Teacher and student, and the critic of the alignment."""
