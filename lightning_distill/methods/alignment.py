@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, jump, predict_x0, renoise
 from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.side_optimizer import ReplicatedOptimizer
+from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.models.base import LoraOptions, ModelAdapter, StudentOptions
-from lightning_distill.models.sharding import Sharding, SideOptimizer
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import TeacherStudentBase
@@ -101,13 +100,10 @@ class TrajectoryAlignment(nn.Module):
         self.nfe = tuple(nfe)
         self.guidance_scale = guidance_scale
         self.critic_updates = critic_updates
-        self.critic_lr = critic_lr
-        self.critic_clip = critic_clip
         self.start_step = start_step
         self.critic_warmup_steps = critic_warmup_steps
         self.critic_lora = critic_lora
-        self._optimizer: SideOptimizer | None = None
-        self._pending_state: dict[str, Any] | None = None
+        self.critic_training = SideTraining(critic_lr, clip=critic_clip)
 
     critic: nn.Module
 
@@ -194,37 +190,11 @@ class TrajectoryAlignment(nn.Module):
         return (((1 - state.s) * b / tau).square() * (v - target).square().flatten(1).mean(1)).mean()
 
     def _update_critic(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
-        optimizer = self.optimizer(module.sharding)
+        optimizer = self.critic_training.optimizer(self.critic, module.sharding)
         with torch.enable_grad():
             loss = self.critic_loss(module, state, condition)
         optimizer.step(loss)
         return loss.detach()
-
-    def optimizer(self, sharding: Sharding | None = None) -> SideOptimizer:
-        """The critic's optimizer, made on first use: by then the critic is on its device.
-
-        Args:
-            sharding: The strategy, where it has spread the critic over processes.
-        """
-        if self._optimizer is None:
-            trained = [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
-            adamw = torch.optim.AdamW(trained, lr=self.critic_lr, betas=(0.0, 0.99), weight_decay=0)
-            if self._pending_state is not None:
-                adamw.load_state_dict(self._pending_state)
-            if sharding is None:
-                self._optimizer = ReplicatedOptimizer(adamw, self.critic_clip)
-            else:
-                self._optimizer = sharding.side_optimizer(self.critic, adamw, self.critic_clip)
-        return self._optimizer
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """State of the critic's optimizer, for a checkpoint."""
-        return self.optimizer().optimizer.state_dict()
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restore the critic's optimizer from a checkpoint."""
-        self._pending_state = state
-        self._optimizer = None
 
 
 def diffusion_std(s: Tensor, tau: Tensor) -> Tensor:

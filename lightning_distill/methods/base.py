@@ -188,6 +188,13 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         self.adapter.sharding = self.sharding
         self.adapter.load(encoders=self._encoded is None)
         self.build_networks()
+        # Networks of the side have optimizers of their own, which average their gradients.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{path}.{name}"
+            for path in self.side_networks
+            for name, parameter in self.get_submodule(path).named_parameters()
+            if parameter.requires_grad
+        ]
         if self.ema_decay is not None:
             self.ema = self.build_average(self.ema_decay)
             self.ema.requires_grad_(False)
@@ -369,9 +376,11 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     # What is saved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen parts out."""
+        """Leave the frozen parts out, and add the optimizers that the trainer does not know."""
         names = self._saved_names(checkpoint["state_dict"])
         checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+        whole = self.side_optimizers(spread=False)
+        checkpoint["side_optimizers"] = {path: side.optimizer.state_dict() for path, side in whole.items()}
 
     def _saved_names(self, state: Iterable[str]) -> list[str]:
         shared = shared_names(self, getattr(self, "teacher", None))
@@ -379,6 +388,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another student; loading is not strict, since frozen parts are left out."""
+        for path, state in checkpoint["side_optimizers"].items():
+            self.side_trainings()[path].load_state_dict(state)
         if self.sharding is not None:  # its strategy has looked
             return
         expected, found = set(self._saved_names(self.state_dict())), checkpoint["state_dict"].keys()

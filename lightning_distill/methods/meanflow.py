@@ -16,9 +16,9 @@ from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
+from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
 from lightning_distill.models.base import Condition
-from lightning_distill.models.sharding import SideOptimizer
 
 Solution = Literal["discrete", "bootstrapped", "differential"]
 PHASES: dict[str, int] = {"discrete": 0, "bootstrapped": 1, "differential": 2}
@@ -264,33 +264,21 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
         super().build_networks()
         if self.alignment is not None:
             self.alignment.build(self.adapter, self.teacher, self.student_options)
-            # The critic has an optimizer of its own and averages its own gradients.
-            critic = [f"alignment.{name}" for name, parameter in self.alignment.named_parameters() if parameter.requires_grad]
-            self._ddp_params_and_buffers_to_ignore = critic
 
-    def side_optimizers(self) -> dict[str, SideOptimizer]:
+    def side_trainings(self) -> dict[str, SideTraining]:
         """The critic's."""
-        return {} if self.alignment is None else {"critic": self.alignment.optimizer(self.sharding)}
-
-    @property
-    def side_networks(self) -> tuple[str, ...]:
-        """The critic."""
-        return () if self.alignment is None else ("alignment.critic",)
+        return {} if self.alignment is None else {"alignment.critic": self.alignment.critic_training}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the phase, so that a resumed run continues in it."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["meanflow"] = {"solution": self._solution, "differential_since": self._differential_since}
-        if self.alignment is not None and self.sharding is None:
-            checkpoint["alignment_optimizer"] = self.alignment.optimizer_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue in the phase that was saved."""
         super().on_load_checkpoint(checkpoint)
         self._solution = checkpoint["meanflow"]["solution"]
         self._differential_since = checkpoint["meanflow"]["differential_since"]
-        if self.alignment is not None and self.sharding is None:
-            self.alignment.load_optimizer_state(checkpoint["alignment_optimizer"])
 
 
 def rms(x: Tensor) -> Tensor:

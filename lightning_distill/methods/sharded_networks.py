@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.models.base import ModelAdapter
 from lightning_distill.models.sharding import Sharding, SideOptimizer
 
@@ -63,11 +64,23 @@ class ShardedNetworks(LightningModule):
             return rows.new_zeros(1), 0
         return rows, len(rows)
 
-    def side_optimizers(self) -> dict[str, SideOptimizer]:
-        """Of networks that train on losses of their own, by names under which they are saved; made when first asked for."""
+    def side_trainings(self) -> dict[str, SideTraining]:
+        """Of networks that train on losses of their own, by their paths within this module."""
         return {}
 
     @property
     def side_networks(self) -> tuple[str, ...]:
-        """Paths of those networks within this module."""
-        return ()
+        """Paths of those networks."""
+        return tuple(self.side_trainings())
+
+    def side_optimizers(self, spread: bool = True) -> dict[str, SideOptimizer]:
+        """Their optimizers, made when first asked for.
+
+        Args:
+            spread: Of those that the strategy has spread over processes, or of those that every process has whole.
+        """
+        return {
+            path: training.optimizer(self.get_submodule(path), self.sharding)
+            for path, training in self.side_trainings().items()
+            if (self.sharding is not None and training.spread) == spread
+        }

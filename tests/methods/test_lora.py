@@ -122,7 +122,9 @@ def test_all_networks_are_in_one_memory(teacher: str) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in trained(module.student).values()}
     assert {id(p) for p in trained(module.alignment.critic).values()} == {
-        id(p) for group in module.alignment.optimizer().optimizer.param_groups for p in group["params"]
+        id(p)
+        for group in module.side_optimizers(spread=False)["alignment.critic"].optimizer.param_groups
+        for p in group["params"]
     }
     assert names
 
