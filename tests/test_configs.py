@@ -84,13 +84,13 @@ def test_it_begins_by_saying_what_it_is_for(name):
     assert len(first) > 40
 
 
-@pytest.mark.parametrize("name", [FLUX, FLUX_LORA])
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("flux_")])
 def test_every_setting_for_flux_has_a_comment(name):
     lines = [line.strip().removeprefix("- ") for line in (config_directory() / name).read_text().splitlines()]
     settings = [line for line in lines if line and not line.startswith("#")]
-    sections = ("init_args:", "model:", "data:", "trainer:", "logger:", "callbacks:")
+    sections = ("init_args:", "model:", "data:", "trainer:", "logger:", "callbacks:", "callbacks+:")
     silent = [line for line in settings if line not in sections and " # " not in line]
-    assert len(settings) > 25
+    assert settings
     assert not silent
 
 
