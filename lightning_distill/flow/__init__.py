@@ -31,6 +31,15 @@ from lightning_distill.flow.times import (
     step_grid,
     substeps,
 )
+from lightning_distill.flow.trigflow import (
+    consistency_tangent,
+    linear_state,
+    linear_time,
+    linear_velocity,
+    trig_state,
+    trig_time,
+    trig_velocity,
+)
 
 __all__ = [
     "SOLVERS",
@@ -44,6 +53,7 @@ __all__ = [
     "adaptive_loss",
     "classifier_free",
     "conditional_velocity",
+    "consistency_tangent",
     "difference_step",
     "euler_step",
     "evaluations",
@@ -55,6 +65,9 @@ __all__ = [
     "integrate",
     "interpolate",
     "jump",
+    "linear_state",
+    "linear_time",
+    "linear_velocity",
     "midpoint_step",
     "move_on_grid",
     "power_loss",
@@ -66,5 +79,8 @@ __all__ = [
     "step_grid",
     "substeps",
     "time_derivative",
+    "trig_state",
+    "trig_time",
+    "trig_velocity",
     "value_and_time_derivative",
 ]

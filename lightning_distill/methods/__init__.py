@@ -7,10 +7,12 @@ from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.sampling import Batch
+from lightning_distill.methods.scm import SCM
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
 
 __all__ = [
+    "SCM",
     "Autoencoder",
     "Batch",
     "FlowMatching",

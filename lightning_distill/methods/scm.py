@@ -1,0 +1,147 @@
+"""Continuous-time consistency distillation."""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import expand, interpolate
+from lightning_distill.flow.times import LogitNormal, TimeSampler
+from lightning_distill.flow.trigflow import (
+    consistency_tangent,
+    linear_state,
+    linear_time,
+    trig_state,
+    trig_time,
+    trig_velocity,
+)
+from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.side_training import SideTraining
+from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
+from lightning_distill.models.base import Condition
+
+
+class TimeWeight(nn.Module):
+    """A learned logarithm of the loss's size at each time (EDM2, arXiv 2312.02696, section 5; sCM, arXiv 2410.11081, Eq. 8).
+
+    It starts as 0: no weighting. Features of t are cosines and sines of one to `features` half turns.
+
+    Args:
+        features: Pairs of them.
+    """
+
+    def __init__(self, features: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", math.pi * torch.arange(1, features + 1), persistent=False)
+        self.linear = nn.Linear(2 * features, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """The logarithm (B,) for t (B,) in [0, 1]."""
+        angles = t[:, None].float() * self.get_buffer("frequencies")
+        weights: Tensor = self.linear(torch.cat([angles.cos(), angles.sin()], -1))
+        return weights[:, 0]
+
+
+class SCM(StudentDerivative, TeacherStudentBase):
+    r"""Continuous-time consistency distillation (sCM, arXiv 2410.11081), of flow-matching teachers (2503.09641, 2512.13006).
+
+    A consistency model :math:`f(y_s) = \cos(s) y_s - \sin(s) F(y_s, s)` predicts the same x0 all along a trajectory. With the
+    student's average velocity down to 0 in the place of a velocity, F is what `flow.trigflow.trig_velocity` makes of it, and
+    :math:`f = x_t - t \, u(x_t, 0, t)`. The change along the teacher's trajectory, normalised,
+
+    .. math:: g = -\cos^2(s) (F - F_T) - \rho \cos(s) \sin(s) \, (y_s + \dot F), \quad g \leftarrow g / (\|g\| + 0.1),
+
+    is the negative gradient of the loss in F (arXiv 2410.11081, Eq. 8):
+
+    .. math:: L = \frac{1}{\tan s} e^{-l(s)} \, \mathrm{mean} (F - \mathrm{sg} F - g)^2 + l(s).
+
+    Args:
+        time_sampler: Distribution of t. A normal variable z of :math:`s = \arctan e^z` is `LogitNormal` in t; the default is
+            that of arXiv 2512.13006.
+        derivative: "exact", by dual numbers, or "finite_difference", for a student with an operation that has no forward-mode
+            rule, at the cost of two more forward passes.
+        tangent_warmup_steps: Optimizer steps over which rho rises from 0 to 1.
+        tangent_norm: Of g: "rms" is the same for latents of all sizes (arXiv 2503.09641); "l2" is the paper's.
+        time_weight: Whether l, the logarithm of the loss's size by time, is learned, or is 0.
+        time_weight_lr: Learning rate of l.
+        **kwargs: Of `TeacherStudentBase`.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
+    """
+
+    stochastic_sampling: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *args: Any,
+        time_sampler: TimeSampler = LogitNormal(mean=0.2, std=1.6),
+        derivative: Derivative = "exact",
+        tangent_warmup_steps: int = 10_000,
+        tangent_norm: Literal["rms", "l2"] = "rms",
+        time_weight: bool = True,
+        time_weight_lr: float = 1e-3,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if tangent_warmup_steps < 0:
+            raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
+        if tangent_norm not in ("rms", "l2"):
+            raise ConfigurationError(f"model.tangent_norm is {tangent_norm!r}; choose rms or l2")
+        if not time_weight_lr > 0:
+            raise ConfigurationError(f"model.time_weight_lr is {time_weight_lr}; set it above 0, 0.001 is usual")
+        self.choose_derivative(derivative)
+        self.time_sampler = time_sampler
+        self.tangent_warmup_steps = tangent_warmup_steps
+        self.tangent_norm = tangent_norm
+        self.time_weight = TimeWeight() if time_weight else None
+        self._weight_training = SideTraining(time_weight_lr, betas=(0.9, 0.99), spread=False)
+
+    @property
+    def tangent_weight(self) -> float:
+        """Rho, in [0, 1]."""
+        return min(1.0, self.global_step / self.tangent_warmup_steps) if self.tangent_warmup_steps else 1.0
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """Ask the teacher for the trajectory's direction, and the student how its prediction changes along it."""
+        t = self.time_sampler(len(x0), x0.device)
+        x_t = interpolate(x0, torch.randn_like(x0), t)
+        guided = self.guided_condition(condition, len(x0))
+        s = trig_time(t)
+        y_s, velocity = trig_state(x_t, s), trig_velocity(self.teacher_velocity(x_t, t, guided), x_t, s)
+
+        def network(y: Tensor, end: Tensor, s: Tensor) -> Tensor:
+            x = linear_state(y, s)
+            return trig_velocity(self.average_velocity(x, end, linear_time(s), guided), x, s)
+
+        f, dfds = self.value_and_derivative(network, y_s, torch.zeros_like(s), s, velocity)
+        with torch.no_grad():
+            g = consistency_tangent(f, velocity, y_s, dfds, s, self.tangent_weight)
+            norm = g.flatten(1).norm(dim=1)
+            size = norm / math.sqrt(g[0].numel()) if self.tangent_norm == "rms" else norm
+            target = f + g / expand(size + 0.1, g)
+        # 1 / tan(s), of which float32 makes a negative number at the end
+        error = (1 - t) / t.clamp_min(1e-4) * (f - target).square().flatten(1).mean(1)
+        logs = {"tangent_norm": size.mean(), "tangent_weight": torch.tensor(self.tangent_weight)}
+        if self.time_weight is None:
+            return Objective(error, t, logs)
+        logarithm = self._learned_weight(t, error.detach())
+        return Objective(error * torch.exp(-logarithm), t, logs)
+
+    def _learned_weight(self, t: Tensor, error: Tensor) -> Tensor:
+        """The logarithm (B,) of the error's size at t, which then learns from the errors (B,) of this batch."""
+        assert self.time_weight is not None
+        optimizer = self._weight_training.optimizer(self.time_weight, self.sharding)
+        with torch.enable_grad():
+            logarithm = self.time_weight(t)
+            loss = (error * torch.exp(-logarithm) + logarithm).mean()
+        optimizer.step(loss)
+        return logarithm.detach()
+
+    def side_trainings(self) -> dict[str, SideTraining]:
+        """That of the weight."""
+        return {} if self.time_weight is None else {"time_weight": self._weight_training}
