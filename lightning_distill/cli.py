@@ -55,6 +55,16 @@ class DistillParser(LightningArgumentParser):
         """Parse the settings of one file."""
         return super().parse_string(without_base(content), *args, **kwargs)
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse the arguments.
+
+        jsonargparse reads the value of `--model.student.lora=null` and hands it to the parser of the class as text, which
+        would then be `None`.
+        """
+        if getattr(self, "_inner_parser", False) and args is not None:
+            args = [f"{arg.removesuffix('=None')}=null" if arg.endswith("=None") else arg for arg in args]
+        return super().parse_args(args, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end with exit code 2."""
         if not self.exit_on_error:

@@ -83,6 +83,13 @@ def test_short_names_of_data_and_callbacks(capsys):
     assert names == ["AtomicCheckpoint", "RandomState"]
 
 
+@pytest.mark.parametrize("key", ["student.lora", "init_args.student.lora"])
+def test_null_is_null_at_any_depth(capsys, key):
+    config = printed(capsys, "--config", "flux_meanflow_lora.yaml", f"--model.{key}=null", "--model.ema_decay=null")
+    assert config["model"]["init_args"]["student"]["lora"] is None
+    assert config["model"]["init_args"]["ema_decay"] is None
+
+
 def test_a_printed_config_is_a_config(capsys, work):
     first = printed(capsys, "--config", "top.yaml")
     (work / "again.yaml").write_text(yaml.safe_dump(first))
