@@ -134,7 +134,7 @@ def _strategy(trainer: Mapping[str, Any], options: PlanOptions) -> Strategy:
             "zero3",
             offloads_weights="offload_param" in zero,
             offloads_optimizer="offload_optimizer" in zero,
-            bucket=int(zero.get("reduce_bucket_size", STRATEGIES["deepspeed_stage_3"].bucket)),
+            bucket=given._bucket,
             live=int(zero.get("stage3_max_live_parameters", STRATEGIES["deepspeed_stage_3"].live)),
         )
     elif type(given).__name__ == "DDPStrategy" or (isinstance(given, str) and given.startswith("ddp")):

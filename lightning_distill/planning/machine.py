@@ -20,7 +20,7 @@ class Strategy:
         kind: "single", "ddp", "fsdp2" or "zero3".
         offloads_weights: Whether they stay in the memory of the CPU.
         offloads_optimizer: Whether its state, and gradients, do.
-        bucket: Numbers in ZeRO-3's buffer of gradients.
+        bucket: Numbers in ZeRO-3's buffer of gradients at the most; it has no more than there are gradients.
         live: Weights that ZeRO-3 keeps gathered at the most.
     """
 
@@ -111,7 +111,7 @@ def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int
 
     Sharded weights are divided among the processes. FSDP2 holds the block that computes whole, the next one that it fetches,
     and the buffer that it fetches into, and in the backward pass the gradients of a block and the buffer that they leave from;
-    ZeRO-3 holds as much as it may keep gathered, and its buffer of gradients.
+    ZeRO-3 holds as much as it may keep gathered, and the buffer that gradients leave from, with a copy of it as they leave.
 
     Args:
         cost: Of `measure_step`.
@@ -130,6 +130,7 @@ def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int
     optimizer = {"optimizer": numbers["state/student"] / share, "critic's optimizer": 2 * FLOAT32 * trained["critic"] / share}
     if strategy.kind == "zero3":
         optimizer["float32 copies of ZeRO-3"] = FLOAT32 * sum(trained.values()) / share
+        optimizer["critic's gradients"] = FLOAT32 * trained["critic"] / share
     exchange = _exchange(cost, strategy, processes)
     passes = max(numbers[f"pass/{phase}/{_known(share)}"] for phase in cost.phases)
     # At the end of a step there are no activations, and the optimizer has temporaries.
@@ -143,6 +144,8 @@ def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int
         cpu |= {name: gpu.pop(name) for name in list(gpu) if name.startswith("weights:") and "autoencoder" not in name}
     if strategy.offloads_optimizer:
         cpu |= {name: gpu.pop(name) for name in (*optimizer, "gradients")}
+        if strategy.kind == "zero3":
+            cpu["gradients"] *= 2  # as they arrive, and as the optimizer sees them
         gpu["activations"] = max(passes - gradients + exchange, encoding)
     else:
         gpu["activations"] = beyond - gradients
@@ -150,6 +153,8 @@ def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int
         cpu["guard of the switch"] = FLOAT32 * trained["student"] + numbers["weights/average"]
     if strategy.kind == "ddp":
         gpu["buffers of DDP"] = FLOAT32 * trained["student"]
+    if strategy.kind == "zero3":
+        gpu["buffers of ZeRO-3"] = sum(_leaving(strategy, count) for count in trained.values())
     return Plan(
         strategy.name,
         processes,
@@ -181,12 +186,18 @@ def _exchange(cost: StepCost, strategy: Strategy, processes: int) -> float:
             found.append(rest + 3 * block + backward)
         return max(found)
     if strategy.kind == "zero3":
-        gathered = sum(numbers[f"weights/{name}"] for name in cost.blocks)
-        sides = 1 + ("critic" in cost.blocks)
-        return min(gathered, FLOAT32 * strategy.live) + sides * FLOAT32 * strategy.bucket
+        # A critic trains apart from the others. What leaves is put together once more, in another order.
+        main = sum(numbers[f"weights/{name}"] for name in cost.blocks if name != "critic")
+        gathered = sum(min(part, FLOAT32 * strategy.live) for part in (main, numbers.get("weights/critic", 0)))
+        return gathered + _leaving(strategy, max(numbers.get(f"trained/{name}", 0) for name in ("student", "critic")))
     if strategy.kind == "ddp" and processes > 1 and "critic" in cost.blocks:
         return 2 * FLOAT32 * numbers["trained/critic"]  # one message, and its mean
     return 0
+
+
+def _leaving(strategy: Strategy, trained: float) -> float:
+    """Bytes of the buffer from which the gradients of so many weights leave under ZeRO-3."""
+    return FLOAT32 * min(strategy.bucket, trained)
 
 
 def _communication(cost: StepCost, phase: str, strategy: Strategy, processes: int, accumulate: int) -> float:

@@ -19,6 +19,9 @@ from lightning_distill.models.sharding import SideOptimizer, forget_gathered, lo
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
 
+BUCKET = 500_000_000
+"""Numbers in the buffer that gradients leave from, where nothing is said: DeepSpeed's own."""
+
 
 class ZeRO3Precision(DeepSpeedPrecision):
     """Mixed precision as under other strategies: weights are float32, and products of matrices may take less.
@@ -74,7 +77,11 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         if not self.zero_stage_3:
             raise ConfigurationError("ZeRO3Strategy is for stage 3 of DeepSpeed; leave stage and config's stage at 3")
         # Its autograd function has no forward-mode rule, and it replaces torch's linear in the whole process.
-        config.setdefault("zero_optimization", {}).setdefault("memory_efficient_linear", False)
+        zero = config.setdefault("zero_optimization", {})
+        zero.setdefault("memory_efficient_linear", False)
+        # Weights fetched at once would be there twice, in one buffer and in their places: of a text encoder, all of them.
+        zero.setdefault("stage3_allgather_sequential", True)
+        self._bucket = int(zero.get("reduce_bucket_size", BUCKET))
         # The optimizer of the configuration is taken as it is, also where its state is in the memory of the CPU.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
         self._engines: list[Any] = []
@@ -130,10 +137,17 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_matrix_optimizers(optimizer)
+        if optimizer is not None:
+            self._bound_bucket(self._settings, optimizer)
         with _without(model, getattr(model, "side_networks", ())):
             result = super()._setup_model_and_optimizer(model, optimizer, *args, **kwargs)
         give_hooks_a_derivative(model)
         return result
+
+    def _bound_bucket(self, config: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Make the buffer that gradients leave from, which takes its memory whole, no larger than all gradients are."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"])
+        config["zero_optimization"]["reduce_bucket_size"] = min(self._bucket, trained)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         with _without(model, getattr(model, "side_networks", ())):
@@ -194,6 +208,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         import deepspeed
 
         config = copy.deepcopy(self._settings) | {"gradient_clipping": clip, "gradient_accumulation_steps": 1}
+        self._bound_bucket(config, optimizer)
         engine, _, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.root_device.index),
             config=config,

@@ -1,5 +1,7 @@
 """What is divided among GPUs, what is not, and which machine is large enough."""
 
+from dataclasses import replace
+
 import pytest
 
 from lightning_distill.planning.machine import STRATEGIES, Machine, Plan, plan_for, smallest
@@ -57,6 +59,15 @@ def test_what_is_offloaded_is_on_the_cpu(cost: StepCost, name: str) -> None:
     assert plan.cpu["optimizer"] == plain.gpu["optimizer"]
     assert ("weights: student" in plan.cpu) == (not name.endswith("optimizer"))
     assert "weights: autoencoder" in plan.gpu
+
+
+def test_zero3_has_buffers_no_larger_than_gradients(cost: StepCost) -> None:
+    plan = planned(cost, "deepspeed_stage_3", 4)
+    divided = (12 + 8 + 4 + 4) / 4  # weights, the optimizer's state, gradients, and float32 copies of what trains
+    # Teacher and student gathered; gradients in a buffer, and once more as they leave.
+    assert plan.peak == pytest.approx((divided + 4 + 8 + 8 + 4 + 4) * MILLION)
+    small = replace(STRATEGIES["deepspeed_stage_3"], bucket=MILLION // 10, live=MILLION // 10)
+    assert plan_for(cost, small, 4).peak == pytest.approx((divided + 4 + 8 + 3 * 0.4) * MILLION)
 
 
 def test_the_smallest_machine(cost: StepCost) -> None:
