@@ -134,7 +134,7 @@ class FixedLengthTokenizer:
 
 @torch.no_grad()
 def without_memory(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Replace a module's parameters and buffers, on whatever device, by ones on the CPU that have no memory."""
+    """Replace a module's parameters, buffers and tables, on whatever device, by ones on the CPU that have no memory."""
     known: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -146,6 +146,9 @@ def without_memory(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
         for name, buffer in part._buffers.items():
             if buffer is not None and not is_fake(buffer):
                 part._buffers[name] = _fake(buffer, mode)
+        for name, value in list(vars(part).items()):  # tables that are no buffers
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                setattr(part, name, _fake(value, mode))
     return module
 
 

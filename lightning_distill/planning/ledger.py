@@ -43,6 +43,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Count the results."""
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _positions(args[1]), *args[2:])
         result = func(*args, **(kwargs or {}))
         # Views of what was there before, such as weights, and changes of it in place are nothing new.
         old = {storage._cdata for storage in _storages((args, kwargs))}
@@ -93,6 +95,18 @@ class Ledger(TorchDispatchMode):
         for parameter in parameters:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(count)
+
+
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices with positions in the place of masks, whose number must be known: all of them, if the mask is without memory."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool:
+            found.append(index)
+        else:
+            mask = torch.ones(index.shape, dtype=torch.bool) if is_fake(index) else index
+            found += mask.nonzero().unbind(1)
+    return found
 
 
 def _storages(tree: Any) -> list[Any]:

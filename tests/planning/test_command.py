@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lightning_distill.cli import main
+from lightning_distill.models import DiffusersAdapter
+from tests.models.families import FAMILIES, save_family
 from tests.tiny import save_tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,28 @@ def test_a_config_for_eight_gpus_is_planned_on_a_machine_without(tmp_path: Path,
     assert found["fits"]
     assert found["smallest"] == 1
     assert "fsdp2 fits on 8 x 80 GB" in printed.replace("\n", " ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned_from_its_configurations(family: str, tmp_path: Path) -> None:
+    directory = Path(save_family(family, tmp_path / "teacher"))
+    counts = {}
+    for path in directory.glob("*/*.safetensors"):
+        counts[path.parent.name] = sum(tensor.numel() for tensor in load_file(path).values())
+        path.unlink()
+    guided = DiffusersAdapter(str(directory))
+    guided.check()
+    guidance = [] if guided.embeds_guidance else ["--model.guidance.kind=two_branch", "--model.guidance.scales=null"]
+    main(
+        [
+            *("plan", "--config", "flux_meanflow.yaml", "--model_config=teacher", "--json=plan.json", "--gpus=2", *guidance),
+            *("--model.validation.height=32", "--model.validation.width=32"),
+        ]
+    )
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert 0.97 < found["parameters"]["teacher"][0] / counts["transformer"] <= 1  # files have buffers as well
+    assert 0.9 < found["parameters"]["student"][1] / found["parameters"]["student"][0] <= 1
+    assert found["communication"].keys() == {"discrete", "differential"}
 
 
 def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
