@@ -13,6 +13,7 @@ from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.condition import replace_rows
 from lightning_distill.methods.sampling import Batch
 from lightning_distill.models.base import Condition
+from lightning_distill.models.student import let_train
 
 
 class FlowMatching(TeacherStudentBase):
@@ -57,11 +58,10 @@ class FlowMatching(TeacherStudentBase):
 
     def build_networks(self) -> None:
         """The adapter's network, trainable, and the text encoders beside it if they train along."""
-        self.student = self.adapter.load_teacher().requires_grad_(True).train()
+        self.student = let_train(self.adapter.load_teacher())
         self.networks = nn.ModuleDict({"transformer": self.student})
         if self.train_text_encoders:
-            self.networks.update(self.adapter.text_encoders())
-            self.networks.requires_grad_(True).train()
+            self.networks.update({name: let_train(part) for name, part in self.adapter.text_encoders().items()})
 
     def build_trained(self) -> nn.Module:
         """A network like `trained` at its start."""

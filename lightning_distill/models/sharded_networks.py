@@ -13,7 +13,7 @@ from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.sharding import Sharding
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.models.student import start_from, student_config
+from lightning_distill.models.student import let_train, start_from, student_config
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
 
@@ -81,7 +81,7 @@ def build_sharded_student(
     student = empty_network(network_class, student_config(teacher, options), weights)
     embedders = empty_network(network_class, teacher, weights).timestep_embedders
     report = start_from(embedders, student, options)
-    student.requires_grad_(True).train()
+    let_train(student)
     sharding.shard(student, weights)
     return student, report
 

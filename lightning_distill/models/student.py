@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import LoraOptions, StudentOptions
@@ -27,10 +28,18 @@ def build_student(teacher: TwoTimeModel, options: StudentOptions) -> tuple[TwoTi
     student = _copy(teacher, config) if options.lora is None else _over(teacher, config)
     report = start_from(teacher.timestep_embedders, student, options)
     if options.lora is None:
-        student.requires_grad_(True)
+        let_train(student)
     else:
         add_lora(student, lora_config(student, options.lora))
     return student.train(), report
+
+
+def let_train(network: nn.Module) -> nn.Module:
+    """Let all weights of a network train, but those whose results nothing reads: DDP waits for gradients of all that train."""
+    network.requires_grad_(True)
+    for name in network.unread_parts() if isinstance(network, TwoTimeModel) else ():
+        network.get_submodule(name).requires_grad_(False)
+    return network.train()
 
 
 def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[str, Any]:
@@ -68,6 +77,8 @@ def lora_config(network: TwoTimeModel, options: LoraOptions) -> LoraConfig:
         raise ConfigurationError(
             f"lora.targets does not fit: {error}; this family's own are {', '.join(network.lora_targets)}"
         ) from error
+    unread = tuple(network.unread_parts())
+    modules = [name for name in modules if not name.startswith(unread)]  # as of `let_train`
     alpha = options.rank if options.alpha is None else options.alpha
     return LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=modules)
 

@@ -20,6 +20,7 @@ class TwoTimeQwenImageTransformer2DModel(TwoTimeModel, QwenImageTransformer2DMod
 
     feature_scale: ClassVar[float] = 1.0
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
+    unread: ClassVar[tuple[str, ...]] = ("transformer_blocks.-1.attn.to_add_out", "transformer_blocks.-1.txt_mlp")
 
 
 class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):

@@ -14,7 +14,7 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.models.adapter import DTYPES, DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.lora_student import add_lora
-from lightning_distill.models.student import lora_config, student_config
+from lightning_distill.models.student import let_train, lora_config, student_config
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.planning.description import without_memory
 from lightning_distill.strategies.blocks import blocks
@@ -94,7 +94,7 @@ def _student(
     """As `build_student` makes it, but for the values."""
     student = found.student(options).of(depths)
     if options.lora is None:
-        student.requires_grad_(True)
+        let_train(student)
     else:
         _share(student, teacher)
         add_lora(student, lora_config(student, options.lora))

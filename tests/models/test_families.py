@@ -215,6 +215,19 @@ def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter, lora:
     assert (dudt - exact).norm() / exact.norm() < 1e-6
 
 
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_all_that_trains_gets_a_gradient(pipeline_adapter: DiffusersAdapter, lora: LoraOptions | None) -> None:
+    """And of the rest of a whole student nothing would: DDP waits for each."""
+    _, student = build(pipeline_adapter, lora=lora)
+    assert isinstance(student, TwoTimeModel)
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    if lora is None:
+        student.requires_grad_(True)
+    x, t, condition = states(pipeline_adapter)
+    pipeline_adapter.average_velocity(student, x, 0 * t, t, condition, SCALE).square().mean().backward()
+    assert {name for name, parameter in student.named_parameters() if parameter.grad is not None} == trained
+
+
 def test_a_lora_student_is_the_teacher_on_the_teachers_own_weights(pipeline_adapter: DiffusersAdapter) -> None:
     adapter = pipeline_adapter
     x, t, condition = states(adapter)

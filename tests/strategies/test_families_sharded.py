@@ -1,4 +1,4 @@
-"""Every family under every strategy that shards: two processes compute what one does."""
+"""Every family under every strategy of several processes: two compute what one does."""
 
 from pathlib import Path
 
@@ -23,4 +23,11 @@ def single(directory: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_it_trains_spread_over_two_processes(strategy: str, directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
     settings = ["--strategy", strategy, "--devices", "2", "--checkpointing", "--steps", "2"]
+    assert largest_difference(single, train(tmp_path / "run", directory, *settings)) < 1e-5
+
+
+@pytest.mark.slow
+def test_ddp_trains_like_one_process(directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
+    """DDP refuses a second step if a weight that trains got no gradient in the first."""
+    settings = ["--strategy", "ddp", "--devices", "2", "--checkpointing", "--steps", "2"]
     assert largest_difference(single, train(tmp_path / "run", directory, *settings)) < 1e-5

@@ -191,6 +191,8 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     """What the model's own features of time get at noise."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Ends of the names of the linear layers in its blocks that LoRA is for, unless told otherwise: attention, feed-forward."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Parts whose results nothing reads, such as a last block's for the prompt's tokens; `-1` is the last of a list."""
 
     @register_to_config
     def __init__(
@@ -207,6 +209,14 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         for name, stock in list(self.named_modules()):
             if (replacement := self.embedding_of(name.rpartition(".")[2])) is not None:
                 self.set_submodule(name, replacement(stock, self.own_features(name), *settings))
+
+    def unread_parts(self) -> list[str]:
+        """Names of the parts in `unread`: no loss has a gradient for their weights, which DDP would wait for."""
+        found = []
+        for part in self.unread:
+            blocks, _, rest = part.partition(".-1.")
+            found.append(f"{blocks}.{len(self.get_submodule(blocks)) - 1}.{rest}")
+        return found
 
     def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
         """What replaces a module of this name within its parent; None leaves it."""
