@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GROUPS = 8
+"""Of channels that are normalised together; 32 as published, and the same channels here, would leave a bias without effect."""
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
     half = dim // 2
@@ -167,10 +170,10 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, emb_channels: int, out_channels: int) -> None:
         super().__init__()
         conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, in_channels), nn.SiLU(), conv)
+        self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, in_channels), nn.SiLU(), conv)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels))
         conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, out_channels), nn.SiLU(), nn.Dropout(0.0), conv)
+        self.out_layers = nn.Sequential(nn.GroupNorm(GROUPS, out_channels), nn.SiLU(), nn.Dropout(0.0), conv)
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -197,7 +200,7 @@ class UNetUp(nn.Module):
         super().__init__()
         hidden, width = config.patch_embed_hidden_dim, config.hidden_size
         conv = nn.Conv2d(hidden, config.vae["latent_channels"], 3, padding=1)
-        out = nn.Sequential(nn.GroupNorm(32, hidden), nn.SiLU(), conv)
+        out = nn.Sequential(nn.GroupNorm(GROUPS, hidden), nn.SiLU(), conv)
         self.model = nn.ModuleList([ResBlock(width, width, hidden), out])
 
     def forward(self, x: Tensor, t: Tensor, token_h: int, token_w: int) -> Tensor:
