@@ -1,28 +1,23 @@
 """`python -m lightning_distill export`: a checkpoint as a diffusers directory, without the machine that it was trained on."""
 
-import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import split_torch_state_dict_into_shards
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, check_export_directory, export_student
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.models.streamed_weights import Read, stream
 from lightning_distill.strategies.sharded_checkpoint import METADATA, REST, recover
-
-Read = Callable[[Iterable[str]], dict[str, Tensor]]
-"""Tensors of a checkpoint by name; of a sharded one possibly flattened."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     if module.student_options.lora is None:
         student = module.adapter.empty_student(module.student_options)
         _refuse_others(stored, student.state_dict())
-        _write_as_it_is_read(student, read, stored, options.max_shard_size)
+        stream(student, lambda names: _renamed(read, stored, names), options.max_shard_size)
         module.adapter.load()
     else:
         module.configure_model()
@@ -141,23 +136,7 @@ def _refuse_others(stored: Mapping[str, str], expected: Mapping[str, Tensor]) ->
         )
 
 
-def _write_as_it_is_read(student: Any, read: Read, stored: Mapping[str, str], max_shard_size: str) -> None:
-    """Let a network without weights save those of a checkpoint, a file at a time."""
-    state = student.state_dict()
-    plan = split_torch_state_dict_into_shards(
-        state, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-
-    def save_pretrained(save_directory: str | Path, **_: Any) -> None:
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        student.save_config(folder)
-        for file, names in plan.filename_to_tensors.items():
-            values = read([stored[name] for name in names])
-            shaped = {name: values[stored[name]].reshape(state[name].shape).contiguous() for name in names}
-            save_file(shaped, folder / file, metadata={"format": "pt"})
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    student.save_pretrained = save_pretrained  # which a pipeline calls for each of its components
+def _renamed(read: Read, stored: Mapping[str, str], names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors by the student's names, of a checkpoint that has them under others."""
+    values = read([stored[name] for name in names])
+    return {name: values[stored[name]] for name in names}

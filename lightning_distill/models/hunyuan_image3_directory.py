@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lightning_distill.models.few_step_hunyuan_image3 import FewStepHunyuanImage3
+from lightning_distill.models.streamed_weights import Stream, save_in_files, stream_of
 from lightning_distill.models.two_time_hunyuan_image3 import EMBEDDERS, TwoTimeHunyuanImage3
 
 AUTO_CLASS = "AutoModelForCausalLM"
@@ -130,19 +132,37 @@ def save_model(network: TwoTimeHunyuanImage3, source: Path, directory: Path, set
         config.auto_map[AUTO_CLASS] = f"{ENTRY}.{_class_name(published, FewStepHunyuanImage3)}"
     with torch.device("meta"):
         whole: Any = (two_time_class(published, FewStepHunyuanImage3) if settings else published)(config)
-    state = network.state_dict()
-    rest = read_weights(source, whole.state_dict().keys() - state.keys())
-    # In the precision in which transformers will load it all; a teacher's time embeddings are of a higher one.
-    state |= {name: weight.to(network.dtype) for name, weight in state.items() if name.partition(".")[0] in EMBEDDERS}
-    state |= {name: weight.to(network.dtype) for name, weight in rest.items()}
-    whole.load_state_dict(state, assign=True)
-    whole.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config.dtype = str(network.dtype).removeprefix("torch.")
+    config.architectures = [type(whole).__name__]
+    config.save_pretrained(directory)
+    _save_weights(network, source, whole.state_dict(), directory)
     for file in source.iterdir():
         wanted = file.suffix in COPIED or file.name.lower().startswith(("license", "notice"))
         if file.is_file() and wanted and file.name != "config.json" and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, directory / file.name)
     if settings:
         _copy_own_code(published, directory)
+
+
+def _save_weights(network: TwoTimeHunyuanImage3, source: Path, whole: dict[str, Tensor], directory: Path) -> None:
+    """Write a network's weights, and the published ones of what it has not."""
+    own, stream, dtype = network.state_dict(), stream_of(network), network.dtype
+    if unknown := sorted(name for name, value in own.items() if name not in whole or whole[name].shape != value.shape):
+        raise RuntimeError(f"the published model has no such weights as {unknown}")
+    # In the precision in which transformers will load it all; a teacher's time embeddings are of a higher one.
+    kept = {name for name in own if name.partition(".")[0] not in EMBEDDERS}
+    state = {
+        name: torch.empty(value.shape, dtype=own[name].dtype if name in kept else dtype, device="meta")
+        for name, value in whole.items()
+    }
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        found = stream.read([name for name in names if name in own])
+        found |= read_weights(source, {name for name in names if name not in own})
+        return {name: value if name in kept else value.to(dtype) for name, value in found.items()}
+
+    save_in_files(state, Stream(read, stream.max_shard_size), directory, "model")
 
 
 def _copy_own_code(published: type[nn.Module], directory: Path) -> None:
