@@ -78,16 +78,29 @@ def choose_experts(mixture: nn.Module, probabilities: Tensor, count: int, routin
         return probabilities.topk(count, dim=1).indices
 
 
-def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpointed(block: Callable[..., tuple[Any, ...]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Call a block, and again in the backward pass, with its tokens at the same experts.
 
     Two runs of the same operations may round differently, and a token on the border of two experts would change sides: the
     activations of the second run would not be those that the loss came from.
+
+    Args:
+        block: Returns a tuple that begins with hidden states.
+        *args: Of the block.
+        **kwargs: Likewise.
     """
     if not torch.is_grad_enabled():
         return block(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        hidden_states, *rest = block(*args, **kwargs)
+        # An operation that keeps a number, so that the second run starts before the backward pass of any module and ends after
+        # the forward pass of all: ZeRO-3 takes a module's weights away when its forward pass ends, whoever else needs them.
+        return hidden_states * hidden_states.new_ones(()), *rest
+
     routing = Routing(within=_held.get())
-    return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (routing, routing), **kwargs)
+    outputs: tuple[Any, ...] = checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (routing, routing), **kwargs)
+    return outputs
 
 
 class RoutedExperts(nn.Module):
@@ -113,7 +126,7 @@ class RoutedExperts(nn.Module):
         """Hidden states (B, L, D) of hidden states (B, L, D)."""
         tokens, count = hidden_states.reshape(-1, hidden_states.shape[-1]), self.experts_per_token
         with torch.autocast(tokens.device.type, enabled=False):
-            probabilities = self.gate.wg(tokens.to(self.gate.wg.weight.dtype)).softmax(dim=1)
+            probabilities = self.gate.wg(tokens.to(next(self.gate.wg.parameters()).dtype)).softmax(dim=1)
             chosen = choose_experts(self, probabilities, count, _held.get())
             weights = probabilities.gather(1, chosen)
             weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-8)

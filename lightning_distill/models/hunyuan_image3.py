@@ -1,6 +1,5 @@
 """HunyuanImage 3.0, whose code comes with the checkpoint."""
 
-import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +25,14 @@ from lightning_distill.models.hunyuan_image3_directory import (
     two_time_class,
 )
 from lightning_distill.models.hunyuan_image3_layout import TokenLayout
-from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
-from lightning_distill.models.two_time import TwoTimeEmbedding
+from lightning_distill.models.hunyuan_image3_networks import (
+    IMPLEMENTATIONS,
+    build_student,
+    read_teacher,
+    without_memory,
+    without_weights,
+)
+from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 
 _LOAD = """from transformers import AutoModelForCausalLM
@@ -62,6 +67,7 @@ class HunyuanImage3Adapter(ModelAdapter):
         system_prompt: Text in front of every prompt, or None.
     """
 
+    shards: ClassVar[bool] = True
     export_code: ClassVar[ExportCode] = ExportCode(
         library="transformers",
         student=_LOAD.format(options="") + _STUDENT,
@@ -158,7 +164,7 @@ class HunyuanImage3Adapter(ModelAdapter):
         self.check()  # nothing of the checkpoint runs unless it is trusted
         directory = self.directory
         published: Any = published_class(directory)
-        config = published.config_class.from_pretrained(directory, attn_implementation="sdpa", moe_impl="eager")
+        config = published.config_class.from_pretrained(directory, **IMPLEMENTATIONS)
         with torch.device("meta"):
             described = published(config)
         described.generation_config = GenerationConfig.from_pretrained(directory)
@@ -188,37 +194,25 @@ class HunyuanImage3Adapter(ModelAdapter):
     def load_teacher(self) -> nn.Module:
         """Load the part of the model that draws, frozen and in evaluation mode."""
         self.check()
-        kind: Any = two_time_class(published_class(self.directory), TwoTimeHunyuanImage3)
-        teacher: nn.Module = kind.from_pretrained(
-            self.directory,
-            dtype=DTYPES[self.torch_dtype],
-            attn_implementation="sdpa",
-            moe_impl="eager",
-            use_safetensors=True,
-        )
-        return teacher.requires_grad_(False).eval()
+        return read_teacher(self.directory, DTYPES[self.torch_dtype], self.sharding)
 
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
         """A trainable copy of the teacher with an interval input and, by default, smooth time."""
-        teacher, smooth = two_time(teacher), options.time_embedding == "smooth"
-        config = copy.deepcopy(teacher.config)
-        config.interval_embedding = options.interval_embedding
-        config.time_frequency_bound = options.frequency_bound if smooth else None
-        config.interval_frequency_bound = options.frequency_bound
-        # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
-        weight = next(teacher.parameters())
-        student = type(teacher)(config).to(weight.device, torch.float32)
-        missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-        own = tuple(f"{name}." for name, part in student.named_modules() if isinstance(part, TwoTimeEmbedding))
-        if unexpected or not all(name.startswith(own) for name in missing):
-            raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
-        report = None
-        if smooth:
-            report = refit_embedders(teacher.timestep_embedders, student.timestep_embedders, options.derivative_penalty)
-        student.reset_interval_embedding()
-        if options.gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        return student.requires_grad_(True).train(), report
+        return build_student(two_time(teacher), options, self.directory, self.sharding)
+
+    def empty_student(self, options: StudentOptions) -> nn.Module:
+        """A student as `build_student` makes it, whose weights take no memory."""
+        return without_weights(self.directory, options)
+
+    def whole_copy(self, network: nn.Module) -> nn.Module:
+        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        if self.sharding is None:
+            return network
+        spread = two_time(network)
+        copy = without_memory(two_time_class(spread.published, TwoTimeHunyuanImage3), spread.config)
+        if state := self.sharding.gather(network):
+            copy.load_state_dict({**state, **dict(network.named_buffers())}, assign=True, strict=False)
+        return copy
 
     def held_routing(self) -> Routing:
         """A context in which every pass of a network sends its tokens to the experts of the first."""

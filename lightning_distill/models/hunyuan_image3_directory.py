@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from huggingface_hub.utils import WeakFileLock
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import dynamic_module_utils
 
 from lightning_distill.models.few_step_hunyuan_image3 import FewStepHunyuanImage3
 from lightning_distill.models.streamed_weights import Stream, save_in_files, stream_of
@@ -64,7 +65,12 @@ def is_student(config: dict[str, Any]) -> bool:
 
 def published_class(directory: Path) -> type[nn.Module]:
     """The model class that the directory brings; this runs its code."""
-    kind: type[nn.Module] = get_class_from_dynamic_module(read_config(directory)["auto_map"][AUTO_CLASS], str(directory))
+    # transformers copies the code before it runs it, and processes that start together must not read half a copy.
+    cache = Path(dynamic_module_utils.HF_MODULES_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(cache / "lightning_distill.lock"):
+        name = read_config(directory)["auto_map"][AUTO_CLASS]
+        kind: type[nn.Module] = dynamic_module_utils.get_class_from_dynamic_module(name, str(directory))
     return kind
 
 

@@ -51,15 +51,25 @@ def empty_network(network_class: type[TwoTimeModel], config: dict[str, Any], wei
     """
     with init_empty_weights(include_buffers=False):
         network: TwoTimeModel = network_class.from_config(config)
+    fill_small_parts(network, weights)
+    return network
+
+
+@torch.no_grad()
+def fill_small_parts(network: nn.Module, weights: StoredWeights) -> None:
+    """Draw or read what a network without weights needs to have: its embedders of time, float32, on the CPU, and buffers.
+
+    Raises:
+        RuntimeError: If the files lack a weight of what is left.
+    """
     for path, embedder in network.named_modules():
         if isinstance(embedder, TwoTimeEmbedding):
             _fill(embedder, path, weights)
     if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta and name not in weights]:
-        raise RuntimeError(f"the transformer's files do not match its configuration: they lack {missing}")
+        raise RuntimeError(f"the network's files do not match its configuration: they lack {missing}")
     for name, buffer in network.named_buffers():
         if name in weights:
             buffer.copy_(weights.read(name))
-    return network
 
 
 def build_sharded_student(
@@ -86,7 +96,6 @@ def build_sharded_student(
     return student, report
 
 
-@torch.no_grad()
 def _fill(embedder: TwoTimeEmbedding, path: str, weights: StoredWeights) -> None:
     embedder.to_empty(device="cpu")
     for module in embedder.modules():

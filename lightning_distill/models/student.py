@@ -1,7 +1,7 @@
 """Students of a teacher: a copy that trains as a whole, or low-rank updates on the teacher's own weights."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from peft import LoraConfig
 from torch import nn
@@ -52,8 +52,22 @@ def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[
     }
 
 
+class TwoTimeNetwork(Protocol):
+    """What a student's time inputs are brought to their start by."""
+
+    @property
+    def timestep_embedders(self) -> Sequence[TwoTimeEmbedding]:
+        """All that embed times."""
+
+    def reset_interval_embedding(self) -> None:
+        """Bring the interval input to its start."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Run blocks again in the backward pass."""
+
+
 def start_from(
-    embedders: Sequence[TwoTimeEmbedding], student: TwoTimeModel, options: StudentOptions
+    embedders: Sequence[TwoTimeEmbedding], student: TwoTimeNetwork, options: StudentOptions
 ) -> SmoothTimeReport | None:
     """Refit a student's time embedders to its teacher's, if they are to be smooth, and reset its interval input."""
     report = None

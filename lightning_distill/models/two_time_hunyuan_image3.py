@@ -133,9 +133,8 @@ class TwoTimeHunyuanImage3(nn.Module):
 
     @property
     def _embedding(self) -> Tensor:
-        weight = self.get_submodule("model.wte").weight
-        assert isinstance(weight, Tensor)
-        return weight
+        # Not by its name, for which ZeRO-3 would gather it.
+        return next(self.get_submodule("model.wte").parameters())
 
     @property
     def timestep_embedders(self) -> list[TwoTimeEmbedding]:

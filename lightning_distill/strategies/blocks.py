@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from lightning_distill.models.expert_routing import RoutedExperts
+
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model of diffusers or transformers, from the first to the last.
@@ -22,3 +24,16 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
     visit(network)
     return found
+
+
+def units(network: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: the blocks, and before each the experts in it, which are nearly all of its weights.
+
+    All processes call all experts, in one order, whether these have tokens or not.
+    """
+    return [unit for block in blocks(network) for unit in (*experts(block), block)]
+
+
+def experts(block: nn.Module) -> list[nn.Module]:
+    """Those that a block sends its tokens to."""
+    return [expert for part in block.modules() if isinstance(part, RoutedExperts) for expert in part.experts]

@@ -14,12 +14,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_distill.models.sharding import SideOptimizer
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.strategies.blocks import blocks
+from lightning_distill.strategies.blocks import blocks, units
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
 
 
 class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
-    """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, a transformer block a unit.
+    """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, a transformer block a unit, or an expert.
 
     Each process reads its own rows of a pipeline's weights. The frozen teacher, the critic, the average and the blocks of the
     text encoders are sharded like the student; the autoencoder is not.
@@ -46,13 +46,13 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
             refuse_matrix_optimizers(optimizer)
 
     def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
-        """Spread a network over the processes, by blocks; each reads the rows that it keeps."""
+        """Spread a network over the processes, by blocks and experts; each reads the rows that it keeps."""
         for parameter in network.parameters():
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(self.root_device)
                 torch.distributed.broadcast(parameter.data, 0)
-        for block in blocks(network):
-            self._shard(block)
+        for unit in units(network):
+            self._shard(unit)
         self._shard(network)
         home = torch.device("cpu") if self._offload else self.root_device
         missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -36,12 +37,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def save_stand_in(form: str, directory: Path, sequence_template: str = "pretrain") -> str:
-    """Write a directory and return where."""
+def save_stand_in(form: str, directory: Path, sequence_template: str = "pretrain", **settings: Any) -> str:
+    """Write a directory, with settings of the model other than its form's, and return where."""
     module, flags = FORMS[form]
     kind = {"hunyuan": hunyuan, "modeling_hunyuan_image_3": modeling_hunyuan_image_3}[module].HunyuanImage3ForCausalMM
     torch.manual_seed(0)
-    model = kind(HunyuanImage3Config(**flags))
+    model = kind(HunyuanImage3Config(**flags, **settings))
     draw_weights(model)
     model.config.auto_map = {
         "AutoConfig": "configuration_hunyuan_image_3.HunyuanImage3Config",

@@ -6,10 +6,11 @@ import pytest
 from torch import Tensor
 
 from tests.models.families import FAMILIES, save_family
+from tests.models.hunyuan_image3 import FORMS
 from tests.strategies.test_sharded import STRATEGIES, largest_difference, train
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, *FORMS])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_family(request.param, tmp_path_factory.mktemp("family") / request.param)
 

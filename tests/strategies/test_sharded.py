@@ -28,7 +28,8 @@ def train(out: Path, pretrained: str, *arguments: str) -> dict[str, Tensor]:
     out.mkdir(parents=True)
     script = ROOT / "tests" / "strategies" / "train_tiny.py"
     command = [sys.executable, str(script), str(out), "--pretrained", pretrained, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    modules = str(out.parent / "modules")  # where transformers copies the code of checkpoints that bring some
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": modules}
     done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "weights.pt")

@@ -1,23 +1,25 @@
-"""Trains a tiny FLUX for a few steps under a strategy, to be started as a user starts a script; writes what came of it."""
+"""Trains a tiny model for a few steps under a strategy, to be started as a user starts a script; writes what came of it."""
 
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
-from torch.utils.data import DataLoader
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader, Sampler
 
 import lightning_distill.strategies  # noqa: F401  # makes their names known
 from lightning_distill.callbacks import AtomicCheckpoint
 from lightning_distill.methods import MeanFlow, Objective, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models import Condition, DiffusersAdapter
+from lightning_distill.models import Condition
 from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.sharding import local_part
+from tests.models.families import make_adapter
 from tests.tiny import PROMPTS
 
 
@@ -30,7 +32,7 @@ class Repeatable(MeanFlow):
 
 
 def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, ema: bool) -> MeanFlow:
-    adapter = DiffusersAdapter(pretrained)
+    adapter = make_adapter(pretrained)
     adapter.check()
     return Repeatable(
         adapter,
@@ -44,10 +46,40 @@ def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, e
     )
 
 
-def data() -> list[dict[str, Any]]:
+def data(count: int = 4) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1
+    images = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
     return [{"image": image, "prompt": PROMPTS[i % 3], "index": i} for i, image in enumerate(images)] * 8
+
+
+class Apart(Sampler[int]):
+    """For batches of one sample: each process its own, in the order in which one process takes the batches of all."""
+
+    def __iter__(self) -> Iterator[int]:
+        started = torch.distributed.is_initialized()
+        yield from range(torch.distributed.get_rank(), 16, 2) if started else range(16)
+
+    def __len__(self) -> int:
+        return 8 if torch.distributed.is_initialized() else 16
+
+
+class CountTokens(Callback):
+    """Writes what the student's experts of the first layer get in the run's first forward."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found: list[int] = []
+        file = self.directory / f"tokens{trainer.global_rank}.json"
+
+        def count(expert: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found.append(len(args[0]))
+            file.write_text(json.dumps(found[: len(experts)]))
+
+        experts = pl_module.student.blocks[0].mlp.experts
+        for expert in experts:
+            expert.register_forward_pre_hook(count)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -65,9 +97,13 @@ def run(arguments: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[AtomicCheckpoint(str(arguments.out), every_n_train_steps=arguments.save_every)],
+        callbacks=[
+            AtomicCheckpoint(str(arguments.out), every_n_train_steps=arguments.save_every),
+            *([CountTokens(arguments.out)] if arguments.apart else []),
+        ],
     )
-    trainer.fit(module, DataLoader(data(), batch_size=4), ckpt_path=arguments.resume)
+    loader = DataLoader(data(2), sampler=Apart()) if arguments.apart else DataLoader(data(), batch_size=4)
+    trainer.fit(module, loader, ckpt_path=arguments.resume)
     found = {}
     networks = {"student": module.student, "critic": getattr(module.alignment, "critic", None), "ema": module.ema}
     for name, network in networks.items():
@@ -96,6 +132,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--aligned", action="store_true")
     parser.add_argument("--ema", action="store_true")
+    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--resume")
     run(parser.parse_args())
 
