@@ -8,7 +8,15 @@ from lightning_distill.flow.derivative import (
     value_and_time_derivative,
 )
 from lightning_distill.flow.guidance import classifier_free, improved_mix, inside_interval
-from lightning_distill.flow.losses import adaptive_loss, power_loss
+from lightning_distill.flow.losses import adaptive_loss, power_loss, pseudo_huber_loss
+from lightning_distill.flow.moment_matching import (
+    Kernel,
+    LaplaceKernel,
+    RBFKernel,
+    constant_decrement,
+    discrepancy,
+    time_weight,
+)
 from lightning_distill.flow.path import conditional_velocity, expand, interpolate, jump, predict_noise, predict_x0, renoise
 from lightning_distill.flow.solvers import (
     SOLVERS,
@@ -45,7 +53,10 @@ __all__ = [
     "SOLVERS",
     "AverageVelocityFn",
     "Interval",
+    "Kernel",
+    "LaplaceKernel",
     "LogitNormal",
+    "RBFKernel",
     "Solver",
     "TimeSampler",
     "Uniform",
@@ -54,7 +65,9 @@ __all__ = [
     "classifier_free",
     "conditional_velocity",
     "consistency_tangent",
+    "constant_decrement",
     "difference_step",
+    "discrepancy",
     "euler_step",
     "evaluations",
     "expand",
@@ -73,6 +86,7 @@ __all__ = [
     "power_loss",
     "predict_noise",
     "predict_x0",
+    "pseudo_huber_loss",
     "renoise",
     "sample_interval",
     "shift_times",
@@ -82,5 +96,6 @@ __all__ = [
     "trig_state",
     "trig_time",
     "trig_velocity",
+    "time_weight",
     "value_and_time_derivative",
 ]

@@ -1,4 +1,4 @@
-"""Losses of an average velocity against its target, one value a sample.
+"""Losses of an average velocity, or of the state that it leads to, against its target, one value a sample.
 
 The squared norm of an error is its mean over a sample's entries, so that values, `c` and learning rates carry over from one
 size of latents to another. (MeanFlow's code takes the sum over D entries: its c is D times this one.)
@@ -56,12 +56,33 @@ def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float = 1e-3) -> Tenso
     return error / (error.detach() + c) ** p
 
 
+def pseudo_huber_loss(u: Tensor, target: Tensor, c: float = 5.4e-4) -> Tensor:
+    """Pseudo-Huber loss, `sqrt(||u - u*||^2 + c^2) - c`: quadratic for errors below c, linear above (arXiv 2310.14189).
+
+    Its paper, on consistency models, takes c = 0.00054 sqrt(D) with the sum over D entries, which is 0.00054 here.
+
+    Args:
+        u: Prediction, (B, ...).
+        target: Of it, (B, ...), without gradient.
+        c: Above 0.
+
+    Returns:
+        Loss, (B,).
+
+    Raises:
+        ConfigurationError: If c is not above 0.
+    """
+    if not c > 0:
+        raise ConfigurationError(f"c of the pseudo-Huber loss is {c}; set it above 0, 0.00054 is usual")
+    return (_squared_norm(u - target) + c**2).sqrt() - c
+
+
 def _squared_norm(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
 class Loss(ABC):
-    """A loss of an average velocity against its target, as a setting."""
+    """A loss of an average velocity, or of the state that it leads to, against its target, as a setting."""
 
     @abstractmethod
     def __call__(self, u: Tensor, target: Tensor) -> Tensor:
@@ -112,3 +133,24 @@ class AdaptiveLoss(Loss):
 
     def __call__(self, u: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return adaptive_loss(u, target, self.p, self.c)
+
+
+@dataclass(frozen=True)
+class PseudoHuberLoss(Loss):
+    """`pseudo_huber_loss` with its threshold.
+
+    Args:
+        c: Error above which the loss is linear, above 0.
+
+    Raises:
+        ConfigurationError: If c is not above 0.
+    """
+
+    c: float = 5.4e-4
+
+    def __post_init__(self) -> None:
+        if not self.c > 0:
+            raise ConfigurationError(f"loss.c is {self.c}; set it above 0, 0.00054 is usual")
+
+    def __call__(self, u: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+        return pseudo_huber_loss(u, target, self.c)

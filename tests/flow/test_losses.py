@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.losses import adaptive_loss, power_loss
+from lightning_distill.flow.losses import PseudoHuberLoss, adaptive_loss, power_loss, pseudo_huber_loss
 
 
 @pytest.fixture
@@ -30,6 +30,25 @@ def test_adaptive_loss_by_hand():
     torch.testing.assert_close(adaptive_loss(u, target, p=1.0), torch.tensor([2 / 2.001, 0.5 / 0.501]))
 
 
+def test_pseudo_huber_loss_by_hand():
+    u, target = torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    torch.testing.assert_close(pseudo_huber_loss(u, target, c=0.5), torch.tensor([2.25**0.5 - 0.5, 0.75**0.5 - 0.5]))
+
+
+def test_pseudo_huber_loss_is_quadratic_below_c_and_linear_above(pair):
+    u, target = pair
+    squared = mean_squared_error(u, target)
+    torch.testing.assert_close(pseudo_huber_loss(u, target, c=1e4), squared / 2e4, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(pseudo_huber_loss(u, target, c=1e-4), squared.sqrt() - 1e-4, rtol=1e-6, atol=1e-9)
+
+
+def test_without_a_threshold_there_is_no_pseudo_huber_loss(pair):
+    with pytest.raises(ConfigurationError, match="c of the pseudo-Huber loss is 0"):
+        pseudo_huber_loss(*pair, c=0.0)
+    with pytest.raises(ConfigurationError, match=r"loss\.c is -1"):
+        PseudoHuberLoss(c=-1.0)
+
+
 def test_power_1_and_adaptive_0_are_the_mean_squared_error(pair):
     torch.testing.assert_close(power_loss(*pair, gamma=1.0), mean_squared_error(*pair))
     torch.testing.assert_close(adaptive_loss(*pair, p=0.0), mean_squared_error(*pair))
@@ -51,7 +70,13 @@ def test_power_and_adaptive_gradients_agree_up_to_gamma(pair):
 
 
 @pytest.mark.parametrize(
-    "loss", [lambda u, v: power_loss(u, v, 1.0), lambda u, v: power_loss(u, v, 2.0), lambda u, v: adaptive_loss(u, v, 1.0)]
+    "loss",
+    [
+        lambda u, v: power_loss(u, v, 1.0),
+        lambda u, v: power_loss(u, v, 2.0),
+        lambda u, v: adaptive_loss(u, v, 1.0),
+        pseudo_huber_loss,
+    ],
 )
 def test_no_error_has_no_loss_and_no_gradient(loss):
     u = torch.ones(2, 3, requires_grad=True)
