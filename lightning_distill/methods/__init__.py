@@ -3,6 +3,7 @@
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.autoencoder import Autoencoder
 from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.meanflow import MeanFlow
@@ -15,6 +16,7 @@ __all__ = [
     "SCM",
     "Autoencoder",
     "Batch",
+    "ConsistencyDistillation",
     "FlowMatching",
     "Guidance",
     "MeanFlow",

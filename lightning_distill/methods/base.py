@@ -75,6 +75,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
 
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("teacher.", "adapter.", "metrics.")
     """Modules that are never saved."""
+    learns_velocity: ClassVar[bool] = True
+    """Whether the student trains at r = t, where guidance of kind "improved" asks it."""
     train_text_encoders: bool = False
     """Whether the text encoders train along; else the empty prompt is encoded once."""
 
@@ -106,6 +108,11 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
             raise ConfigurationError(
                 "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
                 "set caption_dropout to 0.1"
+            )
+        if guidance.kind == "improved" and not self.learns_velocity:
+            raise ConfigurationError(
+                f"guidance.kind improved mixes in the student at r = t, where {type(self).__name__} does not train it; choose "
+                "embedded or two_branch"
             )
         adapter.stochastic_sampling = self.stochastic_sampling
         self.adapter = adapter
@@ -158,7 +165,7 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
                 f"data is {type(data).__name__}, which has no pictures, and {type(self).__name__} trains on them; give data "
-                "that has, or to MeanFlow model.trajectory_fraction 1"
+                "that has, or to MeanFlow model.trajectory_fraction 1, or choose KnowledgeDistillation"
             )
 
     def _use_encoded_data(self, data: EncodedData | None) -> None:

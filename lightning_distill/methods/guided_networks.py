@@ -68,12 +68,15 @@ class GuidedNetworks(ShardedNetworks, ABC):
         return self.adapter.average_velocity(self.student, x_t, r, t, condition.prompts, condition.scale)
 
     @torch.no_grad()
-    def evaluated(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
-        """The student's u in evaluation mode, for targets."""
-        training = self.student.training
-        self.student.eval()
-        u = self.average_velocity(x_t, r, t, condition)
-        self.student.train(training)
+    def evaluated(
+        self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition, network: nn.Module | None = None
+    ) -> Tensor:
+        """The student's u in evaluation mode, for targets; or that of another network like it."""
+        network = self.student if network is None else network
+        training = network.training
+        network.eval()
+        u = self.adapter.average_velocity(network, x_t, r, t, condition.prompts, condition.scale)
+        network.train(training)
         return u
 
     @torch.no_grad()
@@ -98,9 +101,11 @@ class GuidedNetworks(ShardedNetworks, ABC):
 
         return integrate(velocity, x_t, t, r, steps, solver, self.grid_shift(x_t))
 
-    def student_jump(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
-        """State at r that the student jumps to from x_t, for targets."""
-        return jump(x_t, self.evaluated(x_t, r, t, condition), r, t)
+    def student_jump(
+        self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition, network: nn.Module | None = None
+    ) -> Tensor:
+        """State at r that the student jumps to from x_t, for targets; or that another network like it does."""
+        return jump(x_t, self.evaluated(x_t, r, t, condition, network), r, t)
 
     def grid_shift(self, x: Tensor) -> float:
         """Shift of the sampling grid for states (B, C, h, w)."""
