@@ -93,9 +93,9 @@ __all__ = [
     "step_grid",
     "substeps",
     "time_derivative",
+    "time_weight",
     "trig_state",
     "trig_time",
     "trig_velocity",
-    "time_weight",
     "value_and_time_derivative",
 ]

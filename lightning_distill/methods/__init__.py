@@ -9,6 +9,7 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.scm import SCM
+from lightning_distill.methods.split_meanflow import SplitMeanFlow
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
 
@@ -22,6 +23,7 @@ __all__ = [
     "MeanFlow",
     "MuonWithAdamW",
     "Objective",
+    "SplitMeanFlow",
     "TeacherStudentBase",
     "TrajectoryAlignment",
     "ValidationOptions",
