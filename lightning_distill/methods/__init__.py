@@ -6,6 +6,7 @@ from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.imm import IMM
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.scm import SCM
@@ -14,6 +15,7 @@ from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
 
 __all__ = [
+    "IMM",
     "SCM",
     "Autoencoder",
     "Batch",
