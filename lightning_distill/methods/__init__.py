@@ -7,6 +7,7 @@ from lightning_distill.methods.consistency_distillation import ConsistencyDistil
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.imm import IMM
+from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.scm import SCM
@@ -22,6 +23,7 @@ __all__ = [
     "ConsistencyDistillation",
     "FlowMatching",
     "Guidance",
+    "KnowledgeDistillation",
     "MeanFlow",
     "MuonWithAdamW",
     "Objective",

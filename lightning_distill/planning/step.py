@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow import dual_rules
-from lightning_distill.flow.solvers import SOLVERS
+from lightning_distill.flow.solvers import SOLVERS, evaluations
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.planning.description import attach_description
 from lightning_distill.planning.ledger import Ledger, cuda_autocast
@@ -126,6 +127,8 @@ class _Run:
                 setattr(module, name, value)
         if getattr(module, "trajectory_fraction", 0) > 0:
             module.trajectory_fraction = 1.0  # type: ignore[assignment]
+        if isinstance(module, KnowledgeDistillation):
+            module.nfe = (1,)
 
     def device(self) -> AbstractContextManager[Any]:
         """What a GPU does beyond a CPU."""
@@ -253,7 +256,7 @@ def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:
 
     Both branches of guidance are one call, of a batch twice as large.
     """
-    found: dict[str, Counter[str]] = {phase: Counter() for phase in ("discrete", "bootstrapped", "differential")}
+    found: dict[str, Counter[str]] = {phase: Counter() for phase in ("discrete", "bootstrapped", "differential", "training")}
     alignment = getattr(module, "alignment", None)
     for phase, counter in found.items():
         if getattr(module, "equal_fraction", 0) > 0:
@@ -263,6 +266,9 @@ def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:
             by_teacher = module.trajectory_source == "teacher"
             each = SOLVERS[str(module.solver)].evaluations if by_teacher else 1
             counter["teacher" if by_teacher else "student"] += jumps * each  # type: ignore[assignment]
+        if isinstance(module, KnowledgeDistillation):
+            segments = sum(module.nfe) / len(module.nfe)
+            counter["teacher"] += (segments - 1) * evaluations(module.solver, module.solver_steps)  # type: ignore[assignment]
         if alignment is not None:
             counter["student"] += sum((nfe + 1) / 2 for nfe in alignment.nfe) / len(alignment.nfe) - 1
             for name in ("critic", "critic_backward"):
