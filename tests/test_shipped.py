@@ -103,6 +103,15 @@ def test_students_train(name: str) -> None:
     assert Path("run/pictures.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["consistency_distillation", "imm", "knowledge_distillation", "split_meanflow"])
+def test_the_other_methods_train(name: str) -> None:
+    run = f"runs/{name}"
+    main(["fit", "--config", f"shapes_{name}.yaml", *FEW, *ONE_PROCESS, "--model.init_args.validation.nfe=[1,2]"])
+    assert set(yaml.safe_load(Path(f"{run}/summary.json").read_text())["student"]) == {"1", "2"}
+    scheduler = yaml.safe_load(Path(f"{run}/student/scheduler/scheduler_config.json").read_text())
+    assert scheduler["stochastic_sampling"] == (name == "consistency_distillation")
+
+
 def test_a_teacher_is_made_from_nothing() -> None:
     small = ["--model.init_args.block_out_channels=[4,4,4]", "--model.init_args.norm_num_groups=2"]
     main(["fit", "--config", "shapes_vae.yaml", *FEW, *small])

@@ -7,7 +7,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lightning_distill.planning.networks as networks
-from lightning_distill.methods import MeanFlow, TrajectoryAlignment
+from lightning_distill.methods import (
+    IMM,
+    ConsistencyDistillation,
+    KnowledgeDistillation,
+    MeanFlow,
+    SplitMeanFlow,
+    TeacherStudentBase,
+    TrajectoryAlignment,
+)
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.models import DiffusersAdapter
 from lightning_distill.models.base import LoraOptions, StudentOptions
@@ -66,6 +74,27 @@ def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
     # Three of the solution, one where r = t, one of the alignment; trajectories of one and of three jumps have 1.5 in the mean.
     assert cost.calls["discrete"]["teacher"] == 5
     assert cost.calls["discrete"]["student"] == 1 + 1.5
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "teacher", "student"),
+    [
+        (ConsistencyDistillation, {"solver": "heun"}, 2, 2),
+        (SplitMeanFlow, {"equal_fraction": 0.5}, 1, 3),
+        (IMM, {"particles": 2}, 1, 2),
+        # of two segments in the mean, 3 Euler steps or 2 Heun steps each
+        (KnowledgeDistillation, {"nfe": (1, 3), "solver": "euler", "solver_steps": 3}, 6, 1),
+        (KnowledgeDistillation, {"nfe": (2,), "solver": "heun", "solver_steps": 2}, 8, 1),
+    ],
+)
+def test_it_counts_the_calls_of_every_method(
+    pipeline: Path, method: type[TeacherStudentBase], settings: dict[str, object], teacher: int, student: int
+) -> None:
+    adapter = DiffusersAdapter(str(pipeline))
+    adapter.check()
+    module = method(adapter, guidance=Guidance("two_branch", 2.0), **settings)
+    cost = measure_step(module, pipeline, Batch(2, (32, 32)), ["training"])
+    assert cost.calls["training"] == {"teacher": teacher, "student": student, "student_backward": 1}
 
 
 def test_the_ledger_knows_what_is_alive() -> None:
