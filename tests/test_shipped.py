@@ -103,13 +103,13 @@ def test_students_train(name: str) -> None:
     assert Path("run/pictures.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["consistency_distillation", "imm", "knowledge_distillation", "split_meanflow"])
+@pytest.mark.parametrize("name", ["consistency_distillation", "imm", "knowledge_distillation", "scm", "split_meanflow"])
 def test_the_other_methods_train(name: str) -> None:
     run = f"runs/{name}"
     main(["fit", "--config", f"shapes_{name}.yaml", *FEW, *ONE_PROCESS, "--model.init_args.validation.nfe=[1,2]"])
     assert set(yaml.safe_load(Path(f"{run}/summary.json").read_text())["student"]) == {"1", "2"}
     scheduler = yaml.safe_load(Path(f"{run}/student/scheduler/scheduler_config.json").read_text())
-    assert scheduler["stochastic_sampling"] == (name == "consistency_distillation")
+    assert scheduler["stochastic_sampling"] == (name in ("consistency_distillation", "scm"))
 
 
 def test_a_teacher_is_made_from_nothing() -> None:

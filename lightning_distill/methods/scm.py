@@ -75,6 +75,7 @@ class SCM(StudentDerivative, TeacherStudentBase):
     """
 
     stochastic_sampling: ClassVar[bool] = True
+    learns_velocity: ClassVar[bool] = False
 
     def __init__(
         self,

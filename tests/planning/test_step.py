@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lightning_distill.planning.networks as networks
 from lightning_distill.methods import (
     IMM,
+    SCM,
     ConsistencyDistillation,
     KnowledgeDistillation,
     MeanFlow,
@@ -81,6 +82,7 @@ def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
     [
         (ConsistencyDistillation, {"solver": "heun"}, 2, 2),
         (SplitMeanFlow, {"equal_fraction": 0.5}, 1, 3),
+        (SCM, {}, 1, 1),
         (IMM, {"particles": 2}, 1, 2),
         # of two segments in the mean, 3 Euler steps or 2 Heun steps each
         (KnowledgeDistillation, {"nfe": (1, 3), "solver": "euler", "solver_steps": 3}, 6, 1),
