@@ -1,6 +1,7 @@
 """Every family of diffusers pipelines that students are known for, from a directory or a hub id."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.features import entering, spread_layers, trunk, trunk_width
 from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.fingerprint import fingerprint
 from lightning_distill.models.lora_directory import save_lora_student
@@ -340,6 +342,33 @@ class DiffusersAdapter(ModelAdapter):
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
         """The guided velocity of two branches, (B, C, h, w) each, under scales (B,), as the family mixes them."""
         return self.pipeline.mix_guidance(v_cond, v_null, scale)
+
+    def feature_widths(self, layers: Sequence[int] | None = None) -> dict[int, int]:
+        """Width D of the tokens that enter each of these transformer blocks; None is four of them."""
+        config = self._transformer_config()
+        with torch.device("meta"):
+            depth = len(trunk(self.family.network_class.from_config(config)))
+        if layers is not None and (not layers or min(layers) < 0 or max(layers) >= depth):
+            raise ConfigurationError(
+                f"layers of features are {list(layers)}, and this transformer has blocks 0 to {depth - 1}; name some of "
+                "them, or set them to null"
+            )
+        return dict.fromkeys(spread_layers(depth) if layers is None else layers, trunk_width(config))
+
+    def features(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: Condition,
+        layers: Sequence[int],
+        guidance_scale: Tensor | float | None = None,
+    ) -> list[Tensor]:
+        """Tokens (B, N, D) that enter these transformer blocks in one forward."""
+        with entering(network, layers) as found:
+            self.pipeline.average_velocity(two_time(network), x_t, r, t, condition, self._guidance(guidance_scale, t))
+        return [found[layer] for layer in layers]
 
     def _guidance(self, scale: Tensor | float | None, t: Tensor) -> Tensor | None:
         if not self.embeds_guidance:

@@ -1,6 +1,7 @@
 """What a teacher family implements: everything a method needs to know about a model, and nothing about objectives."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,51 @@ class ModelAdapter(nn.Module, ABC):
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
         """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+
+    def feature_widths(self, layers: Sequence[int] | None = None) -> dict[int, int]:
+        """Width D of the features that enter each of these layers of a network; before anything is loaded.
+
+        Args:
+            layers: Places of transformer blocks, from 0; None is four of them, the last and others evenly before it.
+
+        Raises:
+            ConfigurationError: If there is no such layer, or the adapter shows no features.
+        """
+        raise self._has_no_features()
+
+    def features(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: Condition,
+        layers: Sequence[int],
+        guidance_scale: Tensor | float | None = None,
+    ) -> list[Tensor]:
+        """Tokens (B, N, D) that enter some layers in one forward, with gradients to x_t and the network where they are on.
+
+        They are the image's, and, where a block takes both in one sequence, the prompt's as well.
+
+        Args:
+            network: Teacher, student or a critic.
+            x_t: (B, C, h, w).
+            r: Ends (B,) of a network of two times; None is the velocity at t.
+            t: (B,).
+            condition: Of the prompts.
+            layers: As of `feature_widths`.
+            guidance_scale: Goes in where the checkpoint embeds it.
+
+        Raises:
+            ConfigurationError: If the adapter shows none.
+        """
+        raise self._has_no_features()
+
+    def _has_no_features(self) -> ConfigurationError:
+        return ConfigurationError(
+            f"adapter is {type(self).__name__}, which does not show the features that discriminators look at; choose a method "
+            "without one, or take DiffusersAdapter"
+        )
 
     @abstractmethod
     def save_student(self, student: nn.Module, directory: Path) -> None:

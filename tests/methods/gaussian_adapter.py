@@ -96,6 +96,14 @@ class GaussianAdapter(ModelAdapter):
     def average_velocity(self, student, x_t, r, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
         return student(x_t, r, t, condition["caption"])
 
+    def feature_widths(self, layers=None) -> dict[int, int]:  # type: ignore[no-untyped-def]
+        return dict.fromkeys(layers or (0,), 6)
+
+    def features(self, network, x_t, r, t, condition, layers, guidance_scale=None) -> list[Tensor]:  # type: ignore[no-untyped-def]
+        """Each pixel's state and velocity."""
+        tokens = torch.cat([x_t, network(x_t, r, t, condition["caption"])], 1).flatten(2).transpose(1, 2)
+        return [tokens] * len(layers)
+
     def save_student(self, student: nn.Module, directory: Path) -> None:
         torch.save(student.state_dict(), directory / "student.pt")
 
