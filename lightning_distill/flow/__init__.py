@@ -1,11 +1,26 @@
 """The mathematics every method shares: pure functions of tensors, without networks and without Lightning."""
 
+from lightning_distill.flow.adversarial import (
+    hinge_discriminator,
+    hinge_generator,
+    logistic_discriminator,
+    logistic_generator,
+    r1_penalty,
+)
 from lightning_distill.flow.derivative import (
     AverageVelocityFn,
     difference_step,
     finite_difference,
     time_derivative,
     value_and_time_derivative,
+)
+from lightning_distill.flow.distribution_matching import (
+    DiffusedState,
+    critic_loss,
+    diffuse,
+    diffusion_std,
+    matching_gradient,
+    matching_loss,
 )
 from lightning_distill.flow.guidance import classifier_free, improved_mix, inside_interval
 from lightning_distill.flow.losses import adaptive_loss, power_loss, pseudo_huber_loss
@@ -52,6 +67,7 @@ from lightning_distill.flow.trigflow import (
 __all__ = [
     "SOLVERS",
     "AverageVelocityFn",
+    "DiffusedState",
     "Interval",
     "Kernel",
     "LaplaceKernel",
@@ -66,13 +82,18 @@ __all__ = [
     "conditional_velocity",
     "consistency_tangent",
     "constant_decrement",
+    "critic_loss",
     "difference_step",
+    "diffuse",
+    "diffusion_std",
     "discrepancy",
     "euler_step",
     "evaluations",
     "expand",
     "finite_difference",
     "heun_step",
+    "hinge_discriminator",
+    "hinge_generator",
     "improved_mix",
     "inside_interval",
     "integrate",
@@ -81,12 +102,17 @@ __all__ = [
     "linear_state",
     "linear_time",
     "linear_velocity",
+    "logistic_discriminator",
+    "logistic_generator",
+    "matching_gradient",
+    "matching_loss",
     "midpoint_step",
     "move_on_grid",
     "power_loss",
     "predict_noise",
     "predict_x0",
     "pseudo_huber_loss",
+    "r1_penalty",
     "renoise",
     "sample_interval",
     "shift_times",

@@ -9,7 +9,7 @@ from torch.nn.functional import relu, softplus
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """`max(0, 1 - D(real)) + max(0, 1 + D(fake))` (arXiv 1705.02894; ADD, arXiv 2311.17042, Eq. 3)."""
+    """`max(0, 1 - D(real)) + max(0, 1 + D(fake))` (arXiv 1705.02894; ADD, arXiv 2311.17042)."""
     return (relu(1 - real) + relu(1 + fake)).mean(1)
 
 
@@ -19,7 +19,7 @@ def hinge_generator(fake: Tensor) -> Tensor:
 
 
 def logistic_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """`-log sigmoid(D(real)) - log sigmoid(-D(fake))` (arXiv 1406.2661; DMD2, arXiv 2405.14867, Eq. 4)."""
+    """`-log sigmoid(D(real)) - log sigmoid(-D(fake))` (arXiv 1406.2661; DMD2, arXiv 2405.14867)."""
     return (softplus(-real) + softplus(fake)).mean(1)
 
 

@@ -45,7 +45,7 @@ def diffuse(x_s: Tensor, s: Tensor, end: Tensor | float = 1.0) -> DiffusedState:
 
 
 def matching_gradient(x_s: Tensor, x0_critic: Tensor, x0_teacher: Tensor) -> Tensor:
-    r"""Gradient at x_s of the divergence between its distribution and the teacher's (arXiv 2405.14867, Eq. 1 and section 3).
+    r"""Gradient at x_s of the divergence between its distribution and the teacher's (DMD2, arXiv 2405.14867).
 
     .. math:: g = \frac{\hat x_0^F(x_\tau) - \hat x_0^T(x_\tau)}{\mathrm{mean} \, |x_s - \hat x_0^T|}
 
@@ -62,7 +62,7 @@ def matching_gradient(x_s: Tensor, x0_critic: Tensor, x0_teacher: Tensor) -> Ten
 
 
 def matching_loss(x_s: Tensor, gradient: Tensor) -> Tensor:
-    r"""The loss :math:`\frac12 \| x_s - \mathrm{sg}(x_s - g) \|^2` (B,), whose gradient at x_s is g, over a sample's entries."""
+    r"""The loss :math:`\frac12 \| x_s - \mathrm{sg}(x_s - g) \|^2` (B,), a mean over entries; its gradient at x_s is g."""
     return 0.5 * (x_s - (x_s - gradient).detach()).square().flatten(1).mean(1)
 
 
@@ -70,9 +70,9 @@ def critic_loss(v: Tensor, x_s: Tensor, s: Tensor, diffused: DiffusedState) -> T
     r"""Flow matching of a critic on the states of a student.
 
     The velocity at :math:`x_\tau` with the conditional score :math:`-(x_\tau - a x_s) / b^2` is
-    :math:`(\tau \, \text{noise}' / b - x_\tau) / (1 - \tau)`. The square is weighted by :math:`(1 - s)^2 b^2 / \tau^2`, which is 1
-    at s = 0, where this is plain flow matching. It keeps the target finite where tau is close to s, and the loss of one size
-    for all s: the noise within :math:`x_s` is worth :math:`s / (1 - s)` in the target.
+    :math:`(\tau \, \text{noise}' / b - x_\tau) / (1 - \tau)`. The square is weighted by
+    :math:`(1 - s)^2 b^2 / \tau^2`, which is 1 at s = 0, where this is plain flow matching. It keeps the target finite where tau
+    is close to s, and the loss of one size for all s: the noise within :math:`x_s` is worth :math:`s / (1 - s)` in the target.
 
     Args:
         v: The critic's velocity at x_tau, (B, ...).

@@ -1,0 +1,185 @@
+"""LADD: a student that a discriminator on the teacher's own features cannot tell from the teacher."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.adversarial import hinge_discriminator, hinge_generator
+from lightning_distill.flow.path import interpolate, jump
+from lightning_distill.flow.times import LogitNormal, TimeSampler
+from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.discriminator import Discriminator, check_sharding_of_heads, discriminator_update, judged_loss
+from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.side_training import SideTraining
+from lightning_distill.models.base import Condition
+
+
+class LADD(TeacherStudentBase):
+    r"""Latent adversarial diffusion distillation (arXiv 2403.12015).
+
+    Samples :math:`x_0` of the guided teacher, or data, are noised to a step of the student's grid, and the student goes to data
+    in one step, :math:`x = x_t - t \, u(x_t, 0, t)`. Both are noised again to tau and shown to the frozen teacher, on whose
+    features heads :math:`D` are trained to tell them apart:
+
+    .. math:: L_D = E \, [\max(0, 1 - D(x_{0, \tau})) + \max(0, 1 + D(x_\tau))] + \gamma \, R_1, \quad L_G = -E \, D(x_\tau).
+
+    The noise levels tau decide what is judged: layout where they are high, texture where they are low. There is no other loss.
+    The student is asked for r = 0 only, and samples by going to data and back (`stochastic_sampling`).
+
+    Args:
+        real: What the student is to be like: "teacher", its samples under guidance, made for each batch from noise, for which
+            prompts alone will do; or "data".
+        teacher_steps: Steps of those samples, even on the sampling grid.
+        nfe: Steps of the student.
+        step_weights: How often each step is trained, from noise on: nfe numbers, not negative (section 3: mostly the first).
+        warmup_steps: Optimizer steps for which only the steps of the cleaner half are trained.
+        time_sampler: Distribution of tau.
+        layers: Places of the teacher's transformer blocks whose input is judged, from 0; None is four, the last and others
+            evenly before it.
+        hidden: Width of the heads.
+        discriminator_lr: Learning rate of their AdamW.
+        discriminator_clip: Largest norm of their gradients.
+        r1_weight: Gamma, at least 0; 0 is no penalty. It is on the heads' gradient in the features, as in ADD (arXiv
+            2311.17042), whose weight is the default.
+        **kwargs: Of `TeacherStudentBase`.
+
+    Raises:
+        ConfigurationError: If settings are out of range or contradict each other.
+    """
+
+    stochastic_sampling: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *args: Any,
+        real: Literal["teacher", "data"] = "teacher",
+        teacher_steps: int = 28,
+        nfe: int = 4,
+        step_weights: Sequence[float] = (0.7, 0.1, 0.1, 0.1),
+        warmup_steps: int = 500,
+        time_sampler: TimeSampler = LogitNormal(mean=1.0, std=1.0),
+        layers: tuple[int, ...] | None = None,
+        hidden: int = 256,
+        discriminator_lr: float = 1e-4,
+        discriminator_clip: float = 1.0,
+        r1_weight: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if real not in ("teacher", "data"):
+            raise ConfigurationError(f"model.real is {real!r}; choose teacher or data")
+        if teacher_steps < 1 or nfe < 1 or hidden < 1:
+            raise ConfigurationError("model.teacher_steps, model.nfe and model.hidden must be at least 1")
+        if len(step_weights) != nfe or min(step_weights) < 0 or not sum(step_weights) > 0:
+            raise ConfigurationError(
+                f"model.step_weights is {list(step_weights)}; give a number for each of the {nfe} steps of model.nfe, not "
+                "negative and not all 0"
+            )
+        if warmup_steps < 0:
+            raise ConfigurationError(f"model.warmup_steps is {warmup_steps}; 0 is no warm-up")
+        if warmup_steps > 0 and not sum(step_weights[nfe // 2 :]) > 0:
+            raise ConfigurationError(
+                f"model.warmup_steps is {warmup_steps}, and model.step_weights {list(step_weights)} leaves it no step of the "
+                "cleaner half; set it to 0"
+            )
+        if not discriminator_lr > 0 or not discriminator_clip > 0:
+            raise ConfigurationError("model.discriminator_lr and model.discriminator_clip must be above 0")
+        if not r1_weight >= 0:
+            raise ConfigurationError(f"model.r1_weight is {r1_weight}; set it to 0 for none, or above")
+        if self.guidance.kind == "improved":
+            raise ConfigurationError(
+                "guidance.kind improved mixes in the student's own velocity, which LADD does not train; choose embedded or "
+                "two_branch"
+            )
+        self.real = real
+        self.teacher_steps = teacher_steps
+        self.nfe = nfe
+        self.step_weights = tuple(step_weights)
+        self.warmup_steps = warmup_steps
+        self.time_sampler = time_sampler
+        self.layers = layers
+        self.hidden = hidden
+        self.r1_weight = r1_weight
+        self.heads_training = SideTraining(discriminator_lr, clip=discriminator_clip, spread=False)
+
+    heads: Discriminator
+    feature_layers: tuple[int, ...]
+
+    @property
+    def needs_images(self) -> bool:
+        """Where they are what the student is to be like."""
+        return self.real == "data"
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """Take real samples, let the student denoise them in one step, teach the heads, and ask them."""
+        guided = self.guided_condition(condition, len(x0))
+        if self.real == "teacher":
+            x0 = self.teacher_samples(x0, guided)
+        t = self.draw_steps(x0)
+        x_t, r = interpolate(x0, torch.randn_like(x0), t), torch.zeros_like(t)
+        x = jump(x_t, self.average_velocity(x_t, r, t, guided), r, t)
+        logs = self.update_heads(x0, x.detach(), guided)
+        return Objective(judged_loss(x, lambda x: self.adversarial_loss(x, guided)), t, logs)
+
+    @torch.no_grad()
+    def teacher_samples(self, like: Tensor, condition: GuidedCondition) -> Tensor:
+        """Samples (B, C, h, w) of the guided teacher."""
+        start = torch.ones(len(like), device=like.device)
+        return self.integrate_teacher(torch.randn_like(like), torch.zeros_like(start), start, self.teacher_steps, condition)
+
+    def draw_steps(self, like: Tensor) -> Tensor:
+        """Times (B,) at which steps of the student begin."""
+        grid = self.adapter.time_grid(self.nfe, tuple(like.shape[1:])).to(like.device)
+        weights = torch.tensor(self.step_weights, device=like.device)
+        if self.global_step < self.warmup_steps:
+            weights[: self.nfe // 2] = 0
+        return grid[torch.multinomial(weights, len(like), replacement=True)]
+
+    def update_heads(self, real: Tensor, fake: Tensor, condition: GuidedCondition) -> dict[str, Tensor]:
+        """One step of the heads, and scalars to log.
+
+        Args:
+            real: Samples (B, C, h, w).
+            fake: The student's.
+            condition: Of both.
+        """
+        tau = self.time_sampler(len(real), real.device)
+        with torch.no_grad():
+            seen, judged = (self._features(x, tau, condition) for x in (real, fake))
+        optimizer = self.heads_training.optimizer(self.heads, self.sharding)
+        return discriminator_update(self.heads, optimizer, seen, judged, tau, hinge_discriminator, self.r1_weight)
+
+    def adversarial_loss(self, x: Tensor, condition: GuidedCondition) -> Tensor:
+        """Loss (B,) of the student's samples before the heads."""
+        tau = self.time_sampler(len(x), x.device)
+        return hinge_generator(self.heads(self._features(x, tau, condition), tau))
+
+    def _features(self, x: Tensor, tau: Tensor, condition: GuidedCondition) -> list[Tensor]:
+        x_tau = interpolate(x, torch.randn_like(x), tau)
+        told = condition.prompts, self.feature_layers, condition.scale
+        return self.adapter.features(self.teacher, x_tau, None, tau, *told)
+
+    # Networks
+
+    def setup(self, stage: str) -> None:
+        """Refuse settings that cannot work, the discriminator's among them."""
+        super().setup(stage)
+        self.adapter.feature_widths(self.layers)
+        check_sharding_of_heads(self, "set trainer.strategy to auto or ddp")
+
+    def build_networks(self) -> None:
+        """Teacher, student and heads."""
+        super().build_networks()
+        widths = self.adapter.feature_widths(self.layers)
+        self.feature_layers = tuple(widths)
+        self.heads = Discriminator(list(widths.values()), self.hidden)
+        checkpointing = getattr(self.teacher, "enable_gradient_checkpointing", None)
+        if self.student_options.gradient_checkpointing and checkpointing is not None:
+            checkpointing()  # the student's gradient comes through the teacher's blocks
+
+    def side_trainings(self) -> dict[str, SideTraining]:
+        """The heads'."""
+        return {"heads": self.heads_training}

@@ -1,0 +1,74 @@
+"""TDM: trajectory distribution matching, a deterministic student that is right in distribution at each of its steps."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distill.methods.base import Objective
+from lightning_distill.methods.distribution_matching import CriticMethod, TrajectoryState
+from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.models.base import Condition, LoraOptions
+
+
+class TDM(CriticMethod):
+    r"""Trajectory distribution matching (arXiv 2503.06674).
+
+    The student jumps from noise along its own few-step grid, :math:`x_s = x_t - (t - s) \, u(x_t, s, t)`. Where it has arrived,
+    its distribution is matched to the teacher's at the noise levels of the segment that it has crossed, and at no others:
+
+    .. math:: L = E_k \, E_{\tau \in (s, t)} \; \mathrm{KL}\big( p_\text{student}(x_\tau) \,\|\, p_\text{teacher}(x_\tau) \big),
+        \quad x_\tau = a x_s + b \, \text{noise}', \quad (s, t) = (t_{k+1}, t_k),
+
+    so that each step has a part of the teacher's trajectory to follow, in distribution and not point by point. It is
+    moved by `flow.matching_gradient`; the critic is told s, which says of which segment a state is. The gradient goes through
+    the last jump only.
+
+    Args:
+        nfe: Numbers of steps of the student; one is drawn for each batch, so that one listed twice is drawn twice as often.
+        guidance_scale: Guidance scale of the teacher's score, at least 0; None is the one that the student learns.
+        critic_updates: Critic updates for each student update, at least 1; each but the last is on fresh states.
+        critic_lr: Learning rate of the critic's AdamW.
+        critic_clip: Largest norm of the critic's gradients.
+        critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
+            trains as a whole.
+        **kwargs: Of `TeacherStudentBase`.
+
+    Raises:
+        ConfigurationError: If settings are out of range or contradict each other.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        nfe: Sequence[int] = (4,),
+        guidance_scale: float | None = None,
+        critic_updates: int = 1,
+        critic_lr: float = 1e-5,
+        critic_clip: float = 1.0,
+        critic_lora: LoraOptions | Literal["student"] | None = "student",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args,
+            nfe=nfe,
+            guidance_scale=guidance_scale,
+            critic_updates=critic_updates,
+            critic_lr=critic_lr,
+            critic_clip=critic_clip,
+            critic_lora=critic_lora,
+            **kwargs,
+        )
+
+    def roll_out(self, noise: Tensor, condition: GuidedCondition) -> tuple[TrajectoryState, Tensor]:
+        """A state of the student, which is diffused on within its own segment, and the segment's start (B,)."""
+        state, t = super().roll_out(noise, condition)
+        return TrajectoryState(state.x_s, state.s, end=t), t
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """Roll the student, teach the critic where it arrives, and match."""
+        guided = self.guided_condition(condition, len(x0))
+        state, t = self.roll_out(torch.randn_like(x0), guided)
+        logs = self.update_critic(state, guided)
+        return Objective(self.matching.student_loss(self, state, guided), t, logs)
