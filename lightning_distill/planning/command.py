@@ -78,6 +78,10 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
             f"plan knows methods that distil teachers of DiffusersAdapter, not {type(model).__name__} with "
             f"{type(adapter).__name__}"
         )
+    if "heads" in model.side_networks:
+        raise ConfigurationError(
+            f"plan does not count the discriminator of {type(model).__name__}; plan DMD2 with model.gan null for three networks"
+        )
     directory = description_directory(adapter.pretrained, adapter.revision, options.model_config)
     adapter.pretrained, adapter.revision = str(directory), None
     adapter.check()

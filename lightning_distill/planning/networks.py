@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.distribution_matching import DistributionMatching
 from lightning_distill.models.adapter import DTYPES, DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.lora_student import add_lora
@@ -77,10 +78,16 @@ def build_networks(module: TeacherStudentBase, found: Stacks, depths: Mapping[st
     adapter.adopt(without_memory(teacher, mode))
     module.teacher = teacher
     module.student = _student(adapter, found, depths, teacher, module.student_options, mode)
-    alignment = getattr(module, "alignment", None)
-    if alignment is not None:
-        options = alignment.critic_options(module.student_options)
-        alignment.critic = _student(adapter, found, depths, teacher, options, mode)
+    matching = matching_of(module)
+    if matching is not None:
+        options = matching.critic_options(module.student_options)
+        matching.critic = _student(adapter, found, depths, teacher, options, mode)
+
+
+def matching_of(module: TeacherStudentBase) -> DistributionMatching | None:
+    """What a method has a critic in: MeanFlow's alignment, or what DMD2 and TDM match by."""
+    found: DistributionMatching | None = getattr(module, "alignment", None) or getattr(module, "matching", None)
+    return found
 
 
 def _student(

@@ -16,12 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow import dual_rules
 from lightning_distill.flow.solvers import SOLVERS, evaluations
+from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.distribution_matching import CriticMethod
 from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.planning.description import attach_description
 from lightning_distill.planning.ledger import Ledger, cuda_autocast
-from lightning_distill.planning.networks import FEW, Stacks, build_networks, sizes, stacks
+from lightning_distill.planning.networks import FEW, Stacks, build_networks, matching_of, sizes, stacks
 
 SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of processes that a step is measured for."""
@@ -173,10 +175,10 @@ class _Run:
         """With so many blocks."""
         module = self.module
         build_networks(module, found, depths, self.mode)
-        alignment = getattr(module, "alignment", None)
+        matching = matching_of(module)
         networks: dict[str, nn.Module] = {"teacher": module.teacher, "student": module.student}
-        if alignment is not None:
-            networks["critic"] = alignment.critic
+        if matching is not None:
+            networks["critic"] = matching.critic
         numbers: dict[str, float] = {}
         blocks = {}
         for name, network in networks.items():
@@ -225,13 +227,18 @@ class _Run:
     def _pass(self, phase: str, networks: Mapping[str, nn.Module]) -> tuple[Counter[str], Ledger]:
         """A forward and backward pass."""
         module, ledger, counter = self.module, Ledger(SHARES), Counter[str]()
-        alignment = getattr(module, "alignment", None)
+        matching = matching_of(module)
         if hasattr(module, "solution"):
             module.solution = phase  # type: ignore[assignment]
-        if alignment is not None:
-            alignment.start_step = alignment.critic_warmup_steps = 0
-            alignment.nfe, alignment.critic_updates = (1,), 1
-            alignment._optimizer = _SideStep(alignment.critic, ledger, self.gpu)
+        if isinstance(matching, TrajectoryAlignment):
+            matching.start_step = matching.critic_warmup_steps = 0
+            matching.nfe = (1,)
+        if isinstance(module, CriticMethod):
+            module.nfe = (1,)
+        if matching is not None:
+            matching.critic_updates = 1
+            side = _SideStep(matching.critic, ledger, self.gpu)
+            matching.critic_training._optimizer = side  # type: ignore[assignment]
         handles = [network.register_forward_pre_hook(_counting(name, counter)) for name, network in networks.items()]
         trained = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
         # Those of the step before are there until the backward pass begins, or are added to.
@@ -273,6 +280,11 @@ def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:
             counter["student"] += sum((nfe + 1) / 2 for nfe in alignment.nfe) / len(alignment.nfe) - 1
             for name in ("critic", "critic_backward"):
                 counter[name] += alignment.critic_updates - 1
+    if isinstance(module, CriticMethod):
+        updates = module.matching.critic_updates
+        rolled = updates * sum((nfe + 1) / 2 for nfe in module.nfe) / len(module.nfe)
+        found["training"] = Counter({"critic": updates - 1, "critic_backward": updates - 1})
+        found["training"]["student"] = rolled - 1  # type: ignore[assignment]
     return found
 
 

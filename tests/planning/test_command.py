@@ -80,6 +80,7 @@ def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "gpus is 0" in refused(capsys, "--config", "flux_meanflow.yaml", "--gpus=0")
     assert "model_config is 'nowhere'" in refused(capsys, "--config", "flux_meanflow.yaml", "--model_config=nowhere")
     assert "plan knows methods that distil" in refused(capsys, "--config", "shapes_vae.yaml")
+    assert "plan does not count the discriminator of DMD2" in refused(capsys, "--config", "shapes_dmd2.yaml")
 
 
 @pytest.mark.slow

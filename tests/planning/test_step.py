@@ -8,8 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lightning_distill.planning.networks as networks
 from lightning_distill.methods import (
+    DMD2,
     IMM,
     SCM,
+    TDM,
     ConsistencyDistillation,
     KnowledgeDistillation,
     MeanFlow,
@@ -97,6 +99,19 @@ def test_it_counts_the_calls_of_every_method(
     module = method(adapter, guidance=Guidance("two_branch", 2.0), **settings)
     cost = measure_step(module, pipeline, Batch(2, (32, 32)), ["training"])
     assert cost.calls["training"] == {"teacher": teacher, "student": student, "student_backward": 1}
+
+
+@pytest.mark.parametrize("method", [DMD2, TDM])
+def test_it_counts_the_calls_of_methods_with_a_critic(pipeline: Path, method: type[DMD2 | TDM]) -> None:
+    adapter = DiffusersAdapter(str(pipeline))
+    adapter.check()
+    module = method(adapter, guidance=Guidance("two_branch", 2.0), nfe=(1, 3), critic_updates=3)
+    cost = measure_step(module, pipeline, Batch(2, (32, 32)), ["training"])
+    # Each update of the critic is on a state of its own, 1.5 jumps from noise in the mean; then the student's own loss.
+    calls = {"teacher": 1, "student": 3 * 1.5, "student_backward": 1, "critic": 3 + 1, "critic_backward": 3}
+    assert cost.calls["training"] == calls
+    assert cost.numbers["trained/critic"] == cost.numbers["parameters/critic"] > 0
+    assert cost.numbers["pass/training/1"] > 2 * 4 * cost.numbers["trained/student"]  # gradients of both
 
 
 def test_the_ledger_knows_what_is_alive() -> None:
