@@ -170,3 +170,36 @@ def test_two_steps_on_the_cpu(tmp_path, pictures):
 
     pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
     assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1
+
+
+@pytest.mark.parametrize("name", ["dmd2", "tdm"])
+def test_two_steps_from_prompts_on_the_cpu(tmp_path, name):
+    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"{prompt} {i}" for i in range(4) for prompt in PROMPTS))
+    main(
+        [
+            *("fit", "--config", f"flux_{name}.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=2"),
+            *("--trainer.strategy=auto", f"--model.adapter.pretrained={teacher}", "--data.file=prompts.txt"),
+            *("--trainer.val_check_interval=2", "--data.validation_samples=4", "--data.batch_size=4"),
+            *("--model.validation.height=32", "--model.validation.width=32", "--model.validation.nfe=[1,2]"),
+        ]
+    )
+    assert_trained(tmp_path / "runs" / f"flux_{name}", {"student", "matching"})
+
+
+def test_two_steps_of_ladd_on_the_cpu(tmp_path, pictures):
+    """LoRA, blocks that are run again, and mixed precision between heads and student."""
+    teacher = save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
+    few = ("--model.layers=[0,1]", "--model.student.lora.rank=2", "--trainer.accumulate_grad_batches=1")
+    two_steps("flux_ladd.yaml", teacher, pictures, *few, "--model.validation.nfe=[1,2]")
+    assert_trained(tmp_path / "runs" / "flux_ladd", {"student", "heads"})
+
+
+def assert_trained(run: Path, parts: set[str]) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == parts
+    assert all(side["state"] for side in checkpoint["side_optimizers"].values())
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
+    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1

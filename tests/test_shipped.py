@@ -9,6 +9,7 @@ import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 
 from lightning_distill.cli import main
+from lightning_distill.configuration import shipped_configs
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import prompt_accuracy
@@ -103,13 +104,22 @@ def test_students_train(name: str) -> None:
     assert Path("run/pictures.png").is_file()
 
 
-@pytest.mark.parametrize("name", ["consistency_distillation", "imm", "knowledge_distillation", "scm", "split_meanflow"])
+METHODS = sorted(
+    name.removeprefix("shapes_").removesuffix(".yaml")
+    for name in shipped_configs()
+    if name.startswith("shapes_")
+    and not name.startswith("shapes_meanflow")
+    and name not in ("shapes_student.yaml", "shapes_teacher.yaml", "shapes_vae.yaml")
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_other_methods_train(name: str) -> None:
     run = f"runs/{name}"
     main(["fit", "--config", f"shapes_{name}.yaml", *FEW, *ONE_PROCESS, "--model.init_args.validation.nfe=[1,2]"])
     assert set(yaml.safe_load(Path(f"{run}/summary.json").read_text())["student"]) == {"1", "2"}
     scheduler = yaml.safe_load(Path(f"{run}/student/scheduler/scheduler_config.json").read_text())
-    assert scheduler["stochastic_sampling"] == (name in ("consistency_distillation", "scm"))
+    assert scheduler["stochastic_sampling"] == (name in ("consistency_distillation", "dmd2", "ladd", "scm"))
 
 
 def test_a_teacher_is_made_from_nothing() -> None:

@@ -17,7 +17,10 @@ def test_layers_are_spread_to_the_last() -> None:
     assert spread_layers(1) == (0,)
 
 
-@pytest.mark.parametrize("family", ["flux_guided", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)])
+QUICK = "flux_guided"
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in FAMILIES])
 def test_features_carry_gradients_to_the_latents(family: str, tmp_path: Path) -> None:
     """Of a frozen teacher, and of a network of two times under checkpointing."""
     adapter = load_adapter(save_family(family, tmp_path / family))
