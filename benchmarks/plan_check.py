@@ -69,6 +69,7 @@ CASES = {
         Case("differential, checkpointed", solution="differential", checkpointing=True),
         Case("LoRA, differential", solution="differential", rank=16),
         Case("ddp, discrete", "ddp"),
+        Case("ddp, two processes", "ddp", 2),
         Case("fsdp2, two processes", "fsdp2", 2, checkpointing=True, layers=8, samples=4),
         Case("deepspeed_stage_3, two processes", "deepspeed_stage_3", 2, checkpointing=True, layers=8, samples=4, steps=4),
         Case("bf16-mixed, discrete", precision="bf16-mixed"),
