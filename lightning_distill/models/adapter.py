@@ -21,8 +21,9 @@ from lightning_distill.models.lora_directory import save_lora_student
 from lightning_distill.models.lora_student import lora_layers, merged
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
-from lightning_distill.models.sharded_networks import build_sharded_student, empty_network, stored_transformer
+from lightning_distill.models.sharded_networks import build_sharded_student, empty_network, stored_component
 from lightning_distill.models.smooth_time import SmoothTimeReport
+from lightning_distill.models.stored_encoders import empty_encoder
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.student import build_student, lora_config, student_config
 from lightning_distill.models.two_time import TwoTimeModel
@@ -159,10 +160,17 @@ class DiffusersAdapter(ModelAdapter):
 
     def load(self, encoders: bool = True) -> None:
         """Load the text encoders and the autoencoder, frozen and in evaluation mode; without encoders the latter alone."""
-        self.attach(self._load_pipeline(encoders), encoders)
-        if self.sharding is not None:
-            for encoder in self.text_encoders().values():
-                self.sharding.shard_encoder(encoder)
+        spread = encoders and self.sharding is not None
+        pipeline = self._load_pipeline(encoders and not spread)
+        weights = {}
+        for name in filter(_is_text_encoder, self._components() if spread else []):
+            where = resolve_pretrained(self.pretrained), self.revision, name
+            encoder, weights[name] = empty_encoder(*where, DTYPES[self.torch_dtype])
+            pipeline.register_modules(**{name: encoder})
+        self.attach(pipeline, encoders)
+        for name, stored in weights.items():
+            assert self.sharding is not None
+            self.sharding.shard_encoder(self.text_encoders()[name], stored)
 
     def _load_pipeline(self, encoders: bool) -> FewStepPipeline:
         left_out = ["transformer", *(() if encoders else filter(_is_text_encoder, self._components()))]
@@ -251,7 +259,7 @@ class DiffusersAdapter(ModelAdapter):
         return student
 
     def _stored(self) -> StoredWeights:
-        return stored_transformer(resolve_pretrained(self.pretrained), self.revision)
+        return stored_component(resolve_pretrained(self.pretrained), self.revision, "transformer")[0]
 
     def whole_copy(self, network: nn.Module) -> nn.Module:
         """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""

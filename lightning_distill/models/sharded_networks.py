@@ -17,21 +17,23 @@ from lightning_distill.models.student import let_train, start_from, student_conf
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
 
-def stored_transformer(pretrained: str, revision: str | None) -> StoredWeights:
-    """The weights of a pipeline's transformer, in a directory or, once downloaded, in the hub's cache.
+def stored_component(pretrained: str, revision: str | None, name: str) -> tuple[StoredWeights, Path]:
+    """The weights of a part of a pipeline, in a directory or, once downloaded, in the hub's cache, and the part's directory.
 
     Raises:
         ConfigurationError: If they are not in safetensors.
     """
     directory = Path(pretrained)
     if not directory.is_dir():
-        directory = Path(snapshot_download(pretrained, revision=revision, allow_patterns="transformer/*"))
+        patterns = ["model_index.json", f"{name}/*"]
+        directory = Path(
+            snapshot_download(pretrained, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*.bin"])
+        )
     try:
-        return StoredWeights.of_component(directory / "transformer")
+        return StoredWeights.of_component(directory / name), directory / name
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"adapter.pretrained is {pretrained!r}, whose transformer cannot be read in parts ({error}); convert it to "
-            "safetensors"
+            f"adapter.pretrained is {pretrained!r}, whose {name} cannot be read in parts ({error}); convert it to safetensors"
         ) from error
 
 

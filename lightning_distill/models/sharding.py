@@ -23,8 +23,13 @@ class Sharding(Protocol):
             weights: Where to read from.
         """
 
-    def shard_encoder(self, encoder: nn.Module) -> None:
-        """Spread a frozen text encoder, which may call its parts in ways of its own, in place."""
+    def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
+        """Spread a frozen text encoder, which may call its parts in ways of its own, in place.
+
+        Args:
+            encoder: Its parameters are on the meta device.
+            weights: Where to read them from, in the dtype they have.
+        """
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:
         """A network's whole parameters by name, on the CPU of the first process; of the others, nothing."""
@@ -48,6 +53,23 @@ class SideOptimizer(Protocol):
 
     def step(self, loss: Tensor) -> None:
         """Update the network by the gradients of a loss."""
+
+
+def shared_places(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Modules and attributes of each parameter that is in several places, such as a tied embedding."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def share_again(places: list[list[tuple[nn.Module, str]]]) -> None:
+    """Put one parameter into all the places that `shared_places` has found, where each got its own since."""
+    for (first, attribute), *others in places:
+        for module, name in others:
+            module._parameters[name] = first._parameters[attribute]
 
 
 def local_part(parameter: Tensor) -> Tensor:

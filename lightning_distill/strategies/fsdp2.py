@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBa
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_distill.models.sharding import SideOptimizer
+from lightning_distill.models.sharding import SideOptimizer, share_again, shared_places
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.strategies.blocks import blocks, units
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
@@ -62,11 +62,20 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
             assert weights is not None, "a network on the meta device comes with its weights"
             _read_rows(parameters[name], weights, name)
 
-    def shard_encoder(self, encoder: nn.Module) -> None:
-        """Spread a text encoder's blocks; the rest of it stays whole."""
-        encoder.to(self.root_device)
+    def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
+        """Spread a text encoder's blocks, of which each process reads its rows; the rest of it stays whole."""
+        shared = shared_places(encoder)
         for block in blocks(encoder):
             self._shard(block)
+
+        def place(x: Tensor) -> Tensor:
+            home = torch.device("cpu") if self._offload and isinstance(x, DTensor) else self.root_device
+            return torch.empty_like(x, device=home) if x.is_meta else x.to(home)
+
+        encoder._apply(place)
+        share_again(shared)
+        for name, parameter in encoder.named_parameters():
+            _read_rows(parameter, weights, name)
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:
         """Whole parameters by name, on the CPU of the first process."""
@@ -125,7 +134,9 @@ class _Side:
 
 @torch.no_grad()
 def _read_rows(parameter: nn.Parameter, weights: StoredWeights, name: str) -> None:
-    assert isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(weights.read(name))
+        return
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     if shape[0]:
         parameter.to_local().copy_(weights.read(name, offset[0], offset[0] + shape[0]))

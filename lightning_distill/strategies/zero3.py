@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.sharding import SideOptimizer, forget_gathered, local_part
+from lightning_distill.models.sharding import SideOptimizer, forget_gathered, local_part, share_again, shared_places
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
 
@@ -174,11 +174,16 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
             if next(own.parameters(), None) is not None:
                 Init(module=own, config_dict_or_path=self._settings, remote_device=self.remote_device)
 
-    def shard_encoder(self, encoder: nn.Module) -> None:
+    def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
         """Spread a text encoder, whose parts are gathered together: they call each other past their hooks."""
         from deepspeed.utils import set_z3_leaf_module
 
-        self.shard(encoder)
+        shared = shared_places(encoder)
+        for _, *others in shared:
+            for module, name in others:
+                del module._parameters[name]  # until the first of them is filled and spread
+        self.shard(encoder, weights)
+        share_again(shared)
         set_z3_leaf_module(encoder, True)
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:

@@ -53,6 +53,7 @@ def test_weights_are_read_in_parts_of_one_file_or_several(tmp_path: Path) -> Non
     whole = {"a": torch.randn(5, 3), "b": torch.randn(()), "c": torch.randn(4)}
     (tmp_path / "one").mkdir()
     save_file(whole, tmp_path / "one" / "model.safetensors")
+    save_file({name: value.half() for name, value in whole.items()}, tmp_path / "one" / "model.fp16.safetensors")
     (tmp_path / "two").mkdir()
     save_file({"a": whole["a"]}, tmp_path / "two" / "1.safetensors")
     save_file({"b": whole["b"], "c": whole["c"]}, tmp_path / "two" / "2.safetensors")
@@ -64,6 +65,8 @@ def test_weights_are_read_in_parts_of_one_file_or_several(tmp_path: Path) -> Non
         assert torch.equal(weights.read("a", 1, 3), whole["a"][1:3])
         assert "a" in weights
         assert "d" not in weights
+        assert sorted(weights.names()) == ["a", "b", "c"]
+        assert torch.equal(weights.renamed({"x": "b"}).renamed({"y": "x"}).read("y"), whole["b"])
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="there is no"):
         StoredWeights.of_component(tmp_path / "none")
