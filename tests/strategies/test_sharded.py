@@ -56,6 +56,7 @@ def test_two_processes_equal_one_and_resume_exactly(
     assert largest_difference(single, whole) < 1e-5
     facts = json.loads((tmp_path / "whole" / "facts.json").read_text())
     assert facts["teacher"] < 0.51 * facts["teacher_of_all"]
+    assert facts.get("bucket") == facts.get("trained")  # of ZeRO-3: its buffer is no larger than the gradients
 
     checkpoint = str(tmp_path / "whole" / "last.ckpt")  # of the second step
     resumed = train(tmp_path / "resumed", pretrained, *sharded, "--resume", checkpoint)

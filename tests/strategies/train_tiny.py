@@ -115,6 +115,12 @@ def run(arguments: argparse.Namespace) -> None:
         here = sum(local_part(parameter).numel() for parameter in module.teacher.parameters())
         all_of_it = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.teacher.parameters())
         facts = {"teacher": here, "teacher_of_all": all_of_it, "steps": trainer.global_step}
+        if (engine := getattr(trainer.strategy, "deepspeed_engine", None)) is not None:
+            (bucket,) = engine.optimizer.ipg_buckets.values()
+            facts["bucket"] = bucket.buffer.numel()
+            facts["trained"] = sum(p.ds_numel for p in module.student.parameters() if p.requires_grad)
+        states = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
+        facts["states"] = sorted({type(local_part(state)).__name__ for state in states})
         (arguments.out / "facts.json").write_text(json.dumps(facts))
 
 
