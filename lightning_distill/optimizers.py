@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.serialization import get_safe_globals
 
 from lightning_distill.errors import ConfigurationError
+
+BLOCKS = "blocks"
+"""Key of what `packed` makes of a tensor, under which its class is named."""
 
 
 class MuonWithAdamW(Optimizer):
@@ -72,6 +76,68 @@ class MuonWithAdamW(Optimizer):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def keeps_blocks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer keeps its state in blocks of a few bits a number and a scale: those of torchao do."""
+    return type(optimizer).__module__.startswith("torchao.") and hasattr(optimizer, "block_size")
+
+
+def packed(state: Any) -> Any:
+    """The state of optimizers with its blocks taken apart into plain tensors: Lightning cannot read back others."""
+    if isinstance(state, dict):
+        return {name: packed(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [packed(value) for value in state]
+    if not isinstance(state, Tensor) or not type(state).__module__.startswith("torchao."):
+        return state
+    names, attributes = state.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts = {name: getattr(state, name) for name in names}
+    return {BLOCKS: f"{type(state).__module__}.{type(state).__qualname__}", "parts": parts, "attributes": attributes}
+
+
+def unpacked(state: Any) -> Any:
+    """What `packed` was given.
+
+    Raises:
+        ConfigurationError: If there are blocks of a kind that is not known here.
+    """
+    if isinstance(state, list):
+        return [unpacked(value) for value in state]
+    if not isinstance(state, dict):
+        return state
+    if BLOCKS not in state:
+        return {name: unpacked(value) for name, value in state.items()}
+    # Those that torchao has declared safe to load.
+    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in get_safe_globals() if isinstance(kind, type)}
+    if state[BLOCKS] not in kinds:
+        raise ConfigurationError(
+            f"the checkpoint's optimizer kept its state as {state[BLOCKS]}; resume with the model.optimizer it was trained with"
+        )
+    kind: Any = kinds[state[BLOCKS]]
+    return kind.__tensor_unflatten__(state["parts"], state["attributes"])
+
+
+def let_clip(optimizer: Optimizer, scaled: bool, clip: float | None) -> None:
+    """Let gradients be clipped before a fused step, which can undo a scale of gradients itself, so that Lightning refuses to.
+
+    Args:
+        optimizer: Of the trainer.
+        scaled: Whether gradients have a scale, as in float16 alone.
+        clip: The norm that they are clipped to, if they are.
+
+    Raises:
+        ConfigurationError: If they are to be clipped under a scale.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return
+    if not scaled:
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    elif clip:
+        raise ConfigurationError(
+            f"model.optimizer is a fused {type(optimizer).__name__}, whose gradients trainer.precision 16-mixed cannot clip; "
+            "set it to bf16-mixed, trainer.gradient_clip_val to null, or the optimizer's fused to false"
+        )
 
 
 def split_parameters(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:

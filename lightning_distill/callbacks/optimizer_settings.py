@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 _Groups = list[list[dict[str, Any]]]
 
@@ -54,10 +55,20 @@ class OptimizerSettings(Callback):
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     # With a scheduler `lr` is already the scheduled one; its base is `initial_lr`.
     scheduled = "lr" if "initial_lr" in group else None
-    return {name: value for name, value in group.items() if name != scheduled and isinstance(value, int | float | tuple)}
+    # Some optimizers keep their learning rate as a tensor, so that steps are compiled once for all rates.
+    plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"}
+    return {name: value for name, value in plain.items() if name != scheduled and isinstance(value, int | float | tuple)}
 
 
 def _apply(group: dict[str, Any], name: str, old: Any, new: Any) -> None:
     if name == "initial_lr":
-        group["lr"] = group["lr"] * new / old if old else new
-    group[name] = new
+        rate = float(group["lr"])
+        _set(group, "lr", rate * new / old if old else new)
+    _set(group, name, new)
+
+
+def _set(group: dict[str, Any], name: str, value: Any) -> None:
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value

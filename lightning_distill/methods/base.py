@@ -28,7 +28,7 @@ from lightning_distill.methods.shared_base import StudentAverage, check_sharing,
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.smooth_time import SmoothTimeReport
-from lightning_distill.optimizers import split_parameters
+from lightning_distill.optimizers import let_clip, packed, split_parameters, unpacked
 
 TIME_BINS = 4
 
@@ -234,6 +234,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     def configure_optimizers(self) -> Any:
         """The student's optimizer, with its scheduler stepping once a batch."""
         optimizer = self.optimizer(split_parameters(self.trained.named_parameters()))
+        if (trainer := self._trainer) is not None:
+            let_clip(optimizer, getattr(trainer.precision_plugin, "scaler", None) is not None, trainer.gradient_clip_val)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -383,11 +385,12 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     # What is saved
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen parts out, and add the optimizers that the trainer does not know."""
+        """Leave the frozen parts out, add the optimizers that the trainer does not know, and take blocks of state apart."""
         names = self._saved_names(checkpoint["state_dict"])
         checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+        checkpoint["optimizer_states"] = packed(checkpoint.get("optimizer_states", []))
         whole = self.side_optimizers(spread=False)
-        checkpoint["side_optimizers"] = {path: side.optimizer.state_dict() for path, side in whole.items()}
+        checkpoint["side_optimizers"] = packed({path: side.optimizer.state_dict() for path, side in whole.items()})
 
     def _saved_names(self, state: Iterable[str]) -> list[str]:
         shared = shared_names(self, getattr(self, "teacher", None))
@@ -395,10 +398,11 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another student; loading is not strict, since frozen parts are left out."""
-        for path, state in checkpoint["side_optimizers"].items():
+        for path, state in unpacked(checkpoint["side_optimizers"]).items():
             self.side_trainings()[path].load_state_dict(state)
         if self.sharding is not None:  # its strategy has looked
             return
+        checkpoint["optimizer_states"] = unpacked(checkpoint.get("optimizer_states", []))
         expected, found = set(self._saved_names(self.state_dict())), checkpoint["state_dict"].keys()
         if surplus := sorted(name for name in found - expected if name.startswith("student.")):
             raise ConfigurationError(

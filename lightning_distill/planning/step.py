@@ -21,6 +21,7 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.distribution_matching import CriticMethod
 from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.optimizers import keeps_blocks
 from lightning_distill.planning.description import attach_description
 from lightning_distill.planning.ledger import Ledger, cuda_autocast
 from lightning_distill.planning.networks import FEW, Stacks, build_networks, matching_of, sizes, stacks
@@ -209,7 +210,7 @@ class _Run:
                     group["foreach"] = True  # torch's own choice there
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
-            with ledger:
+            with _no_memory(optimizer, self.mode), ledger:
                 optimizer.step()
                 kept = ledger.live
                 ledger.peaks[1] = kept
@@ -256,6 +257,21 @@ class _Run:
         for parameter in trained:
             parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         return counter, ledger
+
+
+@contextmanager
+def _no_memory(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> Iterator[None]:
+    """So that an optimizer's state takes none: torch's own make it like the weights, and those of blocks from shapes alone."""
+    if not keeps_blocks(optimizer):
+        yield
+        return
+    with patch.object(torch, "compile", lambda function, **_: function):  # their steps are compiled
+        weight = nn.Parameter(torch.zeros(4096))
+        weight.grad = torch.zeros_like(weight)
+        kind: Any = type(optimizer)
+        kind([weight]).step()  # makes the tables that numbers are rounded to, which are kept and must be real
+        with mode:
+            yield
 
 
 def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:

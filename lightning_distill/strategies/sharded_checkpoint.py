@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.optimizers import MuonWithAdamW
+from lightning_distill.optimizers import MuonWithAdamW, keeps_blocks
 
 METADATA = ".metadata"
 """File by which a directory of torch's distributed checkpoints is known."""
 REST = "rest.pt"
 """What is neither a weight nor an optimizer's state, the same in all processes."""
+
+PROCESSES = "processes"
+"""Key in it of the number of processes that have saved."""
 
 State = dict[str, Any]
 
@@ -73,6 +76,7 @@ class ShardedCheckpoints(ParallelStrategy):
         dcp.save(self.sharded_state(), storage_writer=FileSystemWriter(unfinished, sync_files=True))
         if self.is_global_zero:
             rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+            rest[PROCESSES] = self.world_size
             with (unfinished / REST).open("wb") as file:
                 torch.save(rest, file)
                 file.flush()
@@ -95,6 +99,13 @@ class ShardedCheckpoints(ParallelStrategy):
                 f"ckpt_path {str(checkpoint_path)!r} is not a checkpoint of a sharded strategy; resume it with the "
                 "trainer.strategy that saved it"
             )
+        rest: State = torch.load(path / REST, map_location="cpu", weights_only=True)
+        saved_by = rest.pop(PROCESSES, self.world_size)
+        if saved_by != self.world_size and any(keeps_blocks(optimizer) for optimizer in self.optimizers):
+            raise ConfigurationError(
+                f"the checkpoint was saved by {saved_by} processes, and its optimizer kept blocks of their parts, which "
+                f"{self.world_size} cannot take over; resume it with as many"
+            )
         state, reader = self.sharded_state(), FileSystemReader(path)
         saved = {name.removeprefix("weights.") for name in reader.read_metadata().state_dict_metadata}
         if missing := sorted(state["weights"].keys() - saved):
@@ -104,7 +115,6 @@ class ShardedCheckpoints(ParallelStrategy):
             )
         dcp.load(state, storage_reader=reader)
         self.restore_sharded_state(state)
-        rest: State = torch.load(path / REST, map_location="cpu", weights_only=True)
         return {**rest, "state_dict": {}}
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.sharding import SideOptimizer, forget_gathered, local_part, share_again, shared_places
 from lightning_distill.models.stored_weights import StoredWeights
+from lightning_distill.optimizers import keeps_blocks
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
 
 BUCKET = 500_000_000
@@ -136,6 +137,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         yield
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_blocks(optimizer)
         refuse_matrix_optimizers(optimizer)
         if optimizer is not None:
             self._bound_bucket(self._settings, optimizer)
@@ -297,6 +299,14 @@ class _Side:
     def step(self, loss: Tensor) -> None:
         self.engine.backward(loss)
         self.engine.step()
+
+
+def _refuse_blocks(optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is not None and keeps_blocks(optimizer):
+        raise ConfigurationError(
+            f"model.optimizer is {type(optimizer).__name__}, whose state is in blocks of numbers, and ZeRO-3 cuts its parts "
+            "anywhere; choose trainer.strategy fsdp2, or torch.optim.AdamW"
+        )
 
 
 def _trained(engine: Any) -> list[Any]:

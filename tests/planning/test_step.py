@@ -1,10 +1,15 @@
 """The step that is run without memory: it is the method's own, and few blocks tell what many take."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchao.optim import AdamW8bit
 
 import lightning_distill.planning.networks as networks
 from lightning_distill.methods import (
@@ -36,7 +41,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def measure(directory: Path, phases: list[str], **options: object) -> tuple[MeanFlow, StepCost]:
+def measure(
+    directory: Path, phases: list[str], optimizer: Any = torch.optim.AdamW, **options: object
+) -> tuple[MeanFlow, StepCost]:
     adapter = DiffusersAdapter(str(directory))
     adapter.check()
     module = MeanFlow(
@@ -46,6 +53,7 @@ def measure(directory: Path, phases: list[str], **options: object) -> tuple[Mean
         alignment=TrajectoryAlignment(nfe=(1, 3)),
         solver_steps=3,
         ema_decay=0.9,
+        optimizer=optimizer,
     )
     return module, measure_step(module, directory, Batch(2, (32, 32)), phases)
 
@@ -112,6 +120,30 @@ def test_it_counts_the_calls_of_methods_with_a_critic(pipeline: Path, method: ty
     assert cost.calls["training"] == calls
     assert cost.numbers["trained/critic"] == cost.numbers["parameters/critic"] > 0
     assert cost.numbers["pass/training/1"] > 2 * 4 * cost.numbers["trained/student"]  # gradients of both
+
+
+def parts(x: Tensor) -> Iterator[Tensor]:
+    if is_traceable_wrapper_subclass(x):
+        for name in x.__tensor_flatten__()[0]:
+            yield from parts(getattr(x, name))
+    else:
+        yield x
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, lambda groups: torch.optim.AdamW(groups, fused=True)], ids=["8bit", "fused"])
+def test_it_counts_what_an_optimizer_keeps(pipeline: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, cost = measure(pipeline, ["discrete"], optimizer=kind)
+    adapter = DiffusersAdapter(str(pipeline))
+    adapter.load()
+    student, _ = adapter.build_student(adapter.load_teacher(), module.student_options)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    optimizer = kind(list(student.parameters()))
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kept = {id(part): part for state in optimizer.state.values() for value in state.values() for part in parts(value)}
+    # But for the counts of steps, a number for each weight.
+    assert cost.numbers["state/student"] == pytest.approx(sum(part.nbytes for part in kept.values()), rel=1e-3)
 
 
 def test_the_ledger_knows_what_is_alive() -> None:

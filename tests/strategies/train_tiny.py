@@ -3,7 +3,8 @@
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,20 @@ class Repeatable(MeanFlow):
         return super().objective(x0, condition)
 
 
-def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, ema: bool) -> MeanFlow:
+def eight_bit(groups: Any) -> torch.optim.Optimizer:
+    from torchao.optim import AdamW8bit  # type: ignore[import-untyped]  # takes a second, which others need not spend
+
+    return AdamW8bit(groups, lr=1e-3)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, lr=1e-3),
+    "fused": partial(torch.optim.AdamW, lr=1e-3, fused=True),
+    "8bit": eight_bit,
+}
+
+
+def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, ema: bool, optimizer: str = "adamw") -> MeanFlow:
     adapter = make_adapter(pretrained)
     adapter.check()
     return Repeatable(
@@ -42,7 +56,7 @@ def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, e
         validation=ValidationOptions(nfe=(1,), average_velocity=False),
         alignment=TrajectoryAlignment(nfe=(2,), critic_lr=1e-3) if aligned else None,
         ema_decay=0.9 if ema else None,
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+        optimizer=OPTIMIZERS[optimizer],
     )
 
 
@@ -84,7 +98,8 @@ class CountTokens(Callback):
 
 def run(arguments: argparse.Namespace) -> None:
     seed_everything(0)
-    module = method(arguments.pretrained, arguments.solution, arguments.checkpointing, arguments.aligned, arguments.ema)
+    settings = arguments.solution, arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
+    module = method(arguments.pretrained, *settings)
     trainer = Trainer(
         max_steps=arguments.steps,
         accelerator="cpu",
@@ -139,6 +154,7 @@ def main() -> None:
     parser.add_argument("--aligned", action="store_true")
     parser.add_argument("--ema", action="store_true")
     parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--resume")
     run(parser.parse_args())
 

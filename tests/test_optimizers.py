@@ -1,0 +1,73 @@
+"""What optimizers of several kinds are to a trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torchao.optim import AdamW8bit
+
+from lightning_distill.callbacks.optimizer_settings import _apply, _settings
+from lightning_distill.cli import main
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.optimizers import BLOCKS, keeps_blocks, let_clip, packed, unpacked
+
+
+def fused() -> torch.optim.Optimizer:
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True)
+
+
+def test_gradients_are_clipped_before_fused_steps_but_not_under_a_scale() -> None:
+    optimizer = fused()
+    assert optimizer._step_supports_amp_scaling
+    let_clip(optimizer, scaled=True, clip=None)
+    assert optimizer._step_supports_amp_scaling
+    with pytest.raises(ConfigurationError, match=r"a fused AdamW, whose gradients trainer\.precision 16-mixed cannot clip"):
+        let_clip(optimizer, scaled=True, clip=1.0)
+    let_clip(optimizer, scaled=False, clip=1.0)
+    assert not optimizer._step_supports_amp_scaling
+
+
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    group = {"params": [], "lr": torch.tensor(0.5), "weight_decay": 0.1, "foreach": None}
+    assert _settings(group) == {"lr": 0.5, "weight_decay": 0.1}
+    rate = group["lr"]
+    _apply(group, "lr", 0.5, 0.25)
+    assert group["lr"] is rate
+    assert rate == 0.25
+    scheduled = {"params": [], "lr": torch.tensor(0.25), "initial_lr": torch.tensor(0.5)}
+    assert _settings(scheduled) == {"initial_lr": 0.5}
+    _apply(scheduled, "initial_lr", 0.5, 1.0)
+    assert (scheduled["lr"], scheduled["initial_lr"]) == (0.5, 1.0)
+
+
+def test_a_config_names_them_by_path(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--model.optimizer=torchao.optim.AdamW8bit", "--model.optimizer.lr=0.5"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "flux_meanflow.yaml", *chosen, "--print_config"])
+    assert end.value.code == 0
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torchao.optim.AdamW8bit"
+    assert optimizer["init_args"]["lr"] == 0.5
+
+
+def test_optimizers_of_torchao_keep_blocks() -> None:
+    assert keeps_blocks(AdamW8bit([torch.nn.Parameter(torch.zeros(2))]))
+    assert not keeps_blocks(fused())
+
+
+def test_blocks_are_taken_apart_and_put_together(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(3))]
+    optimizer = AdamW8bit(weights)
+    state = optimizer._new_buffer(weights[0], signed=True)
+    state.copy_(torch.randn(64, 64))
+    torch.save(packed([{"state": {0: {"exp_avg": state, "step": torch.tensor(1.0)}}}]), tmp_path / "state.pt")
+    # As Lightning reads a checkpoint.
+    read = torch.load(tmp_path / "state.pt", map_location=lambda storage, _: storage, weights_only=True)
+    back = unpacked(read)[0]["state"][0]
+    assert type(back["exp_avg"]) is type(state)
+    assert torch.equal(back["exp_avg"].dequantize(), state.dequantize())
+    assert back["step"] == 1
+    read[0]["state"][0]["exp_avg"][BLOCKS] = "os.system"
+    with pytest.raises(ConfigurationError, match=r"kept its state as os\.system; resume with the model\.optimizer"):
+        unpacked(read)
