@@ -9,12 +9,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.family_table import FamilyTable
+
+
+@pytest.fixture
+def adamw_8bit() -> Any:
+    """The optimizer of torchao, which is not installed for all tests: diffusers then loads it at every start."""
+    return pytest.importorskip("torchao.optim", reason='pip install -c constraints.txt -e ".[8bit]"').AdamW8bit
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,11 +1,11 @@
 """What optimizers of several kinds are to a trainer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from torchao.optim import AdamW8bit
 
 from lightning_distill.callbacks.optimizer_settings import _apply, _settings
 from lightning_distill.cli import main
@@ -41,7 +41,7 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
     assert (scheduled["lr"], scheduled["initial_lr"]) == (0.5, 1.0)
 
 
-def test_a_config_names_them_by_path(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_names_them_by_path(adamw_8bit: Any, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--model.optimizer=torchao.optim.AdamW8bit", "--model.optimizer.lr=0.5"]
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", "flux_meanflow.yaml", *chosen, "--print_config"])
@@ -51,14 +51,14 @@ def test_a_config_names_them_by_path(capsys: pytest.CaptureFixture[str]) -> None
     assert optimizer["init_args"]["lr"] == 0.5
 
 
-def test_optimizers_of_torchao_keep_blocks() -> None:
-    assert keeps_blocks(AdamW8bit([torch.nn.Parameter(torch.zeros(2))]))
+def test_optimizers_of_torchao_keep_blocks(adamw_8bit: Any) -> None:
+    assert keeps_blocks(adamw_8bit([torch.nn.Parameter(torch.zeros(2))]))
     assert not keeps_blocks(fused())
 
 
-def test_blocks_are_taken_apart_and_put_together(tmp_path: Path) -> None:
+def test_blocks_are_taken_apart_and_put_together(adamw_8bit: Any, tmp_path: Path) -> None:
     weights = [torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(3))]
-    optimizer = AdamW8bit(weights)
+    optimizer = adamw_8bit(weights)
     state = optimizer._new_buffer(weights[0], signed=True)
     state.copy_(torch.randn(64, 64))
     torch.save(packed([{"state": {0: {"exp_avg": state, "step": torch.tensor(1.0)}}}]), tmp_path / "state.pt")

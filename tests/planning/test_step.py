@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchao.optim import AdamW8bit
 
 import lightning_distill.planning.networks as networks
 from lightning_distill.methods import (
@@ -130,7 +129,13 @@ def parts(x: Tensor) -> Iterator[Tensor]:
         yield x
 
 
-@pytest.mark.parametrize("kind", [AdamW8bit, lambda groups: torch.optim.AdamW(groups, fused=True)], ids=["8bit", "fused"])
+@pytest.fixture(params=["8bit", "fused"])
+def kind(request: pytest.FixtureRequest) -> Any:
+    if request.param == "8bit":
+        return request.getfixturevalue("adamw_8bit")
+    return lambda groups: torch.optim.AdamW(groups, fused=True)
+
+
 def test_it_counts_what_an_optimizer_keeps(pipeline: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, cost = measure(pipeline, ["discrete"], optimizer=kind)
     adapter = DiffusersAdapter(str(pipeline))

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torchao.optim import AdamW8bit
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.strategies.zero3 import _refuse_blocks
@@ -41,6 +41,7 @@ def test_eight_bits_of_state_train_and_resume_exactly(
     plain: dict[str, Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    adamw_8bit: Any,
 ) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiled, a step of each shape takes longer than the whole test
     settings = ["--precision", "bf16-mixed", "--optimizer", "8bit", "--strategy", strategy, "--devices", devices]
@@ -68,8 +69,8 @@ def test_fused_steps_equal_others(
     assert largest_difference(whole, resumed) == 0
 
 
-def test_zero3_refuses_state_in_blocks() -> None:
+def test_zero3_refuses_state_in_blocks(adamw_8bit: Any) -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ConfigurationError, match=r"AdamW8bit, whose state is in blocks .* choose trainer.strategy fsdp2"):
-        _refuse_blocks(AdamW8bit([weight]))
+        _refuse_blocks(adamw_8bit([weight]))
     _refuse_blocks(torch.optim.AdamW([weight]))
