@@ -65,6 +65,19 @@ class DistillParser(LightningArgumentParser):
             args = [f"{arg.removesuffix('=None')}=null" if arg.endswith("=None") else arg for arg in args]
         return super().parse_args(args, *rest, **kwargs)
 
+    def _check_value_key(self, action: Any, value: Any, key: str, cfg: Any, append: bool = False) -> Any:
+        """Let a value be that is only known when interpolations are resolved.
+
+        Where a later file changes a class, jsonargparse drops what does not fit the new one, without a word, and looks at
+        earlier values as if `${trainer.max_steps}` were meant as it stands.
+        """
+        try:
+            return super()._check_value_key(action, value, key, cfg, append)
+        except (TypeError, ValueError):
+            if "${" in str(value):
+                return value
+            raise
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and end with exit code 2."""
         if not self.exit_on_error:
