@@ -94,6 +94,12 @@ def test_every_setting_for_flux_has_a_comment(name):
     assert not silent
 
 
+def test_another_method_keeps_what_is_interpolated(capsys):
+    config = printed(capsys, "shapes_two_cores.yaml", "--model=SCM", "--trainer.max_steps=77")
+    assert config["model"]["class_path"].endswith(".SCM")
+    assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == 77
+
+
 def test_the_size_of_pictures_is_set_once(capsys):
     config = printed(capsys, FLUX, "--model.validation.height=256", "--model.validation.width=384")
     assert config["data"]["init_args"]["height"] == 256

@@ -109,7 +109,7 @@ METHODS = sorted(
     for name in shipped_configs()
     if name.startswith("shapes_")
     and not name.startswith("shapes_meanflow")
-    and name not in ("shapes_student.yaml", "shapes_teacher.yaml", "shapes_vae.yaml")
+    and name not in ("shapes_student.yaml", "shapes_two_cores.yaml", "shapes_teacher.yaml", "shapes_vae.yaml")
 )
 
 
