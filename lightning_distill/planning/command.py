@@ -14,6 +14,9 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.condition import EncodedData
 from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
+from lightning_distill.models.hunyuan_image3_directory import read_config
+from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.description import description_directory
 from lightning_distill.planning.machine import STRATEGIES, Machine, Plan, Strategy, plan_for, smallest
 from lightning_distill.planning.report import plan_numbers, plan_table, verdict
@@ -73,18 +76,18 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
         ConfigurationError: If the settings cannot be planned.
     """
     adapter = getattr(model, "adapter", None)
-    if not isinstance(model, TeacherStudentBase) or not model.has_teacher or not isinstance(adapter, DiffusersAdapter):
+    distils = isinstance(model, TeacherStudentBase) and model.has_teacher
+    if not distils or not isinstance(adapter, DiffusersAdapter | HunyuanImage3Adapter):
         raise ConfigurationError(
-            f"plan knows methods that distil teachers of DiffusersAdapter, not {type(model).__name__} with "
-            f"{type(adapter).__name__}"
+            "plan knows methods that distil teachers of DiffusersAdapter and HunyuanImage3Adapter, not "
+            f"{type(model).__name__} with {type(adapter).__name__}"
         )
+    assert isinstance(model, TeacherStudentBase)
     if "heads" in model.side_networks:
         raise ConfigurationError(
             f"plan does not count the discriminator of {type(model).__name__}; plan DMD2 with model.gan null for three networks"
         )
-    directory = description_directory(adapter.pretrained, adapter.revision, options.model_config)
-    adapter.pretrained, adapter.revision = str(directory), None
-    adapter.check()
+    directory = _describe(adapter, options.model_config)
     adapter.check_student(model.student_options)
     model.guidance.check(adapter.embeds_guidance)
     machine, strategy = _machine(trainer, options), _strategy(trainer, options)
@@ -112,6 +115,18 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
     if options.json is not None:
         Path(options.json).write_text(json.dumps(plan_numbers(found, machine, enough, others), indent=2) + "\n")
     return found
+
+
+def _describe(adapter: DiffusersAdapter | HunyuanImage3Adapter, given: str | None) -> Path:
+    """Where the model's configurations are, from which the adapter now knows what it has to."""
+    if isinstance(adapter, HunyuanImage3Adapter):
+        directory = hunyuan_image3.settings_directory(adapter, given)
+        adapter.embeds_guidance = bool(read_config(directory).get("cfg_distilled", False))
+        return directory
+    directory = description_directory(adapter.pretrained, adapter.revision, given)
+    adapter.pretrained, adapter.revision = str(directory), None
+    adapter.check()
+    return directory
 
 
 def _placed(cost: StepCost, strategy: Strategy, processes: int, accumulate: int, guard: bool) -> Plan:

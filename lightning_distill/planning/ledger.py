@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_distill.flow.dual_rules import RULES
 from lightning_distill.planning.description import is_fake
 
 Key = int
@@ -122,9 +123,15 @@ def cuda_autocast() -> Iterator[None]:
     import torch._decomp.decompositions_for_jvp  # noqa: F401  # torch compiles these at the first dual number, from the originals
 
     with ExitStack() as stack:
+        rules = {}
         for owner, names in _FLOAT32.items():
             for name in names:
-                stack.enter_context(patch.object(owner, name, _in_float32(getattr(owner, name))))
+                func = getattr(owner, name)
+                wide = _in_float32(func)
+                stack.enter_context(patch.object(owner, name, wide))
+                if func in RULES:
+                    rules[wide] = RULES[func]  # functions of torch's in Python call themselves by name
+        stack.enter_context(patch.dict(RULES, rules))
         yield
 
 

@@ -211,6 +211,7 @@ def _communication(cost: StepCost, phase: str, strategy: Strategy, processes: in
     for name in cost.blocks:
         weights, backward = numbers[f"weights/{name}"], calls.get(f"{name}_backward", 0)
         total += weights * (calls.get(name, 0) + backward) + trained.get(name, 0) * backward
+        total += numbers.get(f"regathered/{name}", 0) * backward
     return others * total * accumulate
 
 

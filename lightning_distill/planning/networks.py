@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_distill.models.lora_student import add_lora
 from lightning_distill.models.student import let_train, lora_config, student_config
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.planning.description import without_memory
-from lightning_distill.strategies.blocks import blocks
+from lightning_distill.strategies.blocks import blocks, experts
 
 FEW = 2
 """Blocks of each kind that a step is measured with; a block more tells what each of the others adds."""
@@ -131,7 +132,8 @@ class Sizes:
         weights: Bytes of those that it shares with no other.
         trained: Number of those that train.
         largest_block: Bytes of the largest of the parts that are sharded together.
-        rest: Bytes outside all blocks.
+        rest: Bytes outside all blocks, and of a block around experts, which are sharded by themselves.
+        experts: Bytes of all experts.
     """
 
     parameters: int
@@ -139,17 +141,22 @@ class Sizes:
     trained: int
     largest_block: int
     rest: int
+    experts: int
 
 
 def sizes(network: nn.Module, shared: nn.Module | None = None) -> Sizes:
     """Of a network, some of whose parameters may be another's."""
     known = set() if shared is None else {id(p) for p in shared.parameters()}
     own = [p for p in network.parameters() if id(p) not in known]
-    largest = [sum(p.nbytes for p in block.parameters()) for block in blocks(network)]
+    found = blocks(network)
+    within = [[sum(p.nbytes for p in expert.parameters()) for expert in experts(block)] for block in found]
+    around = [sum(p.nbytes for p in block.parameters()) - sum(part) for block, part in zip(found, within, strict=True)]
+    apart = sum(map(sum, within))
     return Sizes(
         parameters=sum(p.numel() for p in network.parameters()),
         weights=sum(p.nbytes for p in own),
         trained=sum(p.numel() for p in own if p.requires_grad),
-        largest_block=max(largest, default=0),
-        rest=sum(p.nbytes for p in network.parameters()) - sum(largest),
+        largest_block=max(chain(around, *within), default=0),
+        rest=sum(p.nbytes for p in network.parameters()) - sum(around) - apart + (max(around) if apart else 0),
+        experts=apart,
     )

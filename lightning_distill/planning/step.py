@@ -21,13 +21,19 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.distribution_matching import CriticMethod
 from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.models.base import ModelAdapter
+from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
 from lightning_distill.optimizers import keeps_blocks
+from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.description import attach_description
 from lightning_distill.planning.ledger import Ledger, cuda_autocast
 from lightning_distill.planning.networks import FEW, Stacks, build_networks, matching_of, sizes, stacks
 
 SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of processes that a step is measured for."""
+
+
+Found = Stacks | hunyuan_image3.HunyuanImage3Stacks
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class StepCost:
     """What a training takes, as numbers that are affine in the numbers of a network's blocks.
 
     Attributes:
-        numbers: Bytes and counts by name: `weights/student`, `trained/student`, `state/student` of the optimizer, `step` of its
+        numbers: Bytes and counts by name: `weights/student`, `regathered/student` of what a checkpointed block gathers for
+            its second run, `trained/student`, `state/student` of the optimizer, `step` of its
             temporaries, `encode` of encoding, `pass/<phase>/<share>`, the most of activations and gradients of a forward and
             backward pass in a phase, where gradients are divided among so many processes.
         calls: Of networks in a step, by phase and `teacher`, `student`, `student_backward` and so on.
@@ -95,16 +102,20 @@ def measure_step(
             f"trainer.precision is {precision}, which plan does not know; choose one of {', '.join(dtypes)}"
         )
     adapter = module.adapter
-    assert isinstance(adapter, DiffusersAdapter)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    found = stacks(adapter, directory)
+    found = _stacks(adapter, directory)
     few = dict.fromkeys(found.depths, FEW)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         if gpu:
             stack.enter_context(patch.object(dual_rules, "CPU_BLOCK_BYTES", dual_rules.DEVICE_BLOCK_BYTES))
-        attach_description(adapter, directory, mode)
+        stack.enter_context(hunyuan_image3.even_routing())
+        if isinstance(adapter, HunyuanImage3Adapter):
+            hunyuan_image3.attach(adapter, directory, mode)
+        else:
+            assert isinstance(adapter, DiffusersAdapter)
+            attach_description(adapter, directory, mode)
         run = _Run(module, batch, mode, dtypes[precision], gpu)
         run.encode()
         base = run.measure(found, few, phases)
@@ -114,6 +125,13 @@ def measure_step(
             for key, value in base.numbers.items():
                 numbers[key] += (depth - FEW) * (more.numbers[key] - value)
     return StepCost(numbers | run.encoders, base.calls, base.blocks)
+
+
+def _stacks(adapter: ModelAdapter, directory: Path) -> Found:
+    if isinstance(adapter, HunyuanImage3Adapter):
+        return hunyuan_image3.stacks(directory, FEW)
+    assert isinstance(adapter, DiffusersAdapter)
+    return stacks(adapter, directory)
 
 
 class _Run:
@@ -160,7 +178,7 @@ class _Run:
         self.encoders["encode"] = 0.0 if self.batch.encoded else ledger.peaks[1]
         parts: dict[str, list[nn.Module]] = {
             "text_encoders": list(adapter.text_encoders().values()),
-            "autoencoder": [adapter.pipeline.vae],
+            "autoencoder": [adapter.vae],
         }
         for name, modules in parts.items():
             kept = not self.batch.encoded
@@ -172,10 +190,13 @@ class _Run:
         with self.mode:
             return torch.empty(self.batch.samples, *self.module.adapter.latent_shape(*self.batch.size))
 
-    def measure(self, found: Stacks, depths: Mapping[str, int], phases: list[str]) -> StepCost:
+    def measure(self, found: Found, depths: Mapping[str, int], phases: list[str]) -> StepCost:
         """With so many blocks."""
         module = self.module
-        build_networks(module, found, depths, self.mode)
+        if isinstance(found, Stacks):
+            build_networks(module, found, depths, self.mode)
+        else:
+            found.build(module, depths, self.mode)
         matching = matching_of(module)
         networks: dict[str, nn.Module] = {"teacher": module.teacher, "student": module.student}
         if matching is not None:
@@ -187,6 +208,8 @@ class _Run:
             numbers[f"parameters/{name}"] = found_sizes.parameters
             numbers[f"weights/{name}"] = found_sizes.weights
             numbers[f"trained/{name}"] = found_sizes.trained
+            again = name != "teacher" and module.student_options.gradient_checkpointing
+            numbers[f"regathered/{name}"] = found_sizes.experts if again else 0
             blocks[name] = found_sizes.largest_block, found_sizes.rest
         numbers["weights/average"] = 4 * numbers["trained/student"] if module.ema_decay is not None else 0
         numbers["state/student"], numbers["step"] = self._optimizer()

@@ -1,0 +1,184 @@
+"""HunyuanImage 3.0 without memory: its networks, its autoencoder and its sequences, from the settings of a checkpoint."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.models import expert_routing
+from lightning_distill.models.adapter import DTYPES
+from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
+from lightning_distill.models.hunyuan_image3_directory import read_config, two_time_class
+from lightning_distill.models.hunyuan_image3_layout import PictureTokens, TokenLayout
+from lightning_distill.models.hunyuan_image3_networks import student_config, without_memory
+from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
+from lightning_distill.planning import description
+from lightning_distill.planning.hunyuan_image3_network import DescribedHunyuanImage3
+from lightning_distill.planning.networks import matching_of
+
+SHIPPED = Path(__file__).resolve().parent / "pipelines" / "HunyuanImage-3.0"
+"""The published sizes, as public reimplementations of the model state them; the published file itself was not at hand."""
+HUB_ID = "tencent/HunyuanImage-3.0"
+FLOW_SHIFT = 3.0
+
+
+def settings_directory(adapter: HunyuanImage3Adapter, given: str | None) -> Path:
+    """Where the `config.json` of a checkpoint is; weights and code may be missing there.
+
+    Args:
+        adapter: Of the checkpoint.
+        given: A directory in the place of it.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    directory = Path(given or adapter.pretrained)
+    if read_config(directory).get("model_type") == "hunyuan_image_3_moe":
+        return directory
+    if given is not None:
+        raise ConfigurationError(
+            f"model_config is {given!r}, which has no config.json of HunyuanImage 3.0; give a directory that has it"
+        )
+    cached = None
+    if adapter.pretrained.count("/") == 1 and not directory.is_dir():
+        cached = try_to_load_from_cache(adapter.pretrained, "config.json", revision=adapter.revision)
+    if isinstance(cached, str):
+        return Path(cached).parent
+    if adapter.pretrained == HUB_ID:
+        return SHIPPED
+    raise ConfigurationError(
+        f"adapter.pretrained is {adapter.pretrained!r}, whose config.json is not on this machine; give the directory of one as "
+        f"--model_config, or plan for {HUB_ID}"
+    )
+
+
+class SettingsLayout(TokenLayout):
+    """Sequences of the longest prompts, whose tokens do not matter."""
+
+    def __init__(self, config: Any, max_sequence_length: int) -> None:
+        super().__init__(SimpleNamespace(pad_token_id=0), None, config, "pretrain", None, max_sequence_length)
+
+    def condition(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """Of B prompts."""
+        ids = torch.zeros(len(prompts), self.max_sequence_length, dtype=torch.long)
+        return {"prompt_ids": ids, "null_ids": ids, "prompt_length": torch.full((len(prompts),), self.max_sequence_length)}
+
+    def picture(self, height: int, width: int) -> PictureTokens:
+        """Of a picture of height x width pixels, which is not looked up among the checkpoint's sizes."""
+        vertical, horizontal = (factor * self.config.patch_size for factor in self.config.vae_downsample_factor)
+        rows, columns = height // vertical, width // horizontal
+        guided, two_times = (bool(getattr(self.config, flag, False)) for flag in ("cfg_distilled", "use_meanflow"))
+        start = 4 + guided + two_times  # behind <boi> <size> <ratio> <timestep>
+        return PictureTokens(
+            ids=torch.zeros(start + rows * columns + 1, dtype=torch.long),
+            image=slice(start, start + rows * columns),
+            shape=(rows, columns),
+            timestep=3,
+            guidance=4 if guided else None,
+            timestep_r=4 + guided if two_times else None,
+        )
+
+
+class DescribedAutoencoder(AutoencoderKLHunyuanVideo15):
+    """That of HunyuanVideo 1.5, whose sizes are those of this model's; a picture is as many frames as it takes in one piece."""
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Of pictures (B, 3, H, W), side by side: its attention in diffusers 0.42 fails for more than one sample."""
+        count, frames = len(x), self.config.temporal_compression_ratio + 1
+        wide = torch.cat(x.unbind(), dim=-1)[None, :, None].expand(-1, -1, frames, -1, -1)
+        latents = torch.cat(super().encode(wide).latent_dist.mode().chunk(count, dim=-1))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+
+def attach(adapter: HunyuanImage3Adapter, directory: Path, mode: FakeTensorMode) -> None:
+    """Give an adapter an autoencoder and a layout without memory, in the place of `check` and `load`."""
+    config = _config(directory)
+    vae_names = {"ffactor_spatial": "spatial_compression_ratio", "ffactor_temporal": "temporal_compression_ratio"}
+    vae_names |= {name: name for name in ("latent_channels", "block_out_channels", "layers_per_block")}
+    sizes = {own: config.vae[name] for name, own in vae_names.items() if name in config.vae}
+    with torch.device("meta"):
+        vae = DescribedAutoencoder(**sizes)
+    nn.Module.to(vae, DTYPES[adapter.torch_dtype]).requires_grad_(False).eval()
+    adapter._vae = [description.without_memory(vae, mode)]
+    adapter.add_module("vae", vae)
+    adapter._layout = SettingsLayout(config, adapter.max_sequence_length)
+    adapter._generation = SimpleNamespace(flow_shift=FLOW_SHIFT)
+
+
+def _config(directory: Path) -> SimpleNamespace:
+    return SimpleNamespace(**{"use_mixed_mlp_moe": True, "num_shared_expert": 1, "patch_size": 1, **read_config(directory)})
+
+
+@dataclass(frozen=True)
+class HunyuanImage3Stacks:
+    """Networks of a checkpoint, with as many blocks as are asked for.
+
+    Attributes:
+        config: Of the checkpoint.
+        depths: Number of blocks.
+    """
+
+    config: SimpleNamespace
+    depths: dict[str, int]
+
+    def build(self, module: TeacherStudentBase, depths: Mapping[str, int], mode: FakeTensorMode) -> None:
+        """Give a method its networks, in the place of `build_networks`, without memory and without an average."""
+        adapter = module.adapter
+        assert isinstance(adapter, HunyuanImage3Adapter)
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = depths.get("layers", config.num_hidden_layers)
+        teacher = _network(config, DTYPES[adapter.torch_dtype], mode).requires_grad_(False).eval()
+        module.teacher, module.student = teacher, _student(config, module.student_options, mode)
+        matching = matching_of(module)
+        if matching is not None:
+            matching.critic = _student(config, matching.critic_options(module.student_options), mode)
+
+
+def stacks(directory: Path, few: int) -> HunyuanImage3Stacks:
+    """Those of a checkpoint's settings.
+
+    Args:
+        directory: Of `settings_directory`.
+        few: Blocks that a step is measured with, if there are more than one more.
+    """
+    config = _config(directory)
+    depth = config.num_hidden_layers
+    return HunyuanImage3Stacks(config, {"layers": depth} if depth > few + 1 else {})
+
+
+def _student(config: Any, options: StudentOptions, mode: FakeTensorMode) -> TwoTimeHunyuanImage3:
+    student = _network(student_config(config, options), torch.float32, mode)
+    if options.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    return student.requires_grad_(True).train()
+
+
+def _network(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> TwoTimeHunyuanImage3:
+    network = without_memory(two_time_class(DescribedHunyuanImage3, TwoTimeHunyuanImage3), config, dtype)
+    description.without_memory(network, mode)
+    return network
+
+
+@contextmanager
+def even_routing() -> Iterator[None]:
+    """All experts get as many tokens: which they would get is in weights that are not read."""
+
+    def even(experts: Tensor, count: int) -> list[int]:
+        share, more = divmod(len(experts), count)
+        return [share + (i < more) for i in range(count)]
+
+    with patch.object(expert_routing, "tokens_of_each", even):
+        yield

@@ -1,0 +1,121 @@
+"""HunyuanImage 3.0 without memory: its shapes, a step of it, and what a plan needs of a checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_distill.planning.step as step
+from lightning_distill.cli import main
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods import MeanFlow, TrajectoryAlignment
+from lightning_distill.methods.guidance import Guidance
+from lightning_distill.models import HunyuanImage3Adapter
+from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.hunyuan_image3_networks import student_config, without_memory
+from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
+from lightning_distill.planning import hunyuan_image3
+from lightning_distill.planning.step import Batch, StepCost, measure_step
+from lightning_distill.strategies.blocks import blocks, experts, units
+from tests.models.families import load_family
+from tests.models.hunyuan_image3 import save_stand_in
+from tests.models.hunyuan_image3_stand_in.configuration_hunyuan_image_3 import HunyuanImage3Config
+
+
+def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in network.named_parameters()}
+
+
+def described(directory: Path, options: StudentOptions) -> TwoTimeHunyuanImage3:
+    config = hunyuan_image3.stacks(directory, 0).config
+    kind = hunyuan_image3.two_time_class(hunyuan_image3.DescribedHunyuanImage3, TwoTimeHunyuanImage3)
+    return without_memory(kind, student_config(config, options))
+
+
+@pytest.mark.parametrize("form", ["newer", "newer_distilled"])
+def test_its_weights_are_those_of_the_published_code(form: str, tmp_path: Path) -> None:
+    directory = save_stand_in(form, tmp_path / form)
+    adapter, options = load_family(directory), StudentOptions()
+    student, _ = adapter.build_student(adapter.load_teacher(), options)
+    assert shapes(described(Path(directory), options)) == shapes(student)
+
+
+def test_the_shipped_settings_are_of_80_billion_parameters() -> None:
+    network = described(hunyuan_image3.SHIPPED, StudentOptions())
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in (("all", network), ("layers", network.blocks))}
+    assert 80e9 < counts["layers"] + 133120 * 4096 < counts["all"] < 82e9
+    assert len(blocks(network)) == 32
+    assert [len(experts(block)) for block in blocks(network)] == [64] * 32
+    largest = max(sum(p.numel() for p in expert.parameters()) for expert in experts(blocks(network)[0]))
+    assert largest == 3 * 4096 * 3072
+    assert len(units(network)) == 32 * 65
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of five blocks."""
+    directory = tmp_path_factory.mktemp("settings")
+    vae = {"latent_channels": 4, "block_out_channels": [8, 8, 8], "layers_per_block": 1, "ffactor_spatial": 4}
+    config = HunyuanImage3Config(num_hidden_layers=5).to_dict()
+    config |= {"model_type": "hunyuan_image_3_moe", "vae": {**vae, "ffactor_temporal": 4}}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def measure(directory: Path) -> StepCost:
+    module = MeanFlow(
+        HunyuanImage3Adapter(str(directory)),
+        guidance=Guidance("two_branch", 2.0),
+        student=StudentOptions(gradient_checkpointing=True),
+        alignment=TrajectoryAlignment(nfe=(1, 3)),
+        solver_steps=3,
+    )
+    return measure_step(module, directory, Batch(2, (32, 32)), ["differential"])
+
+
+@pytest.mark.slow
+def test_few_blocks_tell_what_all_take(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = measure(settings)
+    monkeypatch.setattr(step, "FEW", 9)
+    whole = measure(settings)
+    assert few.numbers.keys() == whole.numbers.keys()
+    for name, value in whole.numbers.items():
+        exact = not name.startswith("pass")
+        assert few.numbers[name] == pytest.approx(value, rel=1e-9 if exact else 0.02), name
+    parts = 5 * 4 * 3 * 32 * 16  # blocks, experts, matrices
+    assert whole.numbers["regathered/student"] == whole.numbers["regathered/critic"] == 4 * parts
+    assert whole.numbers["regathered/teacher"] == 0
+    block, rest = whole.blocks["student"]
+    assert block == 4 * (64 * 32 + 32 * 32 + 4 * 32 + 3 * 32 * 16 + 2 * 16 + 2 * 32)  # attention, router, shared expert, norms
+    assert rest == whole.numbers["weights/student"] - 4 * parts - 4 * block
+    assert whole.calls["differential"]["student"] > 1
+
+
+def test_what_it_needs_of_a_checkpoint(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    find = hunyuan_image3.settings_directory
+    assert find(HunyuanImage3Adapter(str(settings)), None) == settings
+    assert find(HunyuanImage3Adapter("tencent/HunyuanImage-3.0"), None) == hunyuan_image3.SHIPPED
+    assert find(HunyuanImage3Adapter("some/model"), str(settings)) == settings
+    with pytest.raises(ConfigurationError, match=r"model_config is '.*', which has no config\.json of HunyuanImage 3\.0"):
+        find(HunyuanImage3Adapter("some/model"), str(tmp_path))
+    with pytest.raises(ConfigurationError, match=r"'some/model', whose config\.json is not on this machine"):
+        find(HunyuanImage3Adapter("some/model"), None)
+
+
+def test_its_config_is_planned_on_a_machine_without(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither weights nor code nor pictures nor a GPU are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    main(
+        [
+            *("plan", "--config", "hunyuan_image3_meanflow.yaml", f"--model_config={settings}", "--json=plan.json"),
+            *("--model.validation.height=32", "--model.validation.width=32"),
+        ]
+    )
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["strategy"], found["processes"], found["smallest"]) == ("fsdp2", 64, 1)
+    assert found["communication"].keys() == {"discrete", "differential"}
+    teacher, trained = found["parameters"]["teacher"], found["parameters"]["student"]
+    assert teacher[0] < trained[0] == trained[1]
