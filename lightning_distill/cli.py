@@ -30,6 +30,7 @@ from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.checkpoint_export import CheckpointExport, export_checkpoint
 from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
 from lightning_distill.errors import ConfigurationError, NonFiniteError
+from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.planning import PlanOptions, plan
 from lightning_distill.precompute import PrecomputeOptions, precompute
 
@@ -172,6 +173,11 @@ class DistillCLI(LightningCLI):
             return super()._instantiate_trainer({**config, "callbacks": [*always, *listed]}, callbacks)
         except MisconfigurationException as error:
             raise _unfit(error, config) from error
+
+    def before_fit(self) -> None:
+        """Look for the weights before processes wait for each other."""
+        if isinstance(self.model, TeacherStudentBase):
+            self.model.prepare_data()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -1,6 +1,7 @@
-"""Every config that ships: that it parses, prints and says what it means; and the run of the one for FLUX.1-dev."""
+"""Every config that ships: that it parses, prints and says what it means; and the run of those for FLUX.1-dev."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 
 from lightning_distill.cli import main
 from lightning_distill.configuration import config_directory, flatten, shipped_configs
+from tests.models.hunyuan_image3 import save_stand_in
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, save_tiny_pipeline
 
 FLUX = "flux_meanflow.yaml"
 FLUX_LORA = "flux_meanflow_lora.yaml"
+HUNYUAN = "hunyuan_image3_meanflow.yaml"
 NO_GPU = not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
@@ -48,10 +51,10 @@ def printed(capsys, name: str, *further: str) -> dict:
     return yaml.safe_load(output.out)
 
 
-def refused(capsys, *arguments: str) -> str:
+def refused(capsys, *arguments: str, config: str = FLUX) -> str:
     """The one line on stderr of a command that ends with exit code 2."""
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--config", FLUX, *arguments])
+        main(["fit", "--config", config, *arguments])
     errors = capsys.readouterr().err
     assert end.value.code == 2, errors
     assert "Traceback" not in errors
@@ -84,8 +87,8 @@ def test_it_begins_by_saying_what_it_is_for(name):
     assert len(first) > 40
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith("flux_")])
-def test_every_setting_for_flux_has_a_comment(name):
+@pytest.mark.parametrize("name", [name for name in shipped_configs() if name.startswith(("flux_", "hunyuan_"))])
+def test_every_setting_has_a_comment(name):
     lines = [line.strip().removeprefix("- ") for line in (config_directory() / name).read_text().splitlines()]
     settings = [line for line in lines if line and not line.startswith("#")]
     sections = ("init_args:", "model:", "data:", "trainer:", "logger:", "callbacks:", "callbacks+:")
@@ -100,17 +103,44 @@ def test_another_method_keeps_what_is_interpolated(capsys):
     assert config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == 77
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [FLUX, HUNYUAN])
+def test_it_begins_with_what_plan_says(name, tmp_path):
+    comment = " ".join(
+        line.removeprefix("# ") for line in (config_directory() / name).read_text().splitlines() if line.startswith("#")
+    )
+    pattern = (
+        r"(\S+) GiB a GPU at the peak, (\S+) of them activations, and (\S+) GiB received by each in a step of the discrete "
+        r"solution, (\S+) of the differential"
+    )
+    said = re.search(pattern, comment)
+    assert said is not None
+    main(["plan", "--config", name, "--json=plan.json"])
+    found = json.loads((tmp_path / "plan.json").read_text())
+    figures = [found["peak"], found["gpu"]["activations"], *found["communication"].values()]
+    assert list(said.groups()) == [f"{value / 2**30:,.0f}" for value in figures]
+
+
 def test_the_size_of_pictures_is_set_once(capsys):
     config = printed(capsys, FLUX, "--model.validation.height=256", "--model.validation.width=384")
     assert config["data"]["init_args"]["height"] == 256
     assert config["data"]["init_args"]["width"] == 384
 
 
-def test_without_its_weights(capsys, pictures):
+@pytest.mark.parametrize(("name", "teacher"), [(FLUX, "black-forest-labs/FLUX.1-dev"), (HUNYUAN, "tencent/HunyuanImage-3.0")])
+def test_without_its_weights(capsys, pictures, name, teacher):
+    """No process waits for those of other machines."""
     start = time.monotonic()
-    sentence = refused(capsys, "--trainer.accelerator=cpu", f"--data.directory={pictures}")
+    sentence = refused(capsys, "--trainer.accelerator=cpu", f"--data.directory={pictures}", config=name)
     assert time.monotonic() - start < 30
-    assert "adapter.pretrained is 'black-forest-labs/FLUX.1-dev', which is not in the local cache" in sentence
+    assert f"adapter.pretrained is '{teacher}', which is not in the local cache" in sentence
+
+
+def test_without_leave_to_run_its_code(capsys, pictures, tmp_path):
+    teacher = save_stand_in("newer", tmp_path / "teacher")
+    place = f"--model.adapter.pretrained={teacher}"
+    sentence = refused(capsys, "--trainer.accelerator=cpu", f"--data.directory={pictures}", place, config=HUNYUAN)
+    assert "read its Python files, and set adapter.trust_remote_code to true" in sentence
 
 
 def test_without_its_pictures(capsys, tmp_path):
@@ -120,9 +150,10 @@ def test_without_its_pictures(capsys, tmp_path):
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
-def test_without_a_gpu(capsys, pictures):
+@pytest.mark.parametrize("name", [FLUX, HUNYUAN])
+def test_without_a_gpu(capsys, pictures, name):
     start = time.monotonic()
-    sentence = refused(capsys, f"--data.directory={pictures}")
+    sentence = refused(capsys, f"--data.directory={pictures}", config=name)
     assert time.monotonic() - start < 30
     assert "trainer.accelerator is 'gpu'" in sentence
 
