@@ -46,6 +46,10 @@ class ZeRO3Precision(DeepSpeedPrecision):
         # Its cache would hold all weights, whole and in 16 bits, until the end of the forward pass.
         return torch.autocast(self._device, dtype=self._dtype, cache_enabled=False)
 
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """The module as it is, as under other strategies: frozen networks have a precision of their own."""
+        return module
+
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Backward pass; Lightning has divided the loss by the number of batches that are accumulated already."""
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
