@@ -78,6 +78,12 @@ def choose_experts(mixture: nn.Module, probabilities: Tensor, count: int, routin
         return probabilities.topk(count, dim=1).indices
 
 
+def tokens_of_each(experts: Tensor, count: int) -> list[int]:
+    """How many tokens each of `count` experts gets, of the expert of each of N tokens (N,)."""
+    shares: list[int] = experts.bincount(minlength=count).tolist()
+    return shares
+
+
 def checkpointed(block: Callable[..., tuple[Any, ...]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Call a block, and again in the backward pass, with its tokens at the same experts.
 
@@ -133,7 +139,7 @@ class RoutedExperts(nn.Module):
 
         experts = chosen.flatten()
         order = experts.argsort(stable=True)
-        shares = experts.bincount(minlength=len(self.experts)).tolist()
+        shares = tokens_of_each(experts, len(self.experts))
         parts = tokens.index_select(0, order // count).split(shares)
         # Experts without a token run as well: sharded strategies gather their weights on all processes or on none.
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])

@@ -84,7 +84,8 @@ def test_a_routing_within_another_asks_that_one_first() -> None:
 def test_a_block_that_runs_again_sends_its_tokens_to_the_same_experts() -> None:
     experts = RoutedExperts(mixture())
     seen = tokens_of_experts(experts)
-    loss = checkpointed(experts, torch.randn(1, 16, 32, requires_grad=True)).square().sum()
+    (result,) = checkpointed(lambda x: (experts(x),), torch.randn(1, 16, 32, requires_grad=True))
+    loss = result.square().sum()
     first = [*seen]
     seen.clear()
     with torch.no_grad():
@@ -94,6 +95,17 @@ def test_a_block_that_runs_again_sends_its_tokens_to_the_same_experts() -> None:
         assert torch.equal(before, after)
 
 
+def test_a_block_runs_again_before_the_backward_pass_of_any_module_and_to_its_end() -> None:
+    """As ZeRO-3 needs it, which takes weights away as the forward pass of a module ends."""
+    layer, events = nn.Linear(4, 4), []
+    layer.register_forward_pre_hook(lambda *_: events.append("start"))
+    layer.register_forward_hook(lambda *_: events.append("end"))
+    layer.register_full_backward_pre_hook(lambda *_: events.append("backward"))
+    (result,) = checkpointed(lambda x: (layer(x),), torch.randn(2, 4, requires_grad=True))
+    result.sum().backward()
+    assert events == ["start", "end", "start", "end", "backward"]
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "run again"])
 def test_the_derivative_is_that_of_the_weights_with_the_choice_held(again: bool) -> None:
     experts = RoutedExperts(mixture()).double()
@@ -101,7 +113,7 @@ def test_the_derivative_is_that_of_the_weights_with_the_choice_held(again: bool)
 
     def network(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
         hidden = inner(x) * (1 + t - r)[:, None, None]
-        return checkpointed(experts, hidden) if again else experts(hidden)
+        return checkpointed(lambda x: (experts(x),), hidden)[0] if again else experts(hidden)
 
     x, tangent = torch.randn(2, 2, 64, 32, dtype=torch.float64)
     r, t = torch.tensor([0.1, 0.2]).double(), torch.tensor([0.5, 0.9]).double()

@@ -7,14 +7,14 @@ import pytest
 from torch import Tensor
 
 from tests.models.hunyuan_image3 import save_stand_in
-from tests.strategies.test_sharded import largest_difference, train
+from tests.strategies.test_sharded import EVERYTHING, STRATEGIES, largest_difference, train
 
-APART = ["--apart", "--checkpointing"]
+APART = ["--apart", "--checkpointing", "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_stand_in("newer", tmp_path_factory.mktemp("published") / "many", num_experts=32, moe_topk=1)
+    return save_stand_in("newer", tmp_path_factory.mktemp("published") / "many", num_experts=16, moe_topk=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +35,22 @@ def test_experts_may_have_tokens_in_one_process_alone(
     ]
     assert idle[0] - idle[1]
     assert idle[1] - idle[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "settings", [EVERYTHING, ["--aligned", "--ema", "--accumulate", "2"]], ids=["checkpointed", "accumulated"]
+)
+def test_all_networks_equal_those_of_one_process_and_resume(settings: list[str], strategy: str, tmp_path: Path) -> None:
+    """Of a form that embeds guidance and has a token for r: student, critic and average, after three steps."""
+    directory = save_stand_in("newer_distilled", tmp_path / "published")
+    one = train(tmp_path / "one", directory, *settings)
+    sharded = ["--strategy", strategy, "--devices", "2", *settings]
+    two = train(tmp_path / "two", directory, *sharded)
+    assert {name.partition(".")[0] for name in two} == {"student", "critic", "ema"}
+    assert largest_difference(one, two) < 1e-5
+    facts = json.loads((tmp_path / "two" / "facts.json").read_text())
+    assert facts["teacher"] < 0.51 * facts["teacher_of_all"]
+    resumed = train(tmp_path / "resumed", directory, *sharded, "--resume", str(tmp_path / "two" / "last.ckpt"))
+    assert largest_difference(two, resumed) == 0
