@@ -34,7 +34,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, widths: Sequence[int], hidden: int = 256) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(width, hidden) for width in widths)
+        with torch.random.fork_rng(devices=[]):  # the same in all processes, which keep heads of their own
+            torch.manual_seed(0)
+            self.heads = nn.ModuleList(Head(width, hidden) for width in widths)
 
     def forward(self, features: Sequence[Tensor], tau: Tensor) -> Tensor:
         """Scores (B, S) of all layers' tokens, float32, high for real ones.

@@ -63,6 +63,43 @@ with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(sums, file)
 """
 
+JUDGED = """
+import json, sys
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+from lightning_distill.methods import DMD2, LADD, CriticGan
+from tests.methods.gaussian_adapter import GaussianAdapter
+from tests.methods.test_meanflow import VALIDATION, Pictures
+
+kind, out = sys.argv[1:]
+settings = {"DMD2": {"gan": CriticGan(hidden=8), "critic_lr": 1e-2}, "LADD": {"hidden": 8, "real": "data"}}[kind]
+module = {"DMD2": DMD2, "LADD": LADD}[kind](
+    GaussianAdapter("small"), validation=VALIDATION, ema_decay=0.9, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2), **settings
+)
+trainer = Trainer(
+    default_root_dir=out, max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+)
+torch.manual_seed(7)  # networks that are drawn at random start alike
+module.prepare_data()
+module.configure_model()
+start = sum(p.double().sum().item() for p in module.heads.parameters())
+torch.manual_seed(trainer.global_rank)
+trainer.fit(module, DataLoader(Pictures(), batch_size=8))
+networks = {name: module.get_submodule(name) for name in ("student", "ema", *module.side_trainings())}
+sums = {name: sum(p.double().sum().item() for p in network.parameters()) for name, network in networks.items()}
+assert sums["heads"] != start
+sums["next"] = torch.rand(()).item()
+with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
+    json.dump(sums, file)
+"""
+
+
+@pytest.mark.parametrize("kind", [pytest.param("DMD2", marks=pytest.mark.slow), "LADD"])
+def test_two_processes_keep_equal_heads(kind: str, tmp_path: Path) -> None:
+    assert_equal_in_two_processes(JUDGED, kind, tmp_path)
+
 
 @pytest.mark.parametrize("solution", ["discrete", "differential"])
 def test_two_processes_stay_equal_with_alignment(solution: str, tmp_path: Path) -> None:
