@@ -23,12 +23,24 @@ class ShardedAverage(nn.Module):
         self.register_buffer("n_averaged", torch.tensor(0))
 
     @torch.no_grad()
+    def start_from(self, model: nn.Module) -> None:
+        """Become a network, whose low-rank updates were drawn apart."""
+        torch._foreach_copy_(*self._parts(model))
+        forget_gathered(self.module.parameters())
+
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move towards a network; the first time, become it."""
-        averages, values = ([local_part(p) for p in network.parameters()] for network in (self.module, model))
+        averages, values = self._parts(model)
         if self.n_averaged == 0:
             torch._foreach_copy_(averages, values)
         else:
             torch._foreach_lerp_(averages, values, 1 - self.decay)
         forget_gathered(self.module.parameters())
         self.n_averaged += 1
+
+    def _parts(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """What this process has of the average and of a network, but for weights that both share."""
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        own = [(average, value) for average, value in pairs if average is not value]
+        return [local_part(average) for average, _ in own], [local_part(value) for _, value in own]

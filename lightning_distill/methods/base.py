@@ -27,6 +27,7 @@ from lightning_distill.methods.sampling import Batch, SamplingModule
 from lightning_distill.methods.shared_base import StudentAverage, check_sharing, shared_names
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.sharded_networks import check_lending
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.optimizers import let_clip, packed, split_parameters, unpacked
 
@@ -182,11 +183,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     def check_student(self, options: StudentOptions) -> None:
         """Refuse a network of these options that the adapter cannot build or the trainer cannot place."""
         self.adapter.check_student(options)
-        if options.lora is not None and self.sharding is not None:
-            raise ConfigurationError(
-                f"LoRA shares weights between networks, and {type(self.sharding).__name__} takes them apart; set "
-                "trainer.strategy to auto or ddp, or student.lora and alignment.critic_lora to null"
-            )
+        if options.lora is not None:
+            check_lending(self.sharding)
 
     def configure_model(self) -> None:
         """Load the teacher and build the student."""
@@ -210,7 +208,9 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         """The average of what is trained, which starts like it."""
         if self.sharding is None:
             return StudentAverage(self.trained, get_ema_multi_avg_fn(decay))
-        return ShardedAverage(self.build_trained(), decay)
+        average = ShardedAverage(self.build_trained(), decay)
+        average.start_from(self.trained)
+        return average
 
     def build_trained(self) -> nn.Module:
         """A network like `trained` at its start."""

@@ -34,7 +34,7 @@ def check_sharing(module: nn.Module, base: nn.Module) -> None:
     if copied:
         raise ConfigurationError(
             f"{copied[0]} and {len(copied) - 1} more weights, which are to be the teacher's own, were copied in set-up; use "
-            "trainer.strategy auto or ddp with LoRA, or set student.lora and alignment.critic_lora to null"
+            "trainer.strategy auto, ddp or fsdp2 with LoRA, or set student.lora and alignment.critic_lora to null"
         )
 
 

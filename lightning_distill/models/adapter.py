@@ -18,10 +18,15 @@ from lightning_distill.models.features import entering, spread_layers, trunk, tr
 from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.fingerprint import fingerprint
 from lightning_distill.models.lora_directory import save_lora_student
-from lightning_distill.models.lora_student import lora_layers, merged
+from lightning_distill.models.lora_student import ADAPTER, add_lora, lora_layers, merged
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.models.registry import SHIPPED, resolve_pretrained
-from lightning_distill.models.sharded_networks import build_sharded_student, empty_network, stored_component
+from lightning_distill.models.sharded_networks import (
+    build_sharded_lora,
+    build_sharded_student,
+    empty_network,
+    stored_component,
+)
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_encoders import empty_encoder
 from lightning_distill.models.stored_weights import StoredWeights
@@ -246,9 +251,12 @@ class DiffusersAdapter(ModelAdapter):
         teacher = two_time(teacher)
         if self.sharding is None:
             student, report = build_student(teacher, options)
-        else:
+        elif options.lora is None:
             parts = self._stored(), self.sharding
             student, report = build_sharded_student(self.family.network_class, dict(teacher.config), options, *parts)
+        else:
+            parts = self._stored(), self.sharding
+            student, report = build_sharded_lora(self.family.network_class, teacher, options, *parts)
         self._use_attention_backend(student)
         return student, report
 
@@ -267,6 +275,8 @@ class DiffusersAdapter(ModelAdapter):
             return network
         with init_empty_weights(include_buffers=False):
             copy = self.family.network_class.from_config(dict(two_time(network).config))
+            if lora_layers(network):
+                add_lora(copy, two_time(network).peft_config[ADAPTER])
         if state := self.sharding.gather(network):
             copy.load_state_dict({**state, **dict(network.named_buffers())}, assign=True, strict=False)
         return copy

@@ -10,10 +10,11 @@ from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.sharding import Sharding
+from lightning_distill.models.lora_student import add_lora, build_over
+from lightning_distill.models.sharding import Lending, Sharding
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.models.student import let_train, start_from, student_config
+from lightning_distill.models.student import let_train, lora_config, start_from, student_config
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
 
@@ -98,11 +99,59 @@ def build_sharded_student(
     return student, report
 
 
+def build_sharded_lora(
+    network_class: type[TwoTimeModel],
+    teacher: TwoTimeModel,
+    options: StudentOptions,
+    weights: StoredWeights,
+    sharding: Sharding,
+) -> tuple[TwoTimeModel, SmoothTimeReport | None]:
+    """As `build_student` with LoRA: on the weights of a teacher that is spread already, which stay where they are.
+
+    Args:
+        network_class: Of the family.
+        teacher: Spread by `sharding`.
+        options: Of the student.
+        weights: The teacher's.
+        sharding: By which what trains is spread over processes.
+
+    Raises:
+        ConfigurationError: If the strategy has no way of sharing weights.
+    """
+    check_lending(sharding)
+    assert isinstance(sharding, Lending)
+    assert options.lora is not None
+    student = build_over(teacher, network_class, student_config(teacher.config, options))
+    for path, embedder in student.named_modules():
+        if isinstance(embedder, TwoTimeEmbedding):
+            _read(embedder.cpu(), path, weights)
+    embedders = empty_network(network_class, dict(teacher.config), weights).timestep_embedders
+    report = start_from(embedders, student, options)
+    add_lora(student, lora_config(student, options.lora)).train()
+    sharding.shard_over(student, teacher)
+    return student, report
+
+
+def check_lending(sharding: Sharding | None) -> None:
+    """Raise `ConfigurationError` if networks cannot share weights under a strategy."""
+    if sharding is not None and not isinstance(sharding, Lending):
+        raise ConfigurationError(
+            f"LoRA shares weights between networks, and {type(sharding).__name__} takes them apart; set trainer.strategy to "
+            "fsdp2 or ddp, or student.lora and alignment.critic_lora to null"
+        )
+
+
 def _fill(embedder: TwoTimeEmbedding, path: str, weights: StoredWeights) -> None:
     embedder.to_empty(device="cpu")
-    for module in embedder.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
+    with torch.random.fork_rng(devices=[]):  # what is drawn later is what it is in a process that has whole networks
+        for module in embedder.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    _read(embedder, path, weights)
+
+
+@torch.no_grad()
+def _read(embedder: TwoTimeEmbedding, path: str, weights: StoredWeights) -> None:
     for name, parameter in embedder.named_parameters():
         if (stored := f"{path}.{name}") in weights and (value := weights.read(stored)).shape == parameter.shape:
             parameter.copy_(value)

@@ -44,6 +44,19 @@ class Sharding(Protocol):
         """
 
 
+@runtime_checkable
+class Lending(Sharding, Protocol):
+    """A strategy under which networks can share the weights that are spread."""
+
+    def shard_over(self, network: nn.Module, base: nn.Module) -> None:
+        """Spread a network some of whose parameters are those of another, the very same objects, in place.
+
+        Args:
+            network: What is its own is taken from the first process.
+            base: Spread already.
+        """
+
+
 class SideOptimizer(Protocol):
     """Trains a network on a loss of its own."""
 

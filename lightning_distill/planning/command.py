@@ -19,6 +19,7 @@ from lightning_distill.models.hunyuan_image3_directory import read_config
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.description import description_directory
 from lightning_distill.planning.machine import STRATEGIES, Machine, Plan, Strategy, plan_for, smallest
+from lightning_distill.planning.networks import matching_of
 from lightning_distill.planning.report import plan_numbers, plan_table, verdict
 from lightning_distill.planning.step import Batch, StepCost, measure_step
 from lightning_distill.strategies import FSDP2Strategy, ZeRO3Strategy
@@ -91,8 +92,9 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
     adapter.check_student(model.student_options)
     model.guidance.check(adapter.embeds_guidance)
     machine, strategy = _machine(trainer, options), _strategy(trainer, options)
-    if strategy.shards and model.student_options.lora is not None:
-        raise ConfigurationError("LoRA does not go with a strategy that shards networks; set trainer.strategy to auto or ddp")
+    shared = _shares_weights(model)
+    if strategy.kind == "zero3" and shared:
+        raise ConfigurationError("LoRA does not go with ZeRO-3; set trainer.strategy to fsdp2, auto or ddp")
     switches = [callback for callback in _listed(trainer.get("callbacks")) if isinstance(callback, SwitchSolution)]
     phases = list(dict.fromkeys([getattr(model, "solution", "training"), *(switch.to for switch in switches)]))
     accumulate = int(trainer.get("accumulate_grad_batches") or 1)
@@ -107,7 +109,7 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
         other.name
         for other in STRATEGIES.values()
         if other.kind != "single"
-        and not (other.shards and model.student_options.lora is not None)
+        and not (other.kind == "zero3" and shared)
         and machine.holds(plan_for(cost, other, machine.processes, accumulate, guard).peak)
     ]
     rich.get_console().print(plan_table(found, f"{_title(machine)}, {found.strategy}, {data_words(model, data)}"))
@@ -127,6 +129,13 @@ def _describe(adapter: DiffusersAdapter | HunyuanImage3Adapter, given: str | Non
     adapter.pretrained, adapter.revision = str(directory), None
     adapter.check()
     return directory
+
+
+def _shares_weights(model: TeacherStudentBase) -> bool:
+    """Whether some network is LoRA on the teacher's weights."""
+    matching = matching_of(model)
+    critic = () if matching is None else (matching.critic_options(model.student_options),)
+    return any(options.lora is not None for options in (model.student_options, *critic))
 
 
 def _placed(cost: StepCost, strategy: Strategy, processes: int, accumulate: int, guard: bool) -> Plan:

@@ -182,7 +182,7 @@ def _exchange(cost: StepCost, strategy: Strategy, processes: int) -> float:
     if strategy.kind == "fsdp2":
         found = []
         for name, (block, rest) in cost.blocks.items():
-            backward = 0 if name == "teacher" else 2 * block
+            backward = 2 * block * numbers.get(f"trained/{name}", 0) / numbers[f"parameters/{name}"]
             found.append(rest + 3 * block + backward)
         return max(found)
     if strategy.kind == "zero3":
@@ -210,6 +210,8 @@ def _communication(cost: StepCost, phase: str, strategy: Strategy, processes: in
     total = numbers["weights/text_encoders"]
     for name in cost.blocks:
         weights, backward = numbers[f"weights/{name}"], calls.get(f"{name}_backward", 0)
+        if 0 < numbers.get(f"trained/{name}", 0) < numbers[f"parameters/{name}"]:
+            weights += numbers["weights/teacher"]  # with LoRA, it computes with these
         total += weights * (calls.get(name, 0) + backward) + trained.get(name, 0) * backward
         total += numbers.get(f"regathered/{name}", 0) * backward
     return others * total * accumulate

@@ -5,25 +5,30 @@ from torch import nn
 from lightning_distill.models.expert_routing import RoutedExperts
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model of diffusers or transformers, from the first to the last.
+def named_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model of diffusers or transformers by their paths, from the first to the last.
 
     They are what the model itself says must not be split, in `_no_split_modules`, or else the entries of its lists of
     modules; of nested ones the outer.
     """
     names = set(getattr(network, "_no_split_modules", None) or ())
-    found: list[nn.Module] = []
+    found: dict[str, nn.Module] = {}
 
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
             listed = isinstance(module, nn.ModuleList)
             if type(child).__name__ in names if names else listed:
-                found.append(child)
+                found[f"{prefix}{name}"] = child
             else:
-                visit(child)
+                visit(child, f"{prefix}{name}.")
 
-    visit(network)
+    visit(network, "")
     return found
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks alone."""
+    return list(named_blocks(network).values())
 
 
 def units(network: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """FSDP2, under which derivatives and few-step students train."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
 from torch.distributed.tensor import DTensor
@@ -14,7 +16,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_distill.models.sharding import SideOptimizer, share_again, shared_places
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.strategies.blocks import blocks, units
+from lightning_distill.strategies.blocks import blocks, named_blocks, units
+from lightning_distill.strategies.lent_weights import lend
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
 
 
@@ -22,7 +25,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
     """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, a transformer block a unit, or an expert.
 
     Each process reads its own rows of a pipeline's weights. The frozen teacher, the critic, the average and the blocks of the
-    text encoders are sharded like the student; the autoencoder is not.
+    text encoders are sharded like the student; the autoencoder is not. Networks with LoRA gather the teacher's weights.
 
     Args:
         offload: Whether parameters, gradients and the optimizer's state stay in the memory of the CPU.
@@ -32,11 +35,14 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
     def __init__(self, offload: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._offload = offload
+        self._mesh: DeviceMesh | None = None
 
     def setup_environment(self) -> None:
         """Start the processes' group, all of them data parallel."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        # By this name peft tells weights that are gathered from those that layers compute with a part of.
+        self._mesh = init_device_mesh(self.root_device.type, (self.world_size,), mesh_dim_names=("fsdp",))
         give_hooks_a_derivative()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -47,10 +53,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
 
     def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
         """Spread a network over the processes, by blocks and experts; each reads the rows that it keeps."""
-        for parameter in network.parameters():
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(self.root_device)
-                torch.distributed.broadcast(parameter.data, 0)
+        self._make_equal(parameter for parameter in network.parameters() if not parameter.is_meta)
         for unit in units(network):
             self._shard(unit)
         self._shard(network)
@@ -61,6 +64,15 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         for name in missing:
             assert weights is not None, "a network on the meta device comes with its weights"
             _read_rows(parameters[name], weights, name)
+
+    def shard_over(self, network: nn.Module, base: nn.Module) -> None:
+        """Spread what is a network's own, by blocks; it gathers the rest from where it is spread as the base's."""
+        lent: set[nn.Parameter] = set(base.parameters())
+        self._make_equal(parameter for parameter in network.parameters() if parameter not in lent)
+        found = named_blocks(network)
+        lend(network, base, found)
+        for module in (*found.values(), network):
+            self._shard(module, lent)
 
     def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
         """Spread a text encoder's blocks, of which each process reads its rows; the rest of it stays whole."""
@@ -115,9 +127,14 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
             **{f"side_{name}": (module, side.optimizer) for name, side in sides.items()},
         }
 
-    def _shard(self, module: nn.Module) -> FSDPModule:
+    def _make_equal(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(self.root_device)
+            torch.distributed.broadcast(parameter.data, 0)
+
+    def _shard(self, module: nn.Module, ignored: set[nn.Parameter] | None = None) -> FSDPModule:
         policy = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self._offload else OffloadPolicy()
-        return fully_shard(module, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True, offload_policy=policy)
+        return fully_shard(module, mesh=self._mesh, reshard_after_forward=True, offload_policy=policy, ignored_params=ignored)
 
 
 class _Side:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods.shared_base import shared_names
 from lightning_distill.optimizers import MuonWithAdamW, keeps_blocks
 
 METADATA = ".metadata"
@@ -43,12 +44,13 @@ class ShardedCheckpoints(ParallelStrategy):
         """Put loaded values to their places, where loading has not done so already."""
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the module, but for those that are never saved."""
+        """Parameters and buffers of the module, but for those that are never saved, under whatever name."""
         module = self.lightning_module
         assert module is not None
         frozen: tuple[str, ...] = getattr(module, "frozen_prefixes", ())
+        shared = shared_names(module, getattr(module, "teacher", None))
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        kept = {name for name in module.state_dict() if not name.startswith(frozen)}  # some buffers are never kept
+        kept = {name for name in module.state_dict() if not name.startswith(frozen)} - shared  # some buffers are never kept
         return {name: value for name, value in named if name in kept}
 
     def lightning_module_state_dict(self) -> State:

@@ -19,7 +19,7 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import DiffusersAdapter, LoraOptions, StudentOptions
 from lightning_distill.optimizers import MuonWithAdamW
-from lightning_distill.strategies import FSDP2Strategy
+from lightning_distill.strategies import ZeRO3Strategy
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
@@ -274,13 +274,13 @@ def test_settings_that_cannot_work_are_refused(build: Any, names: str) -> None:
         build()
 
 
-def test_sharded_strategies_are_refused_before_anything_is_loaded(teacher: str, tmp_path: Path) -> None:
+def test_zero3_is_refused_before_anything_is_loaded(teacher: str, tmp_path: Path) -> None:
     settings = {"guidance": Guidance("embedded", 3.5), "validation": OPTIONS}
     student = MeanFlow(DiffusersAdapter(teacher), student=StudentOptions(lora=LoraOptions()), **settings)
     critic = MeanFlow(DiffusersAdapter(teacher), alignment=TrajectoryAlignment(critic_lora=LoraOptions()), **settings)
     for module in (student, critic):
-        module._trainer = SimpleNamespace(strategy=FSDP2Strategy(), datamodule=None)
-        with pytest.raises(ConfigurationError, match=r"FSDP2Strategy takes them apart; set trainer.strategy to auto or ddp"):
+        module._trainer = SimpleNamespace(strategy=ZeRO3Strategy(), datamodule=None)
+        with pytest.raises(ConfigurationError, match=r"ZeRO3Strategy takes them apart; set trainer.strategy to fsdp2 or ddp"):
             module.setup("fit")
         assert not hasattr(module, "student")
 

@@ -79,6 +79,8 @@ def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "adapter.pretrained is 'some/model', whose configuration is not on this machine" in unknown
     assert "gpus is 0" in refused(capsys, "--config", "flux_meanflow.yaml", "--gpus=0")
     assert "model_config is 'nowhere'" in refused(capsys, "--config", "flux_meanflow.yaml", "--model_config=nowhere")
+    lora = refused(capsys, "--config", "flux_meanflow_lora.yaml", "--trainer.strategy=deepspeed_stage_3")
+    assert "LoRA does not go with ZeRO-3; set trainer.strategy to fsdp2, auto or ddp" in lora
     assert "plan knows methods that distil" in refused(capsys, "--config", "shapes_vae.yaml")
     assert "plan does not count the discriminator of DMD2" in refused(capsys, "--config", "shapes_dmd2.yaml")
 

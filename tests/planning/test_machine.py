@@ -52,6 +52,15 @@ def test_fsdp2_divides_all_but_the_autoencoder(cost: StepCost) -> None:
     assert plan.communication["discrete"] == pytest.approx(0.75 * (3 * 4 + 2 * 4 + 4 + 4) * MILLION)
 
 
+def test_lora_gathers_the_teachers_weights_under_fsdp2_and_sends_its_own_gradients(cost: StepCost) -> None:
+    own = MILLION // 10
+    cost.numbers.update({"parameters/student": MILLION + own, "weights/student": 4 * own, "trained/student": own})
+    plan = planned(cost, "fsdp2", 4)
+    assert plan.gpu["weights: teacher"] == MILLION
+    assert plan.gpu["weights: student"] == own
+    assert plan.communication["discrete"] == pytest.approx(0.75 * (3 * 4 + 2 * 4.4 + 0.4 + 4) * MILLION)
+
+
 @pytest.mark.parametrize("name", ["fsdp2_offload", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_optimizer"])
 def test_what_is_offloaded_is_on_the_cpu(cost: StepCost, name: str) -> None:
     plan, plain = planned(cost, name, 2), planned(cost, name.partition("_offload")[0], 2)

@@ -18,8 +18,9 @@ from lightning_distill.methods import MeanFlow, Objective, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import Condition
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.sharding import local_part
+from lightning_distill.strategies.lent_weights import LentUnit
 from tests.models.families import make_adapter
 from tests.tiny import PROMPTS
 
@@ -45,16 +46,27 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def method(pretrained: str, solution: str, checkpointing: bool, aligned: bool, ema: bool, optimizer: str = "adamw") -> MeanFlow:
-    adapter = make_adapter(pretrained)
+def method(
+    pretrained: str,
+    solution: str,
+    checkpointing: bool,
+    aligned: bool,
+    ema: bool,
+    optimizer: str = "adamw",
+    lora: int = 0,
+    critic_lora: int = 0,
+    dtype: str = "float32",
+) -> MeanFlow:
+    adapter = make_adapter(pretrained, torch_dtype=dtype)
     adapter.check()
+    critic: Any = LoraOptions(critic_lora) if critic_lora else "student"
     return Repeatable(
         adapter,
         guidance=Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
         solution=solution,
-        student=StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0),
+        student=StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=LoraOptions(lora) if lora else None),
         validation=ValidationOptions(nfe=(1,), average_velocity=False),
-        alignment=TrajectoryAlignment(nfe=(2,), critic_lr=1e-3) if aligned else None,
+        alignment=TrajectoryAlignment(nfe=(2,), critic_lr=1e-3, critic_lora=critic) if aligned else None,
         ema_decay=0.9 if ema else None,
         optimizer=OPTIMIZERS[optimizer],
     )
@@ -96,10 +108,31 @@ class CountTokens(Callback):
             expert.register_forward_pre_hook(count)
 
 
+class Gathered:
+    """Which units of lent weights are gathered, or being so, at the same time; the largest number is kept."""
+
+    def __init__(self) -> None:
+        self.now: set[LentUnit] = set()
+        self.most: list[str] = []
+        for name, change in {"fetch": self.now.add, "open": self.now.add, "close": self.now.discard}.items():
+            setattr(LentUnit, name, self._watched(getattr(LentUnit, name), change))
+
+    def _watched(self, call: Any, change: Any) -> Any:
+        def watched(unit: LentUnit) -> None:
+            call(unit)
+            change(unit)
+            if len(self.now) > len(self.most):
+                self.most = sorted("root" if hasattr(each._lender, "x_embedder") else "block" for each in self.now)
+
+        return watched
+
+
 def run(arguments: argparse.Namespace) -> None:
     seed_everything(0)
-    settings = arguments.solution, arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
-    module = method(arguments.pretrained, *settings)
+    gathered = Gathered()
+    parts = arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
+    low_rank = arguments.lora, arguments.critic_lora, arguments.dtype
+    module = method(arguments.pretrained, arguments.solution, *parts, *low_rank)
     trainer = Trainer(
         max_steps=arguments.steps,
         accelerator="cpu",
@@ -125,7 +158,9 @@ def run(arguments: argparse.Namespace) -> None:
         if network is not None:
             gather = dict(network.named_parameters()) if module.sharding is None else module.sharding.gather(network)
             found |= {f"{name}.{key}": value.detach().clone() for key, value in gather.items()}
+    whole = module.adapter.whole_copy(module.student)
     if trainer.is_global_zero:
+        torch.save(module.adapter.merge_lora(whole).state_dict(), arguments.out / "merged.pt")
         torch.save(found, arguments.out / "weights.pt")
         here = sum(local_part(parameter).numel() for parameter in module.teacher.parameters())
         all_of_it = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.teacher.parameters())
@@ -136,6 +171,7 @@ def run(arguments: argparse.Namespace) -> None:
             facts["trained"] = sum(p.ds_numel for p in module.student.parameters() if p.requires_grad)
         states = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
         facts["states"] = sorted({type(local_part(state)).__name__ for state in states})
+        facts |= {"gathered": gathered.most, "still_gathered": len(gathered.now)}
         (arguments.out / "facts.json").write_text(json.dumps(facts))
 
 
@@ -155,6 +191,9 @@ def main() -> None:
     parser.add_argument("--ema", action="store_true")
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--lora", type=int, default=0)
+    parser.add_argument("--critic-lora", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--resume")
     run(parser.parse_args())
 
