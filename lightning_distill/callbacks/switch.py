@@ -48,7 +48,8 @@ class SwitchSolution(Callback):
     gradients of weights that are given up, and those of the switch would be two more copies of the student to keep.
 
     While the guard can still act, the weights of the switch are kept in the memory of the CPU and in every checkpoint, so
-    that a resumed run can return as well. A checkpoint grows by as much as the student and its average take.
+    that a resumed run can return as well. A checkpoint grows by as much as the student and its average take. Under a strategy
+    that spreads networks, each process keeps its parts.
 
     Steps are optimizer steps. The method logs `train/phase`; the switch adds `switch/step` and `switch/value`, a return
     `switch/returned_at`.
@@ -105,7 +106,7 @@ class SwitchSolution(Callback):
         self._warned = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a method or a strategy that this cannot work with."""
+        """Refuse a method that this cannot work with."""
         if stage != "fit":
             return
         if not hasattr(pl_module, "solution"):
@@ -117,13 +118,11 @@ class SwitchSolution(Callback):
                 f"model.solution is {self.to!r} already, which SwitchSolution switches to; start from another solution or "
                 "leave the callback out"
             )
-        if self.guard_factor is not None and isinstance(trainer.strategy, Sharding):
-            raise ConfigurationError(
-                "SwitchSolution.guard_factor keeps a copy of the whole weights, and a sharded strategy has none; set it to null"
-            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on in the phase that the checkpoint was saved in."""
+        if self.guard_factor is None and (sharding := _sharding(trainer)) is not None:
+            sharding.keep(())  # which a checkpoint has brought along
         if self.state.step is not None:
             _set_solution(pl_module, self.to if self.state.returned_at is None else str(self.state.origin))
 
@@ -137,7 +136,7 @@ class SwitchSolution(Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         waits = self._waits(pl_module)
-        if not waits and self._weights is None:
+        if not waits and not self._can_return(trainer):
             return
         value = self._read(trainer, needed=waits and self.latest_step is None)
         if value is None:
@@ -153,7 +152,7 @@ class SwitchSolution(Callback):
             self._return(trainer, pl_module, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The phase, and the weights that the guard would return to."""
+        """The phase, and the weights that the guard would return to, unless a sharded strategy saves them."""
         return {**asdict(self.state), "weights": self._weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -195,8 +194,7 @@ class SwitchSolution(Callback):
         state = self.state
         state.origin, state.step, state.value = str(pl_module.solution), trainer.global_step, state.observed
         if self.guard_factor is not None:
-            teacher = getattr(pl_module, "teacher", None)
-            self._weights = {name: _copy(own_state_dict(module, teacher)) for name, module in _kept(pl_module).items()}
+            self._keep(trainer, pl_module)
         _set_solution(pl_module, self.to)
         value = "not measured yet" if state.value is None else f"{state.value:.4g}"
         rank_zero_info(
@@ -204,15 +202,33 @@ class SwitchSolution(Callback):
         )
         _log(trainer, {"switch/step": state.step, "switch/value": state.value})
 
-    def _return(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:
-        assert self._weights is not None
-        state = self.state
+    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        networks, teacher = _kept(pl_module), getattr(pl_module, "teacher", None)
+        if (sharding := _sharding(trainer)) is None:
+            self._weights = {name: _copy(own_state_dict(module, teacher)) for name, module in networks.items()}
+        else:
+            sharding.keep(tuple(networks))
+
+    def _can_return(self, trainer: Trainer) -> bool:
+        sharding = _sharding(trainer)
+        return self._weights is not None if sharding is None else sharding.keeps
+
+    def _take_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            for name, module in _kept(pl_module).items():
-                module.load_state_dict({**module.state_dict(), **self._weights[name]})  # those of a shared base never left
-        self._weights = None
-        for optimizer in trainer.optimizers:
-            _forget_moments(optimizer)
+            if (sharding := _sharding(trainer)) is not None:
+                sharding.take_back()
+                sharding.keep(())
+            else:
+                assert self._weights is not None
+                for name, module in _kept(pl_module).items():
+                    module.load_state_dict({**module.state_dict(), **self._weights[name]})  # those of a shared base never left
+                self._weights = None
+            for optimizer in trainer.optimizers:
+                _forget_moments(optimizer, kept_in_place=sharding is not None)
+
+    def _return(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:
+        state = self.state
+        self._take_back(trainer, pl_module)
         state.returned_at = trainer.global_step
         _set_solution(pl_module, str(state.origin))
         rank_zero_info(
@@ -238,10 +254,20 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
 
-def _forget_moments(optimizer: Optimizer) -> None:
+def _sharding(trainer: Trainer) -> Sharding | None:
+    return trainer.strategy if isinstance(trainer.strategy, Sharding) else None
+
+
+def _forget_moments(optimizer: Optimizer, kept_in_place: bool) -> None:
+    """Start afresh; in place where a sharded checkpoint would let an empty state be made by a step that counts."""
     for part in (optimizer, *vars(optimizer).values()):  # an optimizer may be made of others
-        if isinstance(part, Optimizer):
+        if not isinstance(part, Optimizer):
+            continue
+        if not kept_in_place:
             part.state.clear()
+        for values in part.state.values():
+            for name, value in values.items():
+                values[name] = value.zero_() if isinstance(value, Tensor) else 0
 
 
 def _log(trainer: Trainer, values: dict[str, float | None]) -> None:

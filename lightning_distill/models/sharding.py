@@ -1,6 +1,6 @@
 """What networks ask of a strategy that spreads their weights over processes, and what of a weight is here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,6 +33,20 @@ class Sharding(Protocol):
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:
         """A network's whole parameters by name, on the CPU of the first process; of the others, nothing."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a copy of weights that was kept."""
+
+    def keep(self, networks: Sequence[str]) -> None:
+        """Keep a copy of weights as they are, each process of its parts on its CPU, and save it in checkpoints as well.
+
+        Args:
+            networks: Names of the trainer's module's networks; none drops the copy there is.
+        """
+
+    def take_back(self) -> None:
+        """Give the weights that were kept back to their networks."""
 
     def side_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> "SideOptimizer":
         """How a network that was spread trains on a loss of its own, beside the one that the trainer knows.

@@ -150,7 +150,7 @@ def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int
     else:
         gpu["activations"] = beyond - gradients
     if guard:
-        cpu["guard of the switch"] = FLOAT32 * trained["student"] + numbers["weights/average"]
+        cpu["guard of the switch"] = (FLOAT32 * trained["student"] + numbers["weights/average"]) / share
     if strategy.kind == "ddp":
         gpu["buffers of DDP"] = FLOAT32 * trained["student"]
     if strategy.kind == "zero3":

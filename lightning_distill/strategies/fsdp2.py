@@ -105,21 +105,26 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
 
     # Checkpoints
 
-    def sharded_state(self) -> State:
-        """Weights and the optimizers' states, as DTensors."""
-        weights = {name: value.detach() for name, value in self.saved_tensors().items()}
-        optimizers = {place: get_optimizer_state_dict(*parts) for place, parts in self._training_parts().items()}
-        return {"weights": weights, **optimizers}
+    def spread(self, value: Tensor) -> Tensor:
+        """A DTensor, or what every process has a whole of."""
+        return value.detach()
 
-    def restore_sharded_state(self, state: State) -> None:
-        """Put the optimizers' states back; weights were loaded in place."""
+    def follow_weights(self) -> None:
+        """Nothing: there is no other copy."""
+
+    def optimizer_states(self) -> State:
+        """As DTensors."""
+        return {place: get_optimizer_state_dict(*parts) for place, parts in self._training_parts().items()}
+
+    def restore_optimizer_states(self, state: State) -> None:
+        """Put them back."""
         for place, parts in self._training_parts().items():
             set_optimizer_state_dict(*parts, optim_state_dict=state[place])
 
     def _training_parts(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
         module = self.lightning_module
         assert module is not None
-        if not module.trainer.training:
+        if not self.fits:
             return {}
         sides: dict[str, SideOptimizer] = getattr(module, "side_optimizers", dict)()
         return {

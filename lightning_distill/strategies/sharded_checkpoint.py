@@ -3,18 +3,20 @@
 import os
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.shared_base import shared_names
+from lightning_distill.models.sharding import local_part
 from lightning_distill.optimizers import MuonWithAdamW, keeps_blocks
 
 METADATA = ".metadata"
@@ -31,17 +33,34 @@ State = dict[str, Any]
 class ShardedCheckpoints(ParallelStrategy):
     """The part of a strategy that saves and restores by `torch.distributed.checkpoint`.
 
-    Weights that train, their average and the optimizers' states are saved as they are spread; frozen networks never are. A
-    checkpoint is written beside its place and renamed: it is whole or not there.
+    Weights that train, their average, the optimizers' states and weights that were kept are saved as they are spread; frozen
+    networks never are. A checkpoint is written beside its place and renamed: it is whole or not there.
     """
 
-    @abstractmethod
-    def sharded_state(self) -> State:
-        """What is saved: tensors that know how they are spread, by name, which loading overwrites."""
+    _kept: State | None = None
 
     @abstractmethod
-    def restore_sharded_state(self, state: State) -> None:
-        """Put loaded values to their places, where loading has not done so already."""
+    def spread(self, value: Tensor) -> Tensor:
+        """A parameter or a buffer as a tensor that knows which part of it this process has, in the same memory."""
+
+    @abstractmethod
+    def optimizer_states(self) -> State:
+        """Optimizers' states, as tensors that know how they are spread, which loading overwrites."""
+
+    @abstractmethod
+    def restore_optimizer_states(self, state: State) -> None:
+        """Put loaded states to their places, where loading has not done so already."""
+
+    @abstractmethod
+    def follow_weights(self) -> None:
+        """Carry weights that were changed in place to whatever else holds them."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there are optimizers, also while a validation within the training runs."""
+        module = self.lightning_module
+        assert module is not None
+        return module.trainer.state.fn == TrainerFn.FITTING
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the module, but for those that are never saved, under whatever name."""
@@ -52,6 +71,34 @@ class ShardedCheckpoints(ParallelStrategy):
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         kept = {name for name in module.state_dict() if not name.startswith(frozen)} - shared  # some buffers are never kept
         return {name: value for name, value in named if name in kept}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a copy of weights that was kept."""
+        return self._kept is not None
+
+    def keep(self, networks: Sequence[str]) -> None:
+        """Keep a copy of what is saved of some of the module's networks, this process's parts on the CPU; of none, drop it."""
+        self._kept = self._copies(name for name in self.saved_tensors() if name.partition(".")[0] in networks)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Give the weights that were kept back to their networks."""
+        assert self._kept is not None
+        saved = self.saved_tensors()
+        for name, value in self._kept.items():
+            local_part(self.spread(saved[name])).copy_(local_part(value))
+        self.follow_weights()
+
+    def _copies(self, names: Iterable[str]) -> State | None:
+        saved = self.saved_tensors()
+        with torch.inference_mode(False):  # validation runs in inference mode, whose tensors cannot be used in training
+            return {name: self.spread(saved[name]).to("cpu", copy=True) for name in names} or None
+
+    def _state(self) -> State:
+        state = self.optimizer_states()  # first: to make one may move the weights
+        state |= {"weights": {name: self.spread(value) for name, value in self.saved_tensors().items()}}
+        return state if self._kept is None else {**state, "kept": self._kept}
 
     def lightning_module_state_dict(self) -> State:
         """Nothing: weights are not part of the dictionary that Lightning makes of a run's state."""
@@ -75,7 +122,7 @@ class ShardedCheckpoints(ParallelStrategy):
             shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
             unfinished.mkdir(parents=True)
         self.barrier()
-        dcp.save(self.sharded_state(), storage_writer=FileSystemWriter(unfinished, sync_files=True))
+        dcp.save(self._state(), storage_writer=FileSystemWriter(unfinished, sync_files=True))
         if self.is_global_zero:
             rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
             rest[PROCESSES] = self.world_size
@@ -108,15 +155,19 @@ class ShardedCheckpoints(ParallelStrategy):
                 f"the checkpoint was saved by {saved_by} processes, and its optimizer kept blocks of their parts, which "
                 f"{self.world_size} cannot take over; resume it with as many"
             )
-        state, reader = self.sharded_state(), FileSystemReader(path)
-        saved = {name.removeprefix("weights.") for name in reader.read_metadata().state_dict_metadata}
+        reader = FileSystemReader(path)
+        found = reader.read_metadata().state_dict_metadata.keys()
+        names = self.saved_tensors() if self.fits else ()
+        self._kept = self._copies(name for name in names if f"kept.{name}" in found)
+        state, saved = self._state(), {name.removeprefix("weights.") for name in found}
         if missing := sorted(state["weights"].keys() - saved):
             raise ConfigurationError(
                 f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more weights of this configuration; "
                 "resume with the model settings it was trained with"
             )
         dcp.load(state, storage_reader=reader)
-        self.restore_sharded_state(state)
+        self.restore_optimizer_states(state)
+        self.follow_weights()
         return {**rest, "state_dict": {}}
 
 

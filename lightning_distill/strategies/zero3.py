@@ -90,7 +90,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         # The optimizer of the configuration is taken as it is, also where its state is in the memory of the CPU.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
         self._engines: list[Any] = []
-        self._mesh: DeviceMesh | None = None
+        self._meshes: dict[str, DeviceMesh] = {}
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -234,14 +234,17 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
 
     # Checkpoints
 
-    def sharded_state(self) -> State:
-        """Parts of weights and of the optimizers' states, as rows of flattened tensors."""
+    def spread(self, value: Tensor) -> Tensor:
+        """Rows of a flattened parameter."""
+        return self._view(value)
+
+    def optimizer_states(self) -> State:
+        """As rows of flattened tensors."""
         module = self.lightning_module
         assert module is not None
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        engines = self._training_engines()  # first: to make one moves the weights
-        state: State = {"weights": {name: self._view(value) for name, value in self.saved_tensors().items()}}
-        for place, engine in engines.items():
+        state: State = {}
+        for place, engine in self._training_engines().items():
             _make_optimizer_state(engine)
             state[place] = {
                 "groups": [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups],
@@ -253,14 +256,24 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
             }
         return state
 
-    def restore_sharded_state(self, state: State) -> None:
-        """Put optimizers' states back, and the weights to where the optimizers keep theirs."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+    def follow_weights(self) -> None:
+        """Put the weights to where the optimizers keep theirs, and drop whole ones."""
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        module = self.lightning_module
+        assert module is not None
+        forget_gathered(module.parameters())
+        for engine in self._training_engines().values():
+            for parameter in _trained(engine):
+                safe_set_local_fp32_param(parameter, local_part(parameter))
+
+    def restore_optimizer_states(self, state: State) -> None:
+        """Put them back."""
+        from deepspeed.utils import safe_set_local_optimizer_state
 
         module = self.lightning_module
         assert module is not None
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        forget_gathered(module.parameters())
         for place, engine in self._training_engines().items():
             saved = state[place]
             for parameter, key, part in _optimizer_parts(engine):
@@ -268,8 +281,6 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
                 rows = saved["tensors"][f"{names[id(parameter)]}.{key}"].to_local()
                 whole[: len(rows)] = rows
                 safe_set_local_optimizer_state(parameter, whole, key)
-            for parameter in _trained(engine):
-                safe_set_local_fp32_param(parameter, local_part(parameter))
             for group, values in zip(engine.optimizer.param_groups, saved["groups"], strict=True):
                 group.update(values)
             for name, value in _optimizer_scalars(engine).items():
@@ -280,19 +291,22 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         assert module is not None
         prepare = getattr(module, "side_optimizers", dict)
         sides = {f"side_{name}": side.engine for name, side in prepare().items()}
-        return {"optimizer": self.deepspeed_engine, **sides} if module.trainer.training else {}
+        return {"optimizer": self.deepspeed_engine, **sides} if self.fits else {}
 
     def _view(self, value: Any, part: Tensor | None = None) -> Tensor:
         """A tensor that knows which rows of a flattened parameter this process holds."""
         if not hasattr(value, "ds_tensor"):
             whole: Tensor = value.detach()
             return whole
-        if self._mesh is None:
-            self._mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         part, size = local_part(value) if part is None else part, int(value.ds_numel)
+        kind = part.device.type  # a DTensor of a mesh of another kind would be a copy
+        if kind not in self._meshes:
+            self._meshes[kind] = init_device_mesh(kind, (self.world_size,))
         rows = max(0, min(part.numel(), size - self.global_rank * part.numel()))
         shape = torch.Size([size])
-        return DTensor.from_local(part.detach()[:rows], self._mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
+        return DTensor.from_local(
+            part.detach()[:rows], self._meshes[kind], [Shard(0)], run_check=False, shape=shape, stride=(1,)
+        )
 
 
 class _Side:

@@ -17,7 +17,6 @@ from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.optimizers import MuonWithAdamW
-from lightning_distill.strategies import FSDP2Strategy
 from tests.callbacks.distillation import Ones, Scripted
 
 pytestmark = [
@@ -237,13 +236,9 @@ def test_settings_that_cannot_work(settings, message):
         SwitchSolution(**settings)
 
 
-def test_methods_and_strategies_that_it_cannot_work_with():
+def test_methods_that_it_cannot_work_with():
     trainer = SimpleNamespace(strategy=None)
     with pytest.raises(ConfigurationError, match="Linear has none; leave the callback out"):
         SwitchSolution(latest_step=1).setup(trainer, torch.nn.Linear(1, 1), "fit")
     with pytest.raises(ConfigurationError, match="'differential' already"):
         SwitchSolution(latest_step=1).setup(trainer, Scripted({}, solution="differential"), "fit")
-    sharded = SimpleNamespace(strategy=FSDP2Strategy())
-    with pytest.raises(ConfigurationError, match="sharded"):
-        SwitchSolution(latest_step=1).setup(sharded, Scripted({}), "fit")
-    SwitchSolution(latest_step=1, guard_factor=None).setup(sharded, Scripted({}), "fit")

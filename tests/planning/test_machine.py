@@ -61,6 +61,12 @@ def test_lora_gathers_the_teachers_weights_under_fsdp2_and_sends_its_own_gradien
     assert plan.communication["discrete"] == pytest.approx(0.75 * (3 * 4 + 2 * 4.4 + 0.4 + 4) * MILLION)
 
 
+def test_the_guard_keeps_parts_of_what_is_spread(cost: StepCost) -> None:
+    for name, share in {"ddp": 1, "fsdp2": 4}.items():
+        plan = plan_for(cost, STRATEGIES[name], 4, guard=True)
+        assert plan.cpu == {"guard of the switch": pytest.approx(4 * MILLION / share)}
+
+
 @pytest.mark.parametrize("name", ["fsdp2_offload", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_optimizer"])
 def test_what_is_offloaded_is_on_the_cpu(cost: StepCost, name: str) -> None:
     plan, plain = planned(cost, name, 2), planned(cost, name.partition("_offload")[0], 2)

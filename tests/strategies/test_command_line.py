@@ -58,7 +58,7 @@ def settings(strategy: str, base: str) -> dict:
             "enable_progress_bar": False,
             "callbacks": [
                 {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 1}},
-                {"class_path": "SwitchSolution", "init_args": {"latest_step": 2, "guard_factor": None}},
+                {"class_path": "SwitchSolution", "init_args": {"latest_step": 2}},
                 {"class_path": "LogPictures", "init_args": {"columns": 1}},
                 {"class_path": "FinalReport", "init_args": {"columns": 1, "diversity_prompts": 0}},
                 {"class_path": "ExportPipeline", "init_args": {"directory": "student", "lora": kind}},

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Sampler
 
 import lightning_distill.strategies  # noqa: F401  # makes their names known
-from lightning_distill.callbacks import AtomicCheckpoint
+from lightning_distill.callbacks import AtomicCheckpoint, SwitchSolution
 from lightning_distill.methods import MeanFlow, Objective, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
@@ -27,6 +27,13 @@ from tests.tiny import PROMPTS
 
 class Repeatable(MeanFlow):
     """The same draws in every process and in every run, so that two processes compute what one does."""
+
+    errors: ClassVar[dict[str, float]] = {}
+    """What validation says after a step, where it has been told."""
+
+    def _log_average_velocity_error(self, batch: dict[str, Any]) -> None:
+        if (error := self.errors.get(str(self.global_step))) is not None:
+            self.log("val/average_velocity_error", error)
 
     def objective(self, x0: torch.Tensor, condition: Condition) -> Objective:
         torch.manual_seed(100 + self.global_step)
@@ -65,7 +72,7 @@ def method(
         guidance=Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
         solution=solution,
         student=StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=LoraOptions(lora) if lora else None),
-        validation=ValidationOptions(nfe=(1,), average_velocity=False),
+        validation=ValidationOptions(nfe=(1,), average_velocity=bool(Repeatable.errors)),
         alignment=TrajectoryAlignment(nfe=(2,), critic_lr=1e-3, critic_lora=critic) if aligned else None,
         ema_decay=0.9 if ema else None,
         optimizer=OPTIMIZERS[optimizer],
@@ -132,7 +139,10 @@ def run(arguments: argparse.Namespace) -> None:
     gathered = Gathered()
     parts = arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
     low_rank = arguments.lora, arguments.critic_lora, arguments.dtype
+    Repeatable.errors = json.loads(arguments.errors)
     module = method(arguments.pretrained, arguments.solution, *parts, *low_rank)
+    switch = SwitchSolution(threshold=0.5, guard_factor=None if arguments.unguarded else 2.0)
+    best = AtomicCheckpoint(str(arguments.out), filename="best", monitor="val/average_velocity_error", save_last=False)
     trainer = Trainer(
         max_steps=arguments.steps,
         accelerator="cpu",
@@ -145,13 +155,17 @@ def run(arguments: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        val_check_interval=1,
         callbacks=[
             AtomicCheckpoint(str(arguments.out), every_n_train_steps=arguments.save_every),
             *([CountTokens(arguments.out)] if arguments.apart else []),
+            *([switch, best] if Repeatable.errors else []),
         ],
     )
     loader = DataLoader(data(2), sampler=Apart()) if arguments.apart else DataLoader(data(), batch_size=4)
-    trainer.fit(module, loader, ckpt_path=arguments.resume)
+    validation = [DataLoader(data()[:4], batch_size=4)] if Repeatable.errors else []
+    trainer.fit(module, loader, *validation, ckpt_path=arguments.resume)
     found = {}
     networks = {"student": module.student, "critic": getattr(module.alignment, "critic", None), "ema": module.ema}
     for name, network in networks.items():
@@ -172,6 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
         states = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
         facts["states"] = sorted({type(local_part(state)).__name__ for state in states})
         facts |= {"gathered": gathered.most, "still_gathered": len(gathered.now)}
+        facts |= {"switched": switch.state.step, "returned": switch.state.returned_at, "solution": module.solution}
         (arguments.out / "facts.json").write_text(json.dumps(facts))
 
 
@@ -194,6 +209,8 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--critic-lora", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--errors", default="{}")
+    parser.add_argument("--unguarded", action="store_true")
     parser.add_argument("--resume")
     run(parser.parse_args())
 
