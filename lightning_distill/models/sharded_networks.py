@@ -125,7 +125,8 @@ def build_sharded_lora(
     for path, embedder in student.named_modules():
         if isinstance(embedder, TwoTimeEmbedding):
             _read(embedder.cpu(), path, weights)
-    embedders = empty_network(network_class, dict(teacher.config), weights).timestep_embedders
+    with torch.random.fork_rng(devices=[]):  # low-rank updates are drawn as they are beside a whole teacher
+        embedders = empty_network(network_class, dict(teacher.config), weights).timestep_embedders
     report = start_from(embedders, student, options)
     add_lora(student, lora_config(student, options.lora)).train()
     sharding.shard_over(student, teacher)

@@ -43,11 +43,11 @@ class Measured(Repeatable):
         with open(f"peak{self.global_rank}.json", "w") as file:
             json.dump(peak[0] - before, file)
 
-pretrained, strategy, lora = sys.argv[1:]
+pretrained, strategy, devices = sys.argv[1:]
 seed_everything(0)
-module = method(pretrained, "discrete", True, False, False, lora=int(lora))
+module = method(pretrained, "discrete", True, False, False)
 module.__class__ = Measured
-trainer = Trainer(max_steps=1, accelerator="cpu", devices=2, strategy=strategy, logger=False,
+trainer = Trainer(max_steps=1, accelerator="cpu", devices=int(devices), strategy=strategy, logger=False,
                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(module, DataLoader(data(), batch_size=4))
 """
@@ -78,12 +78,12 @@ def with_large_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, f
     return str(directory), sum(p.numel() * 4 for p in pipeline.text_encoder_2.parameters()) / 2**20
 
 
-def peak(strategy: str, directory: str, folder: Path, lora: int = 0) -> float:
+def peak(strategy: str, directory: str, folder: Path) -> float:
     """MiB that the larger of two processes takes while networks are loaded."""
     (folder / "run.py").write_text(SCRIPT)
     # Freed memory goes back at once, so that the peak is of what is in use.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "run.py", directory, strategy, str(lora)]
+    command = [sys.executable, "run.py", directory, strategy, "2"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return max(json.loads((folder / f"peak{rank}.json").read_text()) for rank in (0, 1))
@@ -94,12 +94,6 @@ def test_a_process_never_holds_a_whole_transformer(strategy: str, pretrained: tu
     directory, size = pretrained
     # Half of the teacher and half of the student, with what is in passing.
     assert 0.9 * size < peak(strategy, directory, tmp_path) < 1.6 * size
-
-
-@pytest.mark.slow
-def test_a_process_holds_half_of_the_one_base(pretrained: tuple[str, float], tmp_path: Path) -> None:
-    directory, size = pretrained
-    assert 0.45 * size < peak("fsdp2", directory, tmp_path, lora=2) < 0.8 * size
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
