@@ -102,6 +102,20 @@ def test_other_settings_equal_one_process(settings: list[str], strategy: str, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("method", ["DMD2", "TDM"])
+def test_methods_with_a_critic_equal_one_process(method: str, strategy: str, pretrained: str, tmp_path: Path) -> None:
+    settings = ["--method", method, "--checkpointing", "--ema"]
+    one = train(tmp_path / "one", pretrained, *settings)
+    sharded = ["--strategy", strategy, "--devices", "2", *settings]
+    two = train(tmp_path / "two", pretrained, *sharded)
+    assert {name.partition(".")[0] for name in two} == {"student", "critic", "ema"}
+    assert largest_difference(one, two) < 5e-5  # of learning rates of 1e-3; differences of predictions round more
+    resumed = train(tmp_path / "resumed", pretrained, *sharded, "--resume", str(tmp_path / "two" / "last.ckpt"))
+    assert largest_difference(two, resumed) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_mixed_precision_trains_like_one_process(strategy: str, pretrained: str, tmp_path: Path) -> None:
     settings = ["--precision", "bf16-mixed", "--checkpointing", "--ema"]
     one = train(tmp_path / "one", pretrained, *settings)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import lightning_distill.strategies  # noqa: F401  # makes their names known
 from lightning_distill.callbacks import AtomicCheckpoint, SwitchSolution
-from lightning_distill.methods import MeanFlow, Objective, TrajectoryAlignment
+from lightning_distill.methods import DMD2, TDM, MeanFlow, Objective, TeacherStudentBase, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import Condition
@@ -25,7 +25,7 @@ from tests.models.families import make_adapter
 from tests.tiny import PROMPTS
 
 
-class Repeatable(MeanFlow):
+class SameDraws(TeacherStudentBase):
     """The same draws in every process and in every run, so that two processes compute what one does."""
 
     errors: ClassVar[dict[str, float]] = {}
@@ -53,6 +53,18 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+class Repeatable(SameDraws, MeanFlow):
+    pass
+
+
+class RepeatableDMD2(SameDraws, DMD2):
+    pass
+
+
+class RepeatableTDM(SameDraws, TDM):
+    pass
+
+
 def method(
     pretrained: str,
     solution: str,
@@ -63,20 +75,24 @@ def method(
     lora: int = 0,
     critic_lora: int = 0,
     dtype: str = "float32",
-) -> MeanFlow:
+    name: str = "MeanFlow",
+) -> Any:
     adapter = make_adapter(pretrained, torch_dtype=dtype)
     adapter.check()
+    low_rank = LoraOptions(lora) if lora else None
+    shared: dict[str, Any] = {
+        "guidance": Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
+        "student": StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=low_rank),
+        "validation": ValidationOptions(nfe=(1,), average_velocity=bool(SameDraws.errors)),
+        "ema_decay": 0.9 if ema else None,
+        "optimizer": OPTIMIZERS[optimizer],
+    }
+    if name != "MeanFlow":
+        kind = {"DMD2": RepeatableDMD2, "TDM": RepeatableTDM}[name]
+        return kind(adapter, nfe=(1, 2), critic_updates=2, critic_lr=1e-3, **shared)
     critic: Any = LoraOptions(critic_lora) if critic_lora else "student"
-    return Repeatable(
-        adapter,
-        guidance=Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
-        solution=solution,
-        student=StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=LoraOptions(lora) if lora else None),
-        validation=ValidationOptions(nfe=(1,), average_velocity=bool(Repeatable.errors)),
-        alignment=TrajectoryAlignment(nfe=(2,), critic_lr=1e-3, critic_lora=critic) if aligned else None,
-        ema_decay=0.9 if ema else None,
-        optimizer=OPTIMIZERS[optimizer],
-    )
+    alignment = TrajectoryAlignment(nfe=(2,), critic_lr=1e-3, critic_lora=critic) if aligned else None
+    return Repeatable(adapter, solution=solution, alignment=alignment, **shared)
 
 
 def data(count: int = 4) -> list[dict[str, Any]]:
@@ -138,8 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
     seed_everything(0)
     gathered = Gathered()
     parts = arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
-    low_rank = arguments.lora, arguments.critic_lora, arguments.dtype
-    Repeatable.errors = json.loads(arguments.errors)
+    low_rank = arguments.lora, arguments.critic_lora, arguments.dtype, arguments.method
+    SameDraws.errors = json.loads(arguments.errors)
     module = method(arguments.pretrained, arguments.solution, *parts, *low_rank)
     switch = SwitchSolution(threshold=0.5, guard_factor=None if arguments.unguarded else 2.0)
     best = AtomicCheckpoint(str(arguments.out), filename="best", monitor="val/average_velocity_error", save_last=False)
@@ -160,14 +176,15 @@ def run(arguments: argparse.Namespace) -> None:
         callbacks=[
             AtomicCheckpoint(str(arguments.out), every_n_train_steps=arguments.save_every),
             *([CountTokens(arguments.out)] if arguments.apart else []),
-            *([switch, best] if Repeatable.errors else []),
+            *([switch, best] if SameDraws.errors else []),
         ],
     )
     loader = DataLoader(data(2), sampler=Apart()) if arguments.apart else DataLoader(data(), batch_size=4)
-    validation = [DataLoader(data()[:4], batch_size=4)] if Repeatable.errors else []
+    validation = [DataLoader(data()[:4], batch_size=4)] if SameDraws.errors else []
     trainer.fit(module, loader, *validation, ckpt_path=arguments.resume)
     found = {}
-    networks = {"student": module.student, "critic": getattr(module.alignment, "critic", None), "ema": module.ema}
+    matching = module.alignment if isinstance(module, MeanFlow) else module.matching
+    networks = {"student": module.student, "critic": getattr(matching, "critic", None), "ema": module.ema}
     for name, network in networks.items():
         if network is not None:
             gather = dict(network.named_parameters()) if module.sharding is None else module.sharding.gather(network)
@@ -186,7 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
         states = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
         facts["states"] = sorted({type(local_part(state)).__name__ for state in states})
         facts |= {"gathered": gathered.most, "still_gathered": len(gathered.now)}
-        facts |= {"switched": switch.state.step, "returned": switch.state.returned_at, "solution": module.solution}
+        facts |= {"switched": switch.state.step, "returned": switch.state.returned_at, "solution": getattr(module, "solution", None)}
         (arguments.out / "facts.json").write_text(json.dumps(facts))
 
 
@@ -194,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--pretrained")
+    parser.add_argument("--method", default="MeanFlow")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--solution", default="differential")
