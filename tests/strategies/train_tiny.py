@@ -203,7 +203,8 @@ def run(arguments: argparse.Namespace) -> None:
         states = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
         facts["states"] = sorted({type(local_part(state)).__name__ for state in states})
         facts |= {"gathered": gathered.most, "still_gathered": len(gathered.now)}
-        facts |= {"switched": switch.state.step, "returned": switch.state.returned_at, "solution": getattr(module, "solution", None)}
+        facts |= {"switched": switch.state.step, "returned": switch.state.returned_at}
+        facts["solution"] = getattr(module, "solution", None)
         (arguments.out / "facts.json").write_text(json.dumps(facts))
 
 
