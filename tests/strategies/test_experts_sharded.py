@@ -14,7 +14,7 @@ APART = ["--apart", "--checkpointing", "--steps", "2"]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_stand_in("newer", tmp_path_factory.mktemp("published") / "many", num_experts=16, moe_topk=1)
+    return save_stand_in("newer", tmp_path_factory.mktemp("published") / "many", num_experts=32, moe_topk=1)
 
 
 @pytest.fixture(scope="module")
