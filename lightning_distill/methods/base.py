@@ -105,15 +105,15 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
             raise ConfigurationError(f"model.ema_decay is {ema_decay}; choose a value between 0 and 1, or null for none")
         if not 0 <= caption_dropout < 1:
             raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1), 0.1 is usual")
-        if guidance.kind == "improved" and caption_dropout == 0:
-            raise ConfigurationError(
-                "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
-                "set caption_dropout to 0.1"
-            )
         if guidance.kind == "improved" and not self.learns_velocity:
             raise ConfigurationError(
                 f"guidance.kind improved mixes in the student at r = t, where {type(self).__name__} does not train it; choose "
                 "embedded or two_branch"
+            )
+        if guidance.kind == "improved" and caption_dropout == 0:
+            raise ConfigurationError(
+                "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
+                "set caption_dropout to 0.1"
             )
         adapter.stochastic_sampling = self.stochastic_sampling
         self.adapter = adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -193,6 +193,8 @@ class CriticMethod(TeacherStudentBase):
         ConfigurationError: If settings are out of range or contradict each other.
     """
 
+    learns_velocity: ClassVar[bool] = False
+
     def __init__(
         self,
         *args: Any,
@@ -205,14 +207,8 @@ class CriticMethod(TeacherStudentBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        name = type(self).__name__
         if not nfe or min(nfe) < 1:
             raise ConfigurationError(f"model.nfe is {list(nfe)}; give numbers of steps of at least 1")
-        if self.guidance.kind == "improved":
-            raise ConfigurationError(
-                f"guidance.kind improved mixes in the student's own velocity, which {name} does not train; choose embedded or "
-                "two_branch"
-            )
         self.nfe = tuple(nfe)
         self.matching = DistributionMatching(guidance_scale, critic_updates, critic_lr, critic_clip, critic_lora, "model")
 

@@ -51,6 +51,7 @@ class LADD(TeacherStudentBase):
     """
 
     stochastic_sampling: ClassVar[bool] = True
+    learns_velocity: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -89,11 +90,6 @@ class LADD(TeacherStudentBase):
             raise ConfigurationError("model.discriminator_lr and model.discriminator_clip must be above 0")
         if not r1_weight >= 0:
             raise ConfigurationError(f"model.r1_weight is {r1_weight}; set it to 0 for none, or above")
-        if self.guidance.kind == "improved":
-            raise ConfigurationError(
-                "guidance.kind improved mixes in the student's own velocity, which LADD does not train; choose embedded or "
-                "two_branch"
-            )
         self.real = real
         self.teacher_steps = teacher_steps
         self.nfe = nfe
