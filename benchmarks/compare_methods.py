@@ -1,0 +1,330 @@
+"""Every method on the embedded teacher, with the same data, minutes and measures: which one for how many steps.
+
+`python benchmarks/compare_methods.py` trains each method from its shipped config through the command line, for as long as
+`--minutes` says, over seeds, and writes `benchmarks/results/compare_methods.json`, a table and plots, anew after every run.
+How many steps fit the minutes is found by a miniature of the whole run, with all its phases, so that methods whose later steps
+cost more have their due. Runs on record (`benchmarks/results/compare_methods/`) are not repeated. Run it on an idle machine.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_distill.data.shapes import CATEGORIES, render, sample_scene
+from lightning_distill.data.shapes_datamodule import evaluation_prompts
+from lightning_distill.metrics import AutoencoderFeatures, FrechetDistance
+from lightning_distill.models import resolve_pretrained
+from lightning_distill.sampling import load_pipeline
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RECORDS = RESULTS / "compare_methods"
+METHODS = {
+    "meanflow": "shapes_meanflow.yaml",
+    "split_meanflow": "shapes_split_meanflow.yaml",
+    "scm": "shapes_scm.yaml",
+    "consistency_distillation": "shapes_consistency_distillation.yaml",
+    "imm": "shapes_imm.yaml",
+    "dmd2": "shapes_dmd2.yaml",
+    "tdm": "shapes_tdm.yaml",
+    "ladd": "shapes_ladd.yaml",
+    "knowledge_distillation": "shapes_knowledge_distillation.yaml",
+}
+STEPS = ("1", "2", "4", "8")
+STEP_SETTINGS = {
+    "max_steps",
+    "total_steps",
+    "warmup_steps",
+    "val_check_interval",
+    "earliest_step",
+    "latest_step",
+    "start_step",
+    "critic_warmup_steps",
+    "tangent_warmup_steps",
+}
+"""Settings that are numbers of optimizer steps, which a longer or shorter run stretches."""
+MINIATURE = 0.06
+FRECHET_PICTURES = 2560
+BATCH = 64
+SHARE_OF_TEACHER = 0.9
+
+
+def full_config(name: str) -> dict[str, Any]:
+    """Every setting of a shipped config, as the command line prints it."""
+    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", name, "--print_config"]
+    settings: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return settings
+
+
+def stretched(value: Any, factor: float) -> Any:
+    """Settings with all numbers of steps times a factor, at least 1 where they were."""
+    if isinstance(value, list):
+        return [stretched(each, factor) for each in value]
+    if not isinstance(value, dict):
+        return value
+
+    def new(name: str, each: Any) -> Any:
+        if name in STEP_SETTINGS and isinstance(each, int) and not isinstance(each, bool):
+            return max(1, round(factor * each)) if each else each
+        return stretched(each, factor)
+
+    return {name: new(name, each) for name, each in value.items()}
+
+
+def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Callable[[str], bool]) -> dict[str, Any]:
+    """Settings of a run: its seed, its directory, and of the callbacks those that are wanted."""
+    settings = copy.deepcopy(settings)
+    settings["seed_everything"] = settings["data"]["init_args"]["seed"] = seed
+    trainer = settings["trainer"]
+    trainer["default_root_dir"] = str(directory)
+    trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
+    trainer["callbacks"] = [each for each in trainer["callbacks"] if keep(each["class_path"].rsplit(".", 1)[-1])]
+    for callback in trainer["callbacks"]:
+        if callback["class_path"].endswith("ExportPipeline"):
+            callback["init_args"]["directory"] = str(directory / "student")
+    trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    return settings
+
+
+def train(settings: dict[str, Any], directory: Path) -> None:
+    """Run `fit` in a process of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
+    with (directory / "log.txt").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def events(directory: Path) -> EventAccumulator:
+    """TensorBoard's data of the newest version in a directory."""
+    newest = max((directory / "logs").glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    return EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
+
+
+def seconds_per_step(config: dict[str, Any], directory: Path) -> float:
+    """Mean time of an optimizer step of a miniature of the run, without validations."""
+    settings = run_config(stretched(config, MINIATURE), 0, directory, keep=lambda name: name == "SwitchSolution")
+    trainer = settings["trainer"]
+    trainer |= {"log_every_n_steps": 1, "limit_val_batches": 0}
+    for callback in trainer["callbacks"]:  # which has nothing to go by, so that it moves at its latest step
+        callback["init_args"] |= {
+            "threshold": None,
+            "earliest_step": callback["init_args"]["latest_step"],
+            "guard_factor": None,
+        }
+    train(settings, directory)
+    rates = [event.value for event in events(directory).Scalars("perf/samples_per_second")]
+    batch = settings["data"]["init_args"]["batch_size"] * int(trainer["devices"])
+    return statistics.mean(batch / rate for rate in rates[1:])  # the first one is slow
+
+
+def measure(name: str, config: dict[str, Any], seed: int, minutes: float, directory: Path) -> dict[str, Any]:
+    """Train for so many minutes, unless the run is on record, and return what is recorded."""
+    record = RECORDS / f"{name}-{seed}.json"
+    if not record.is_file():
+        step = seconds_per_step(config, directory / "miniature")
+        factor = 60 * minutes / (step * config["trainer"]["max_steps"])
+        unwanted = ("AtomicCheckpoint", "LogPictures", "DistillProgressBar")
+        settings = run_config(stretched(config, factor), seed, directory, keep=lambda callback: callback not in unwanted)
+        settings["model"]["init_args"]["validation"] |= {"nfe": [int(n) for n in STEPS]}
+        train(settings, directory)
+        summary = json.loads((directory / "summary.json").read_text())
+        curves = events(directory)
+        found = {
+            "summary": summary,
+            "steps": settings["trainer"]["max_steps"],
+            "seconds_per_step": 60 * summary["minutes"] / settings["trainer"]["max_steps"],
+            "frechet": frechet(directory / "student"),
+            "curve": accuracy_over_minutes(curves),
+        }
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(found, indent=1) + "\n")
+    recorded: dict[str, Any] = json.loads(record.read_text())
+    return recorded
+
+
+def accuracy_over_minutes(curves: EventAccumulator) -> dict[str, list[tuple[float, float]]]:
+    """Minutes since the first logged step, and accuracy there, by number of steps of the student."""
+    start = curves.Scalars("perf/samples_per_second")[0].wall_time
+    return {
+        n: [
+            (round((event.wall_time - start) / 60, 3), round(event.value, 4))
+            for event in curves.Scalars(f"val/prompt_accuracy/nfe_{n}")
+        ]
+        for n in STEPS
+    }
+
+
+@torch.no_grad()
+def frechet(pipeline: str | Path, pictures: int = FRECHET_PICTURES) -> dict[str, float]:
+    """Distance of an exported student's pictures from renderings of the same captions, by number of steps.
+
+    Args:
+        pipeline: Directory.
+        pictures: Of each; only distances of equally many compare.
+    """
+    student = load_pipeline(str(pipeline), trust_remote_code=True)
+    student.set_progress_bar_config(disable=True)
+    autoencoder = AutoencoderKL.from_pretrained(Path(resolve_pretrained("shapes-teacher")) / "vae")
+    metric = FrechetDistance(AutoencoderFeatures(autoencoder), reset_real_features=False)
+    prompts = list(evaluation_prompts(math.ceil(pictures / len(CATEGORIES)), held_out=False))[:pictures]
+    scenes = [sample_scene(prompt, random.Random(f"frechet/{i}")) for i, prompt in enumerate(prompts)]
+    for start in range(0, pictures, BATCH):
+        metric.update(render(scenes[start : start + BATCH]).float() / 255, real=True)
+    found = {}
+    for n in STEPS:
+        for start in range(0, pictures, BATCH):
+            texts = [prompt.text for prompt in prompts[start : start + BATCH]]
+            generators = [torch.Generator().manual_seed(3_000_000 + start + i) for i in range(len(texts))]
+            size = {"height": 32, "width": 32, "output_type": "pt"}
+            metric.update(student(texts, num_inference_steps=int(n), generator=generators, **size).images, real=False)
+        found[n] = float(metric.compute())
+        metric.reset()
+    return found
+
+
+def minutes_to(curve: list[tuple[float, float]], accuracy: float) -> float | None:
+    """When a curve of (minutes, accuracy) has first reached an accuracy, if it has."""
+    return next((minutes for minutes, value in curve if value >= accuracy), None)
+
+
+def merge(records: list[dict[str, Any]], teacher: float) -> dict[str, dict[str, Any]]:
+    """A method's figures over its seeds, by number of steps; the spread of one seed is 0.
+
+    Args:
+        records: Of the seeds.
+        teacher: The teacher's accuracy at its full number of steps.
+    """
+    merged = {}
+    for n in STEPS:
+        accuracy = [record["summary"]["student"][n] for record in records]
+        reached = [minutes_to(record["curve"][n], SHARE_OF_TEACHER * teacher) for record in records]
+        merged[n] = {
+            "mean": statistics.mean(accuracy),
+            "std": statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
+            "diversity": statistics.mean(record["summary"]["diversity"]["student"][n] for record in records),
+            "frechet": statistics.mean(record["frechet"][n] for record in records),
+            "categories": {
+                category: statistics.mean(record["summary"]["categories"]["student"][n][category] for record in records)
+                for category in CATEGORIES
+            },
+            "seconds_per_step": statistics.mean(record["seconds_per_step"] for record in records),
+            "minutes_to_teacher": None if None in reached else statistics.mean(value for value in reached if value is not None),
+        }
+    return merged
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: a row for each method and number of steps, in percent."""
+    head = ["method", "steps", *CATEGORIES, "overall", "diversity", "Frechet", "s a step", "min. to 0.9 of teacher"]
+    rows = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for name in METHODS:
+        for n, figures in result.get(name, {}).items():
+            categories = [f"{100 * figures['categories'][category]:.1f}" for category in CATEGORIES]
+            overall = f"{100 * figures['mean']:.1f} ± {100 * figures['std']:.1f}"
+            reached = figures["minutes_to_teacher"]
+            rest = [f"{figures['diversity']:.3f}", f"{figures['frechet']:.2f}", f"{figures['seconds_per_step']:.3f}"]
+            cells = [name, n, *categories, overall, *rest, "" if reached is None else f"{reached:.1f}"]
+            rows.append(f"| {' | '.join(cells)} |")
+    teacher = result["run"]["teacher"]
+    return "\n".join([*rows, "", "Teacher: " + ", ".join(f"{100 * value:.1f} at {n}" for n, value in teacher.items()) + "."])
+
+
+def plot_steps(result: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against steps, a line a method."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    x = [int(n) for n in STEPS]
+    for name in METHODS:
+        if name in result:
+            values, spread = ([result[name][n][key] for n in STEPS] for key in ("mean", "std"))
+            axes.errorbar(x, values, spread, marker="o", capsize=3, label=name.replace("_", " "))
+    teacher = result["run"]["teacher"]
+    axes.plot(x, [teacher[n] for n in STEPS], "k--", marker="s", label="teacher")
+    axes.axhline(max(teacher.values()), color="k", linewidth=0.8, linestyle=":")
+    axes.set(xscale="log", xlabel="steps", ylabel="prompt accuracy", ylim=(0, 1), xticks=x, xticklabels=STEPS)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_minutes(records: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Validation accuracy over training time at one, two and four steps, of each method's first seed."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    for axes, n in zip(panels, ("1", "2", "4"), strict=True):
+        for name, found in records.items():
+            axes.plot(*zip(*found[0]["curve"][n], strict=True), marker=".", label=name.replace("_", " "))
+        axes.set(xlabel="minutes", title=f"{n} step{'' if n == '1' else 's'}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("prompt accuracy")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(machine: str, minutes: float) -> None:
+    """Write what the runs on record have come to."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    for name in METHODS:
+        paths = sorted(RECORDS.glob(f"{name}-*.json"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        if paths:
+            records[name] = [json.loads(path.read_text()) for path in paths]
+    first = next(iter(records.values()))[0]["summary"]
+    teacher = first["teacher"]
+    result: dict[str, Any] = {
+        "run": {
+            "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+            "machine": machine,
+            "minutes": minutes,
+            "seeds": {name: len(found) for name, found in records.items()},
+            "teacher": teacher,
+            "teacher_diversity": max(first["diversity"]["teacher"].values()),
+        },
+        **{name: merge(found, max(teacher.values())) for name, found in records.items()},
+    }
+    (RESULTS / "compare_methods.json").write_text(json.dumps(result, indent=2) + "\n")
+    heading = f"{result['run']['date']}, {machine}; {minutes:g} minutes a run; seeds {result['run']['seeds']}"
+    (RESULTS / "compare_methods.md").write_text(f"{heading}\n\n{table(result)}\n")
+    plot_steps(result, RESULTS / "compare_methods.png")
+    plot_minutes(records, RESULTS / "compare_methods_minutes.png")
+
+
+def main() -> None:
+    """Run what is missing, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=7.5, help="of training with its validations, for each run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each method")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="where runs go")
+    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    arguments = parser.parse_args()
+    configs = {name: full_config(METHODS[name]) for name in arguments.methods}
+    for seed in range(arguments.seeds):  # seeds outside, so that an interrupted comparison has all methods
+        for name, config in configs.items():
+            found = measure(name, config, seed, arguments.minutes, arguments.runs / name / str(seed))
+            print(name, seed, found["summary"]["student"], flush=True)
+            write(arguments.machine, arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()

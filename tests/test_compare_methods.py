@@ -1,0 +1,71 @@
+"""The settings of the comparison's runs, and what becomes of their figures; the runs themselves take hours."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lightning_distill.configuration import shipped_configs
+from lightning_distill.data.shapes import CATEGORIES
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_methods.py"
+NO_METHODS = ("student", "two_cores", "teacher", "vae", "meanflow_full")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_methods", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(one_step: float, reached: float) -> dict[str, Any]:
+    accuracy = {"1": one_step, "2": 0.7, "4": 0.8, "8": 0.9}
+    return {
+        "summary": {
+            "teacher": {**accuracy, "32": 0.9},
+            "student": accuracy,
+            "diversity": {"student": dict.fromkeys(accuracy, 0.3), "teacher": {"32": 0.4}},
+            "categories": {"student": {n: dict.fromkeys(CATEGORIES, value) for n, value in accuracy.items()}},
+        },
+        "seconds_per_step": 0.5,
+        "frechet": dict.fromkeys(accuracy, 2.0),
+        "curve": {n: [(1.0, 0.1), (reached, 0.85)] for n in accuracy},
+    }
+
+
+def test_every_method_with_a_config_is_compared(script) -> None:
+    shapes = {name for name in shipped_configs() if name.startswith("shapes_")}
+    assert set(script.METHODS.values()) == shapes - {f"shapes_{name}.yaml" for name in NO_METHODS}
+
+
+def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
+    demo = script.full_config("shapes_meanflow.yaml")
+    half = script.run_config(script.stretched(demo, 0.5), 3, tmp_path, keep=lambda name: name == "SwitchSolution")
+    model = half["model"]["init_args"]
+    assert half["trainer"]["max_steps"] == 750
+    assert model["lr_scheduler"]["init_args"] == {"total_steps": 750, "warmup_steps": 10, "last_fraction": 0.0}
+    assert model["alignment"]["init_args"]["start_step"] == 300
+    assert model["alignment"]["init_args"]["critic_updates"] == 2
+    (switch,) = half["trainer"]["callbacks"]
+    assert switch["init_args"]["earliest_step"] == 625
+    assert half["seed_everything"] == half["data"]["init_args"]["seed"] == 3
+    assert demo["trainer"]["max_steps"] == 1500
+
+
+def test_figures_of_seeds_are_merged_and_shown(script) -> None:
+    merged = script.merge([record(0.4, 2.0), record(0.6, 4.0)], teacher=0.9)
+    assert merged["1"]["mean"] == pytest.approx(0.5)
+    assert merged["1"]["std"] == pytest.approx(0.1414, abs=1e-4)
+    assert merged["1"]["minutes_to_teacher"] == pytest.approx(3.0)
+    assert merged["1"]["seconds_per_step"] == 0.5
+    never = script.merge([record(0.4, 2.0), {**record(0.6, 4.0), "curve": {n: [(1.0, 0.2)] for n in "1248"}}], 0.9)
+    assert never["1"]["minutes_to_teacher"] is None
+    text = script.table({"run": {"teacher": {"32": 0.9}}, "imm": merged})
+    assert "| imm | 1 | 50.0 |" in text
+    assert "| 50.0 ± 14.1 | 0.300 | 2.00 | 0.500 | 3.0 |" in text
