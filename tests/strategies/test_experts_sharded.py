@@ -22,7 +22,8 @@ def single(directory: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return train(tmp_path_factory.mktemp("single") / "run", directory, *APART, "--accumulate", "2")
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("deepspeed_stage_3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_experts_may_have_tokens_in_one_process_alone(
     strategy: str, directory: str, single: dict[str, Tensor], tmp_path: Path
 ) -> None:
