@@ -100,7 +100,7 @@ class SCM(StudentDerivative, TeacherStudentBase):
         self.tangent_warmup_steps = tangent_warmup_steps
         self.tangent_norm = tangent_norm
         self.time_weight = TimeWeight() if time_weight else None
-        self._weight_training = SideTraining(time_weight_lr, betas=(0.9, 0.99), spread=False)
+        self._weight_training = SideTraining(time_weight_lr, betas=(0.9, 0.99))
 
     @property
     def tangent_weight(self) -> float:
@@ -137,11 +137,18 @@ class SCM(StudentDerivative, TeacherStudentBase):
         """The logarithm (B,) of the error's size at t, which then learns from the errors (B,) of this batch."""
         assert self.time_weight is not None
         optimizer = self._weight_training.optimizer(self.time_weight, self.sharding)
-        with torch.enable_grad():
+        # Autocast would round the logarithm to 16 bits, and the weight with it.
+        with torch.enable_grad(), torch.autocast(t.device.type, enabled=False):
             logarithm = self.time_weight(t)
             loss = (error * torch.exp(-logarithm) + logarithm).mean()
         optimizer.step(loss)
         return logarithm.detach()
+
+    def build_networks(self) -> None:
+        """Teacher and student; the weight is spread as they are: ZeRO-3 knows only modules that it has spread."""
+        super().build_networks()
+        if self.time_weight is not None and self.sharding is not None:
+            self.sharding.shard(self.time_weight)
 
     def side_trainings(self) -> dict[str, SideTraining]:
         """That of the weight."""

@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import save_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "SplitMeanFlow"]
+METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "SCM", "SplitMeanFlow"]
 
 SCRIPT = """
 import sys
@@ -30,6 +30,7 @@ settings, batch_size = {
     "ConsistencyDistillation": ({"target": "ema", "ema_decay": 0.9}, 1),
     "IMM": ({"particles": 2}, 2),
     "KnowledgeDistillation": ({"nfe": (1, 3), "solver_steps": 1}, 1),
+    "SCM": ({}, 1),
     "SplitMeanFlow": ({"equal_fraction": 0.5}, 1),
 }[name]
 adapter = DiffusersAdapter(pretrained)
@@ -46,6 +47,10 @@ trainer.fit(module, DataLoader(data(), batch_size=batch_size))
 assert trainer.global_step == 6
 weights = module.sharding.gather(module.student)
 assert all(torch.isfinite(value).all() for value in weights.values())
+if name == "SCM":  # whose learned weight trains beside the student
+    learned = module.sharding.gather(module.time_weight)
+    assert trainer.is_global_zero == bool(learned)
+    assert all(value.any() for value in learned.values())
 """
 
 
