@@ -48,6 +48,10 @@ class FlowMatching(TeacherStudentBase):
         super().__init__(*args, caption_dropout=caption_dropout, **kwargs)
         if self.student_options.lora is not None:
             raise ConfigurationError("student.lora is set, and FlowMatching trains the whole network; set it to null")
+        if self.student_options.pretrained is not None:
+            raise ConfigurationError(
+                "student.pretrained is set, and FlowMatching trains the network of adapter.pretrained; set it to null"
+            )
         if train_text_encoders and self.ema_decay is not None:
             raise ConfigurationError(
                 "model.ema_decay averages the network and not the text encoders that train beside it; set ema_decay to null, "

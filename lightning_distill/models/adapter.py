@@ -30,7 +30,7 @@ from lightning_distill.models.sharded_networks import (
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_encoders import empty_encoder
 from lightning_distill.models.stored_weights import StoredWeights
-from lightning_distill.models.student import build_student, lora_config, student_config
+from lightning_distill.models.student import build_student, check_pretrained, lora_config, student_config
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
@@ -119,7 +119,9 @@ class DiffusersAdapter(ModelAdapter):
         self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
 
     def check_student(self, options: StudentOptions) -> None:
-        """Raise `ConfigurationError` where LoRA is asked for in layers that the transformer does not have."""
+        """Raise `ConfigurationError` where LoRA or a student to start from does not fit the transformer."""
+        if options.pretrained is not None:
+            check_pretrained(options, self.family.network_class, student_config(self._transformer_config(), options))
         if options.lora is not None:
             with torch.device("meta"):
                 network = self.family.network_class.from_config(self._transformer_config())
@@ -252,7 +254,7 @@ class DiffusersAdapter(ModelAdapter):
         if self.sharding is None:
             student, report = build_student(teacher, options)
         elif options.lora is None:
-            parts = self._stored(), self.sharding
+            parts = self._stored(options.pretrained), self.sharding
             student, report = build_sharded_student(self.family.network_class, dict(teacher.config), options, *parts)
         else:
             parts = self._stored(), self.sharding
@@ -266,8 +268,9 @@ class DiffusersAdapter(ModelAdapter):
             student: TwoTimeModel = self.family.network_class.from_config(student_config(self._transformer_config(), options))
         return student
 
-    def _stored(self) -> StoredWeights:
-        return stored_component(resolve_pretrained(self.pretrained), self.revision, "transformer")[0]
+    def _stored(self, other: str | None = None) -> StoredWeights:
+        where = (self.pretrained, self.revision) if other is None else (other, None)
+        return stored_component(resolve_pretrained(where[0]), where[1], "transformer")[0]
 
     def whole_copy(self, network: nn.Module) -> nn.Module:
         """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""

@@ -65,6 +65,8 @@ class StudentOptions:
         max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch.
         lora: None: every weight trains, in a copy of the teacher in float32. Else the student's weights are the teacher's own,
             in one memory, and low-rank updates and the time embedders train.
+        pretrained: None: the student starts as its teacher. Else a student that was exported before, whose weights it starts
+            with: a shipped name ("shapes-student"), a pipeline directory, or a hub id. Its own settings must be those above.
     """
 
     interval_embedding: Literal["zero", "clone"] = "zero"
@@ -74,6 +76,7 @@ class StudentOptions:
     gradient_checkpointing: bool = False
     max_drift: float = 0.1
     lora: LoraOptions | None = None
+    pretrained: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,11 @@ class ModelAdapter(nn.Module, ABC):
             raise ConfigurationError(
                 f"student.lora is set, and {type(self).__name__} makes students that train as a whole; set it to null"
             )
+        if options.pretrained is not None:
+            raise ConfigurationError(
+                f"student.pretrained is set, and {type(self).__name__} makes students that start as their teacher; set it to "
+                "null"
+            )
 
     @abstractmethod
     def load(self, encoders: bool = True) -> None:
@@ -180,7 +188,7 @@ class ModelAdapter(nn.Module, ABC):
         """A trainable copy of the teacher that takes (r, t), or, with LoRA, a network on the teacher's own weights.
 
         Returns:
-            The student, and how well its refitted time embedder follows the teacher's (None if it was not refitted).
+            The student, and how well its refitted time embedder follows the teacher's (None if it was not refitted here).
         """
 
     def whole_copy(self, network: nn.Module) -> nn.Module:

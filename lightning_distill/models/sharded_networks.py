@@ -34,7 +34,7 @@ def stored_component(pretrained: str, revision: str | None, name: str) -> tuple[
         return StoredWeights.of_component(directory / name), directory / name
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"adapter.pretrained is {pretrained!r}, whose {name} cannot be read in parts ({error}); convert it to safetensors"
+            f"the pipeline {pretrained!r} has a {name} that cannot be read in parts ({error}); convert it to safetensors"
         ) from error
 
 
@@ -88,11 +88,11 @@ def build_sharded_student(
         network_class: Of the family.
         teacher: The configuration of the teacher.
         options: Of the student.
-        weights: The teacher's.
+        weights: The teacher's, or those of the student that this one starts from.
         sharding: By which the student is spread over processes.
     """
     student = empty_network(network_class, student_config(teacher, options), weights)
-    embedders = empty_network(network_class, teacher, weights).timestep_embedders
+    embedders = empty_network(network_class, teacher, weights).timestep_embedders if options.pretrained is None else []
     report = start_from(embedders, student, options)
     let_train(student)
     sharding.shard(student, weights)

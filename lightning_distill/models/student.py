@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from peft import LoraConfig
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.lora_student import add_lora, build_over, lora_modules, time_prefixes
+from lightning_distill.models.registry import resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
@@ -19,13 +21,16 @@ def build_student(teacher: TwoTimeModel, options: StudentOptions) -> tuple[TwoTi
     Args:
         teacher: Frozen.
         options: Of the student. With LoRA, its parameters are the teacher's own objects, but for the time embedders and the
-            low-rank updates, which start without effect.
+            low-rank updates, which start without effect. With `pretrained`, it computes what that student does.
 
     Returns:
-        The student, and how well its refitted time embedders follow the teacher's (None if they were not refitted).
+        The student, and how well its refitted time embedders follow the teacher's (None if they were not refitted here).
     """
     config = student_config(teacher.config, options)
-    student = _copy(teacher, config) if options.lora is None else _over(teacher, config)
+    if options.pretrained is not None:
+        student = _read(options.pretrained, type(teacher)).to(teacher.device)
+    else:
+        student = _copy(teacher, config) if options.lora is None else _over(teacher, config)
     report = start_from(teacher.timestep_embedders, student, options)
     if options.lora is None:
         let_train(student)
@@ -69,14 +74,55 @@ class TwoTimeNetwork(Protocol):
 def start_from(
     embedders: Sequence[TwoTimeEmbedding], student: TwoTimeNetwork, options: StudentOptions
 ) -> SmoothTimeReport | None:
-    """Refit a student's time embedders to its teacher's, if they are to be smooth, and reset its interval input."""
+    """Refit a student's time embedders to its teacher's, if they are to be smooth, and reset its interval input.
+
+    One that starts with the weights of another student has them all already.
+    """
     report = None
-    if options.time_embedding == "smooth":
-        report = refit_embedders(embedders, student.timestep_embedders, options.derivative_penalty)
-    student.reset_interval_embedding()
+    if options.pretrained is None:
+        if options.time_embedding == "smooth":
+            report = refit_embedders(embedders, student.timestep_embedders, options.derivative_penalty)
+        student.reset_interval_embedding()
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return report
+
+
+def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel], config: Mapping[str, Any]) -> None:
+    """Refuse a student to start from that cannot be read, or is built otherwise than by this configuration.
+
+    Args:
+        options: With `pretrained`.
+        network_class: Of the family.
+        config: Of the student.
+
+    Raises:
+        ConfigurationError: If that is so.
+    """
+    pretrained = options.pretrained
+    if options.lora is not None:
+        raise ConfigurationError(
+            "student.lora and student.pretrained are both set, and low-rank updates start on the teacher's own weights; set "
+            "one of them to null"
+        )
+    try:
+        stored = network_class.load_config(resolve_pretrained(str(pretrained)), subfolder="transformer")
+    except OSError as error:
+        raise ConfigurationError(
+            f"student.pretrained is {pretrained!r}, whose transformer/config.json cannot be read; give a student's pipeline as "
+            "ExportPipeline writes it, or null to start as the teacher"
+        ) from error
+    if stored.get("interval_embedding", "none") == "none":
+        raise ConfigurationError(
+            f"student.pretrained is {pretrained!r}, whose transformer takes one time, as teachers do; give a student's "
+            "pipeline as ExportPipeline writes it, or null to start as the teacher"
+        )
+    for name, value in config.items():
+        if name in stored and stored[name] != value:
+            raise ConfigurationError(
+                f"student.pretrained is {pretrained!r}, whose {name} is {stored[name]!r} where this configuration has "
+                f"{value!r}; set adapter and student as it was trained with"
+            )
 
 
 def lora_config(network: TwoTimeModel, options: LoraOptions) -> LoraConfig:
@@ -103,6 +149,13 @@ def _copy(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if unexpected or not all(name.startswith(time_prefixes(student)) for name in missing):
         raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
+    return student
+
+
+def _read(pretrained: str, network_class: type[TwoTimeModel]) -> TwoTimeModel:
+    student: TwoTimeModel = network_class.from_pretrained(
+        resolve_pretrained(pretrained), subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True
+    )
     return student
 
 

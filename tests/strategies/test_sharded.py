@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_distill.models import DiffusersAdapter
+from lightning_distill.models.base import StudentOptions
 from tests.tiny import save_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +100,25 @@ def test_other_settings_equal_one_process(settings: list[str], strategy: str, pr
     one = train(tmp_path / "one", pretrained, *settings)
     two = train(tmp_path / "two", pretrained, "--strategy", strategy, "--devices", "2", *settings)
     assert largest_difference(one, two) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_students_that_start_from_another_equal_one_process(strategy: str, pretrained: str, tmp_path: Path) -> None:
+    adapter = DiffusersAdapter(pretrained)
+    adapter.check()
+    adapter.load()
+    student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions())
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.05
+    adapter.save_student(student, tmp_path / "student")
+    settings = ["--ema", "--student", str(tmp_path / "student")]
+    one = train(tmp_path / "one", pretrained, *settings)
+    two = train(tmp_path / "two", pretrained, "--strategy", strategy, "--devices", "2", *settings)
+    assert largest_difference(one, two) < 1e-5
+    moved = max((one[f"student.{name}"] - parameter).abs().max().item() for name, parameter in student.named_parameters())
+    assert moved < 0.01  # three steps of at most 0.001 each away from where it started
 
 
 @pytest.mark.slow

@@ -76,13 +76,14 @@ def method(
     critic_lora: int = 0,
     dtype: str = "float32",
     name: str = "MeanFlow",
+    student: str | None = None,
 ) -> Any:
     adapter = make_adapter(pretrained, torch_dtype=dtype)
     adapter.check()
     low_rank = LoraOptions(lora) if lora else None
     shared: dict[str, Any] = {
         "guidance": Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
-        "student": StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=low_rank),
+        "student": StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=low_rank, pretrained=student),
         "validation": ValidationOptions(nfe=(1,), average_velocity=bool(SameDraws.errors)),
         "ema_decay": 0.9 if ema else None,
         "optimizer": OPTIMIZERS[optimizer],
@@ -154,7 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
     seed_everything(0)
     gathered = Gathered()
     parts = arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
-    low_rank = arguments.lora, arguments.critic_lora, arguments.dtype, arguments.method
+    low_rank = arguments.lora, arguments.critic_lora, arguments.dtype, arguments.method, arguments.student
     SameDraws.errors = json.loads(arguments.errors)
     module = method(arguments.pretrained, arguments.solution, *parts, *low_rank)
     switch = SwitchSolution(threshold=0.5, guard_factor=None if arguments.unguarded else 2.0)
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--critic-lora", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--student")
     parser.add_argument("--errors", default="{}")
     parser.add_argument("--unguarded", action="store_true")
     parser.add_argument("--resume")
