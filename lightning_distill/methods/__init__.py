@@ -15,6 +15,7 @@ from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.scm import SCM
 from lightning_distill.methods.split_meanflow import SplitMeanFlow
 from lightning_distill.methods.tdm import TDM
+from lightning_distill.methods.timestep_rescaling import TimestepRescaling
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
 
@@ -36,6 +37,7 @@ __all__ = [
     "Objective",
     "SplitMeanFlow",
     "TeacherStudentBase",
+    "TimestepRescaling",
     "TrajectoryAlignment",
     "ValidationOptions",
     "WarmupCosine",

@@ -78,6 +78,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     """Modules that are never saved."""
     learns_velocity: ClassVar[bool] = True
     """Whether the student trains at r = t, where guidance of kind "improved" asks it."""
+    learns_rescaled_time: ClassVar[bool] = False
+    """Whether it teaches a student whose times are rescaled what they mean."""
     train_text_encoders: bool = False
     """Whether the text encoders train along; else the empty prompt is encoded once."""
 
@@ -183,6 +185,11 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     def check_student(self, options: StudentOptions) -> None:
         """Refuse a network of these options that the adapter cannot build or the trainer cannot place."""
         self.adapter.check_student(options)
+        if options.time_embedding == "rescaled" and options.pretrained is None and not self.learns_rescaled_time:
+            raise ConfigurationError(
+                "student.time_embedding is rescaled, and the teacher's weights were trained for other times; train a student "
+                "by TimestepRescaling first and name its export in student.pretrained"
+            )
         if options.lora is not None:
             check_lending(self.sharding)
 

@@ -57,7 +57,9 @@ class StudentOptions:
     Args:
         interval_embedding: "zero": the second time input starts without effect, so the student starts as the teacher.
             "clone": it starts as a copy of the timestep embedder (arXiv 2512.13006), and the student does not.
-        time_embedding: "smooth": refitted on features of bounded frequency. "original": the teacher's own.
+        time_embedding: "smooth": refitted on features of bounded frequency. "original": the teacher's own. "rescaled":
+            the teacher's own, fed times in [0, 1] in place of [0, 1000], which the student has to be taught: by
+            `TimestepRescaling`, from whose export other methods start.
         frequency_bound: Largest angular frequency of smooth features, in rad per unit of t.
         derivative_penalty: Weight of the squared derivative along t in the refit; larger is smoother and further from the
             teacher.
@@ -70,7 +72,7 @@ class StudentOptions:
     """
 
     interval_embedding: Literal["zero", "clone"] = "zero"
-    time_embedding: Literal["smooth", "original"] = "smooth"
+    time_embedding: Literal["smooth", "original", "rescaled"] = "smooth"
     frequency_bound: float = 6.2832
     derivative_penalty: float = 3e-4
     gradient_checkpointing: bool = False
@@ -152,7 +154,9 @@ class ModelAdapter(nn.Module, ABC):
 
     def time_frequency(self, options: StudentOptions) -> float:
         """Of the student's features of t, in rad per unit of t: what a difference in time must resolve."""
-        return options.frequency_bound if options.time_embedding == "smooth" else self.teacher_time_frequency
+        if options.time_embedding == "smooth":
+            return options.frequency_bound
+        return self.teacher_time_frequency / (1000 if options.time_embedding == "rescaled" else 1)
 
     @abstractmethod
     def check(self) -> None:
@@ -163,6 +167,10 @@ class ModelAdapter(nn.Module, ABC):
         if options.lora is not None:
             raise ConfigurationError(
                 f"student.lora is set, and {type(self).__name__} makes students that train as a whole; set it to null"
+            )
+        if options.time_embedding == "rescaled":
+            raise ConfigurationError(
+                f"student.time_embedding is rescaled, which {type(self).__name__} has not; choose smooth or original"
             )
         if options.pretrained is not None:
             raise ConfigurationError(

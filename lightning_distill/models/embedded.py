@@ -182,7 +182,7 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
             )
 
     def check_student(self, options: StudentOptions) -> None:
-        """Refuse LoRA, and students to start from: there are no weights to keep."""
+        """Refuse LoRA, other times, and students to start from: there are no weights to keep."""
         ModelAdapter.check_student(self, options)
 
     def encoding_settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.few_step_components import pipeline_arguments, student_pipeline
 from lightning_distill.models.two_time import TwoTimeModel
 
-TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound")
+TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound", "rescaled_time")
 
 
 def save_few_step_pipeline(
@@ -59,8 +59,8 @@ def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, direct
         ValueError: If a stock transformer cannot compute what the network computes.
     """
     config = network.config
-    if config.interval_embedding != "none" or config.time_frequency_bound is not None:
-        raise ValueError("this network takes two times or smooth time, which a stock pipeline cannot; save it as a student")
+    if config.interval_embedding != "none" or config.time_frequency_bound is not None or config.rescaled_time:
+        raise ValueError("this network takes two times, or time otherwise, which a stock pipeline cannot; save it as a student")
     stock_class = stock_network_class(type(network))
     with torch.device("meta"):
         stock = stock_class(

@@ -54,6 +54,7 @@ def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[
         "interval_embedding": options.interval_embedding,
         "time_frequency_bound": options.frequency_bound if smooth else None,
         "interval_frequency_bound": options.frequency_bound,
+        "rescaled_time": options.time_embedding == "rescaled",
     }
 
 
@@ -117,6 +118,7 @@ def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel],
             f"student.pretrained is {pretrained!r}, whose transformer takes one time, as teachers do; give a student's "
             "pipeline as ExportPipeline writes it, or null to start as the teacher"
         )
+    stored.setdefault("rescaled_time", False)  # of students from before there was a choice
     for name, value in config.items():
         if name in stored and stored[name] != value:
             raise ConfigurationError(

@@ -366,3 +366,22 @@ def test_latents_come_back_from_pictures(adapter: ModelAdapter) -> None:
     assert latents.shape == (2, *adapter.latent_shape(SIZE, SIZE))
     assert latents.dtype == torch.float32
     assert adapter.decode_latents(latents).shape == images.shape
+
+
+def test_rescaled_times_are_the_familys_own_but_a_thousand_times_slower(adapter: ModelAdapter) -> None:
+    options = StudentOptions(time_embedding="rescaled")
+    if not isinstance(adapter, DiffusersAdapter):
+        with pytest.raises(ConfigurationError, match="time_embedding is rescaled, which HunyuanImage3Adapter has not"):
+            adapter.check_student(options)
+        return
+    adapter.check_student(options)
+    teacher = adapter.load_teacher()
+    student, report = adapter.build_student(teacher, options)
+    assert report is None
+    t = torch.tensor([0.9, 0.6, 0.3])
+    pairs = list(zip(teacher.timestep_embedders, student.timestep_embedders, strict=True))
+    assert pairs
+    with torch.no_grad():
+        for own, rescaled in pairs:
+            torch.testing.assert_close(rescaled.embed_times(t, 0.4 * t), own.embed_times(t / 1000, 0.4 * t / 1000))
+            assert not torch.allclose(rescaled.embed_times(t, 0.4 * t), own.embed_times(t, 0.4 * t), rtol=1e-2)

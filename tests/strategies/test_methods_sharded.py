@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import save_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "SCM", "SplitMeanFlow"]
+METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "SCM", "SplitMeanFlow", "TimestepRescaling"]
 
 SCRIPT = """
 import sys
@@ -32,12 +32,13 @@ settings, batch_size = {
     "KnowledgeDistillation": ({"nfe": (1, 3), "solver_steps": 1}, 1),
     "SCM": ({}, 1),
     "SplitMeanFlow": ({"equal_fraction": 0.5}, 1),
+    "TimestepRescaling": ({"student": StudentOptions(time_embedding="rescaled"), "ema_decay": 0.9}, 1),
 }[name]
 adapter = DiffusersAdapter(pretrained)
 adapter.check()
 module = getattr(methods, name)(
-    adapter, guidance=methods.Guidance("two_branch", 2.0), student=StudentOptions(max_drift=1.0),
-    optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3), **settings,
+    adapter, guidance=methods.Guidance("two_branch", 2.0), optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+    **{"student": StudentOptions(max_drift=1.0), **settings},
 )
 trainer = Trainer(
     max_steps=6, accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_progress_bar=False,

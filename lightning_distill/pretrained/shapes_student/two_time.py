@@ -178,10 +178,12 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             through the same features (arXiv 2512.13006, section 4.2).
         time_frequency_bound: Bound in rad per unit of t of smooth time features, or None for the model's own.
         interval_frequency_bound: The same for the features of the interval t - r, under "zero".
+        rescaled_time: Whether the model's own features are fed a thousandth of its times, so that their angular frequencies
+            end at 1 rad per unit of t (arXiv 2512.13006, section 4.2.1); not with smooth ones.
         **kwargs: Of the stock class.
 
     Raises:
-        ValueError: If `interval_embedding` is none of these.
+        ValueError: If `interval_embedding` is none of these, or time is to be both smooth and rescaled.
     """
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder"]
@@ -200,15 +202,21 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         interval_embedding: str = "none",
         time_frequency_bound: float | None = None,
         interval_frequency_bound: float = 2 * torch.pi,
+        rescaled_time: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if interval_embedding not in ("none", "zero", "clone"):
             raise ValueError(f"interval_embedding is {interval_embedding!r}; choose 'none', 'zero' or 'clone'")
+        if rescaled_time and time_frequency_bound is not None:
+            raise ValueError("rescaled_time is of the model's own features of time; set time_frequency_bound to None")
         settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
         for name, stock in list(self.named_modules()):
             if (replacement := self.embedding_of(name.rpartition(".")[2])) is not None:
-                self.set_submodule(name, replacement(stock, self.own_features(name), *settings))
+                features = self.own_features(name)
+                if rescaled_time:
+                    features = ScaledTimeProjection(features, 1e-3)
+                self.set_submodule(name, replacement(stock, features, *settings))
 
     def unread_parts(self) -> list[str]:
         """Names of the parts in `unread`: no loss has a gradient for their weights, which DDP would wait for."""

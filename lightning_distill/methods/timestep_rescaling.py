@@ -1,0 +1,73 @@
+"""Timestep rescaling: the teacher, taught to a network that is fed times in [0, 1]."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import interpolate
+from lightning_distill.flow.times import TimeSampler, Uniform
+from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.models.base import Condition
+from lightning_distill.models.two_time import TwoTimeEmbedding
+
+
+class TimestepRescaling(TeacherStudentBase):
+    r"""Distillation of the teacher into a network of the same architecture that is fed t, not 1000 t (arXiv 2512.13006, 4.2.1).
+
+    .. math:: L = \mathrm{SmoothL1}(u(x_t, t, t), \tilde v(x_t, t)), \quad x_t = (1 - t) x_0 + t \, \text{noise}.
+
+    The derivative of such a network along t is tame, so that continuous-time methods can train it. What comes of this stage
+    takes as many steps as its teacher; a method whose `student.pretrained` names its export, with the same
+    `student.time_embedding`, makes it a student of few. `student.time_embedding: smooth` is the way without this stage.
+
+    The second time input has no effect yet and does not train.
+
+    Args:
+        time_sampler: Distribution of t.
+        **kwargs: Of `TeacherStudentBase`; `student.time_embedding` must be "rescaled".
+
+    Raises:
+        ConfigurationError: If the student's time embedding is another.
+    """
+
+    learns_rescaled_time: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, time_sampler: TimeSampler = Uniform(), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.student_options.time_embedding != "rescaled":
+            raise ConfigurationError(
+                f"student.time_embedding is {self.student_options.time_embedding}, and TimestepRescaling teaches students with "
+                "rescaled times; set it to rescaled"
+            )
+        self.time_sampler = time_sampler
+
+    def build_networks(self) -> None:
+        """Teacher and student, whose interval input rests."""
+        super().build_networks()
+        _rest(self.student)
+
+    def build_trained(self) -> nn.Module:
+        """A network like the student at its start."""
+        network = super().build_trained()
+        _rest(network)
+        return network
+
+    def objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """Ask both networks for the velocity at the same states."""
+        t = self.time_sampler(len(x0), x0.device)
+        x_t = interpolate(x0, torch.randn_like(x0), t)
+        guided = self.guided_condition(condition, len(x0))
+        target = self.teacher_velocity(x_t, t, guided)
+        v = self.average_velocity(x_t, t, t, guided)
+        error = (v.detach() - target).square().sum() / target.square().sum()
+        loss = smooth_l1_loss(v, target, reduction="none").flatten(1).mean(1)
+        return Objective(loss, t, {"relative_error": error.sqrt()})
+
+
+def _rest(network: nn.Module) -> None:
+    for part in network.modules():
+        if isinstance(part, TwoTimeEmbedding) and part.interval_embedder is not None:
+            part.interval_embedder.requires_grad_(False)
