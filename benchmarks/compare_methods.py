@@ -7,7 +7,6 @@ cost more have their due. Runs on record (`benchmarks/results/compare_methods/`)
 """
 
 import argparse
-import copy
 import datetime
 import json
 import math
@@ -15,17 +14,15 @@ import os
 import platform
 import random
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-import yaml
 from diffusers import AutoencoderKL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import events, full_config, run_config, stretched, train
 
 from lightning_distill.data.shapes import CATEGORIES, render, sample_scene
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
@@ -50,74 +47,10 @@ METHODS = {
     "knowledge_distillation": "shapes_knowledge_distillation.yaml",
 }
 STEPS = ("1", "2", "4", "8")
-STEP_SETTINGS = {
-    "max_steps",
-    "total_steps",
-    "warmup_steps",
-    "val_check_interval",
-    "earliest_step",
-    "latest_step",
-    "start_step",
-    "critic_warmup_steps",
-    "tangent_warmup_steps",
-}
-"""Settings that are numbers of optimizer steps, which a longer or shorter run stretches."""
 MINIATURE = 0.06
 FRECHET_PICTURES = 2560
 BATCH = 64
 SHARE_OF_TEACHER = 0.9
-
-
-def full_config(name: str) -> dict[str, Any]:
-    """Every setting of a shipped config, as the command line prints it."""
-    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", name, "--print_config"]
-    settings: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return settings
-
-
-def stretched(value: Any, factor: float) -> Any:
-    """Settings with all numbers of steps times a factor, at least 1 where they were."""
-    if isinstance(value, list):
-        return [stretched(each, factor) for each in value]
-    if not isinstance(value, dict):
-        return value
-
-    def new(name: str, each: Any) -> Any:
-        if name in STEP_SETTINGS and isinstance(each, int) and not isinstance(each, bool):
-            return max(1, round(factor * each)) if each else each
-        return stretched(each, factor)
-
-    return {name: new(name, each) for name, each in value.items()}
-
-
-def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Callable[[str], bool]) -> dict[str, Any]:
-    """Settings of a run: its seed, its directory, and of the callbacks those that are wanted."""
-    settings = copy.deepcopy(settings)
-    settings["seed_everything"] = settings["data"]["init_args"]["seed"] = seed
-    trainer = settings["trainer"]
-    trainer["default_root_dir"] = str(directory)
-    trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
-    trainer["callbacks"] = [each for each in trainer["callbacks"] if keep(each["class_path"].rsplit(".", 1)[-1])]
-    for callback in trainer["callbacks"]:
-        if callback["class_path"].endswith("ExportPipeline"):
-            callback["init_args"]["directory"] = str(directory / "student")
-    trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
-    return settings
-
-
-def train(settings: dict[str, Any], directory: Path) -> None:
-    """Run `fit` in a process of its own."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
-    with (directory / "log.txt").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
-
-
-def events(directory: Path) -> EventAccumulator:
-    """TensorBoard's data of the newest version in a directory."""
-    newest = max((directory / "logs").glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    return EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
 
 
 def seconds_per_step(config: dict[str, Any], directory: Path) -> float:

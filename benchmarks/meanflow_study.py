@@ -13,15 +13,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import full_config, train
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,13 +41,6 @@ steps in units of the demo's: those without alignment are cheaper, and all varia
 FROM_THE_START = {"lr": 2.5e-4, "p": 1.0}
 """Of the runs that are differential from the start: with the refitted time embedder they collapsed at the demo's learning rate
 of 2e-3, with its p of 0.5, and at 5e-4 after some 800 steps, where the original embedder, which learns more slowly, held."""
-
-
-def full_config(name: str) -> dict[str, Any]:
-    """Every setting of a shipped config, as the command line prints it."""
-    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", name, "--print_config"]
-    settings: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return settings
 
 
 def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Path) -> dict[str, Any]:
@@ -90,11 +81,7 @@ def run(settings: dict[str, Any], name: str, directory: Path) -> dict[str, Any]:
     """Train, unless the run is on record, and return its summary."""
     record = RECORDS / f"{name}.json"
     if not record.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(yaml.safe_dump(settings))
-        command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
-        with (directory / "log.txt").open("w") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log)
+        train(settings, directory)
         summary = json.loads((directory / "summary.json").read_text())
         logger = settings["trainer"]["logger"]["init_args"]
         found = {"summary": summary, "curves": read_curves(Path(logger["save_dir"]) / logger["name"])}

@@ -1,0 +1,216 @@
+"""What single settings of MeanFlow are worth on the embedded teacher: each variant differs from the same short recipe in one.
+
+`python benchmarks/ablations.py` trains every variant through the command line, for equally many steps over seeds, and writes
+`benchmarks/results/ablations.json` and a table, anew after every run. The recipe is the demo's without alignment, with
+`SwitchSolution` at a fixed step and no way back, so that a collapse is to be seen. Time embedders are compared where they
+matter: by the differential solution from the start. The rescaled one is taught first, by `TimestepRescaling`, for as many steps
+again. Runs on record (`benchmarks/results/ablations/`) are not repeated; remove the records after a change to the recipe.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training_runs import events, full_config, run_config, stretched, train
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RECORDS = RESULTS / "ablations"
+STEPS = ("1", "2", "4", "8")
+SWITCH_AT = 0.7
+"""Where the differential solution takes over, as a share of the run."""
+RESCALED = "rescaled"
+
+GAMMA = "lightning_distill.flow.losses.PowerLoss"
+ADAPTIVE = "lightning_distill.flow.losses.AdaptiveLoss"
+FROM_THE_START = {"solution": "differential", "optimizer.init_args.lr": 2.5e-4, "loss.init_args.p": 1.0}
+"""Higher rates make the smooth embedder's runs collapse when they are differential from the start."""
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "recipe": {"as it is": {}},
+    "loss": {
+        "gamma 1": {"loss": {"class_path": GAMMA, "init_args": {"gamma": 1.0}}},
+        "gamma 2": {"loss": {"class_path": GAMMA, "init_args": {"gamma": 2.0}}},
+        "adaptive, p 1": {"loss.init_args.p": 1.0},
+    },
+    "guidance": {
+        f"improved, kappa {kappa}": {
+            "guidance": {"kind": "improved", "scale": 2.0, "omega": 2.0 * (1 - kappa), "kappa": kappa},
+            "caption_dropout": 0.1,
+        }
+        for kappa in (0.0, 0.5, 0.9)
+    },
+    "interval input": {"a clone": {"student.interval_embedding": "clone"}},
+    "discrete sub-steps": {
+        f"the teacher in {count}": {"solution": "discrete", "solver_steps": count, "solver": "heun"} for count in (1, 2, 4, 8)
+    },
+    "switch": {f"at a share of {share}": {"switch": share} for share in (0.3, 0.5, 0.9, 1.0)},
+    "time embedder, differential from the start": {
+        "original": {**FROM_THE_START, "student.time_embedding": "original"},
+        **{
+            f"smooth, up to {factor} pi": {**FROM_THE_START, "student.frequency_bound": round(factor * math.pi, 4)}
+            for factor in (1, 2, 4, 16)
+        },
+        RESCALED: {**FROM_THE_START, "student.time_embedding": "rescaled"},
+    },
+}
+"""Variants by what they are about: settings of the model by their paths, and `switch`, a share of the run."""
+
+
+def assign(settings: dict[str, Any], path: str, value: Any) -> None:
+    """Set what a dotted path leads to; all but its end must be there."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        settings = settings[parent]
+    if name not in settings:
+        raise KeyError(f"there is no setting {path!r}")
+    settings[name] = copy.deepcopy(value)
+
+
+def variant_config(
+    demo: dict[str, Any], changes: Mapping[str, Any], steps: int, seed: int, directory: Path, pretrained: str | None = None
+) -> dict[str, Any]:
+    """The recipe's settings with those of a variant.
+
+    Args:
+        demo: Every setting of the demo.
+        changes: Of `GROUPS`.
+        steps: Optimizer steps.
+        seed: Of the run.
+        directory: Of the run.
+        pretrained: A student to start from.
+    """
+    kept = ("LearningRateMonitor", "SwitchSolution", "FinalReport")
+    settings = stretched(demo, steps / demo["trainer"]["max_steps"])
+    settings = run_config(settings, seed, directory, keep=lambda name: name in kept)
+    model = settings["model"]["init_args"]
+    model |= {"alignment": None}
+    at = round(changes.get("switch", SWITCH_AT) * steps)
+    for path, value in changes.items():
+        if path != "switch":
+            assign(model, path, value)
+    model["student"]["pretrained"] = pretrained
+    settings["trainer"] |= {"log_every_n_steps": 5, "val_check_interval": steps}
+    for callback in settings["trainer"]["callbacks"]:
+        name = callback["class_path"].rsplit(".", 1)[-1]
+        if name == "SwitchSolution":
+            callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
+        elif name == "FinalReport":
+            callback["init_args"]["diversity_seeds"] = 4
+    settings["trainer"]["callbacks"] = [
+        callback
+        for callback in settings["trainer"]["callbacks"]
+        if not callback["class_path"].endswith("SwitchSolution") or at < steps
+    ]
+    return settings
+
+
+def rescaled_student(steps: int, seed: int, directory: Path) -> str:
+    """Teach a student rescaled times, and return where its export is."""
+    if not (directory / "student").is_dir():
+        config = full_config("shapes_timestep_rescaling.yaml")
+        settings = stretched(config, steps / config["trainer"]["max_steps"])
+        train(run_config(settings, seed, directory, keep=lambda name: name == "ExportPipeline"), directory)
+    return str(directory / "student")
+
+
+def measure(name: str, changes: Mapping[str, Any], steps: int, seed: int, runs: Path) -> dict[str, Any]:
+    """Train a variant, unless the run is on record, and return what is recorded."""
+    file = "".join(letter if letter.isalnum() else "_" for letter in name)
+    record, directory = RECORDS / f"{file}-{seed}.json", runs / file / str(seed)
+    if not record.is_file():
+        pretrained = rescaled_student(steps, seed, directory / "rescaling") if name == RESCALED else None
+        train(variant_config(full_config("shapes_meanflow.yaml"), changes, steps, seed, directory, pretrained), directory)
+        summary, curves = json.loads((directory / "summary.json").read_text()), events(directory)
+        norms = [event.value for event in curves.Scalars("train/grad_norm")]
+        found = {
+            "steps": steps,
+            "accuracy": summary["student"],
+            "diversity": summary["diversity"]["student"],
+            "teacher": summary["teacher"],
+            "minutes": summary["minutes"],
+            "error": curves.Scalars("val/average_velocity_error")[-1].value,
+            "gradient_norm": {"median": statistics.median(norms), "largest": max(norms)},
+        }
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(found, indent=1) + "\n")
+    recorded: dict[str, Any] = json.loads(record.read_text())
+    return recorded
+
+
+def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over a variant's seeds, and the spread of accuracy; that of one seed is 0."""
+    accuracy = {n: [record["accuracy"][n] for record in records] for n in STEPS}
+    return {
+        "accuracy": {n: statistics.mean(values) for n, values in accuracy.items()},
+        "std": {n: statistics.stdev(values) if len(values) > 1 else 0.0 for n, values in accuracy.items()},
+        "diversity": statistics.mean(record["diversity"]["1"] for record in records),
+        "error": statistics.mean(record["error"] for record in records),
+        "gradient_norm": {
+            name: statistics.mean(record["gradient_norm"][name] for record in records) for name in ("median", "largest")
+        },
+        "minutes": statistics.mean(record["minutes"] for record in records),
+        "seeds": len(records),
+    }
+
+
+def table(groups: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
+    """Markdown: a row a variant, accuracies in percent."""
+    rows = [
+        "| | variant | 1 step | 2 steps | 4 steps | 8 steps | diversity at 1 | error of u | gradient norm, median | largest |",
+        "|---|---|" + "---:|" * 8,
+    ]
+    for group, variants in groups.items():
+        for name, found in variants.items():
+            spread = found["seeds"] > 1
+            cells = [f"{100 * found['accuracy'][n]:.1f}" + (f" ± {100 * found['std'][n]:.1f}" if spread else "") for n in STEPS]
+            norm = found["gradient_norm"]
+            cells += [f"{found['diversity']:.3f}", f"{found['error']:.3f}", f"{norm['median']:.2f}", f"{norm['largest']:.1f}"]
+            rows.append(f"| {group} | {name} | {' | '.join(cells)} |")
+            group = ""
+    return "\n".join(rows)
+
+
+def write(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], machine: str, steps: int) -> None:
+    """Write what the runs have come to."""
+    groups = {
+        group: {name: merge(records) for name, records in variants.items() if records} for group, variants in found.items()
+    }
+    groups = {group: variants for group, variants in groups.items() if variants}
+    first = next(records[0] for variants in found.values() for records in variants.values() if records)
+    date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+    result = {"date": date, "machine": machine, "steps": steps, "teacher": first["teacher"], "groups": groups}
+    (RESULTS / "ablations.json").write_text(json.dumps(result, indent=2) + "\n")
+    teacher = ", ".join(f"{100 * value:.1f} at {n}" for n, value in first["teacher"].items())
+    text = f"{date}, {machine}; {steps} steps a run\n\n{table(groups)}\n\nTeacher: {teacher}.\n"
+    (RESULTS / "ablations.md").write_text(text)
+
+
+def main() -> None:
+    """Run what is missing, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=900, help="optimizer steps of each run")
+    parser.add_argument("--seeds", type=int, default=2, help="seeds of each variant")
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), help="what to compare")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where runs go")
+    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    arguments = parser.parse_args()
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+        group: {name: [] for name in variants} for group, variants in GROUPS.items() if group in arguments.groups
+    }
+    for seed in range(arguments.seeds):  # seeds outside, so that an interrupted comparison has all variants
+        for group, variants in found.items():
+            for name, records in variants.items():
+                records.append(measure(name, GROUPS[group][name], arguments.steps, seed, arguments.runs))
+                print(group, "|", name, seed, records[-1]["accuracy"], flush=True)
+                write(found, arguments.machine, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Runs of `fit` by the scripts beside this file: settings of shipped configs with some of them changed, and curves."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+STEP_SETTINGS = {
+    "max_steps",
+    "total_steps",
+    "warmup_steps",
+    "val_check_interval",
+    "earliest_step",
+    "latest_step",
+    "start_step",
+    "critic_warmup_steps",
+    "tangent_warmup_steps",
+}
+"""Settings that are numbers of optimizer steps, which a longer or shorter run stretches."""
+
+
+def full_config(name: str) -> dict[str, Any]:
+    """Every setting of a shipped config, as the command line prints it."""
+    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", name, "--print_config"]
+    settings: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return settings
+
+
+def stretched(value: Any, factor: float) -> Any:
+    """Settings with all numbers of steps times a factor, at least 1 where they were."""
+    if isinstance(value, list):
+        return [stretched(each, factor) for each in value]
+    if not isinstance(value, dict):
+        return value
+
+    def new(name: str, each: Any) -> Any:
+        if name in STEP_SETTINGS and isinstance(each, int) and not isinstance(each, bool):
+            return max(1, round(factor * each)) if each else each
+        return stretched(each, factor)
+
+    return {name: new(name, each) for name, each in value.items()}
+
+
+def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Callable[[str], bool]) -> dict[str, Any]:
+    """Settings of a run: its seed, its directory, and of the callbacks those that are wanted."""
+    settings = copy.deepcopy(settings)
+    settings["seed_everything"] = settings["data"]["init_args"]["seed"] = seed
+    trainer = settings["trainer"]
+    trainer["default_root_dir"] = str(directory)
+    trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
+    trainer["callbacks"] = [each for each in trainer["callbacks"] if keep(each["class_path"].rsplit(".", 1)[-1])]
+    for callback in trainer["callbacks"]:
+        if callback["class_path"].endswith("ExportPipeline"):
+            callback["init_args"]["directory"] = str(directory / "student")
+    trainer |= {"enable_checkpointing": False, "enable_progress_bar": False}
+    return settings
+
+
+def train(settings: dict[str, Any], directory: Path) -> None:
+    """Run `fit` in a process of its own."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
+    with (directory / "log.txt").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+def events(directory: Path) -> EventAccumulator:
+    """TensorBoard's data of the newest version in a directory."""
+    newest = max((directory / "logs").glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    return EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
