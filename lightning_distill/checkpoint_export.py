@@ -85,6 +85,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
         guidance_scale=module.guidance.scale,
         steps=step,
         torch_dtype=str(getattr(module.adapter, "torch_dtype", "float32")),
+        started_from=module.student_options.pretrained,
     )
     target = export_student(module.adapter, student, directory, card, options.lora)
     rank_zero_info(f"Exported the student of {options.ckpt_path} to {target}")

@@ -38,6 +38,7 @@ class ModelCard:
         figures: Measured figures by name, such as "val/prompt_accuracy/nfe_4".
         notes: Further paragraphs, in Markdown.
         torch_dtype: Precision of the teacher's weights, which a LoRA student draws with.
+        started_from: Name, directory or hub id of the student whose weights this one started with, if it was not its teacher's.
     """
 
     method: str
@@ -51,6 +52,7 @@ class ModelCard:
     figures: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
     torch_dtype: str = "float32"
+    started_from: str | None = None
 
 
 def export_student(
@@ -193,6 +195,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
     facts = {
         "Method": card.method,
         "Teacher" if student else "Started from": _name(card.teacher),
+        **({} if card.started_from is None else {"Started from": _name(card.started_from)}),
         "Pictures": f"{card.height} x {card.width} pixels",
         "Guidance scale": f"{card.guidance_scale:g}",
         "Training steps": card.steps,

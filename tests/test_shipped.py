@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
+from safetensors.torch import load_file
 
 from lightning_distill.cli import main
 from lightning_distill.configuration import shipped_configs
@@ -102,6 +103,18 @@ def test_students_train(name: str) -> None:
     assert set(summary["teacher"]) == {"1", "2", "4", "8", "32"}
     assert set(summary["student"]) == {"1", "2", "4", "8"}
     assert Path("run/pictures.png").is_file()
+
+
+def test_a_second_stage_goes_on_from_the_shipped_student() -> None:
+    start = ["--model.student.pretrained=shapes-student", "--model.init_args.optimizer.init_args.lr=0"]
+    unaligned = ["--model.init_args.alignment.init_args.critic_warmup_steps=0"]
+    main(["fit", "--config", "shapes_meanflow_second_stage.yaml", *FEW, *ONE_PROCESS, *start, *unaligned])
+    stage = Path("runs/second_stage")
+    assert "| Started from | shapes-student |" in (stage / "student" / "README.md").read_text()
+    files = (path / "transformer" / "diffusion_pytorch_model.safetensors" for path in (STUDENT, stage / "student"))
+    before, after = map(load_file, files)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 METHODS = sorted(

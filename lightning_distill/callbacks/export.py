@@ -112,4 +112,5 @@ class ExportPipeline(Callback):
             figures={name: value for name, value in figures.items() if math.isfinite(value)},
             notes=self.notes,
             torch_dtype=str(getattr(module.adapter, "torch_dtype", "float32")),
+            started_from=module.student_options.pretrained,
         )
