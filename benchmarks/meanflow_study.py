@@ -1,4 +1,4 @@
-"""What the parts of the MeanFlow recipe are worth: five variants at the demo's budget, over seeds, and the full recipe once.
+"""What the parts of the MeanFlow recipe are worth: five variants at the demo's budget, over seeds, and the long one.
 
 `python benchmarks/meanflow_study.py` trains every variant through the command line, from the demo's config with a few settings
 changed, records each run's figures and curves in `benchmarks/results/meanflow_study/`, and writes `meanflow_study.json`, a
@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Of each variant: the step of the switch (None is the demo's own rule), the time embedder, the alignment, and the number of
 steps in units of the demo's: those without alignment are cheaper, and all variants are to have the same minutes."""
+LONG = {"full": "shapes_meanflow_full.yaml", "second_stage": "shapes_meanflow_second_stage.yaml"}
+"""Configs of the long runs by the names of their records; the second goes on from what the first has exported."""
 FROM_THE_START = {"lr": 2.5e-4, "p": 1.0}
 """Of the runs that are differential from the start: with the refitted time embedder they collapsed at the demo's learning rate
 of 2e-3, with its p of 0.5, and at 5e-4 after some 800 steps, where the original embedder, which learns more slowly, held."""
@@ -110,14 +112,18 @@ def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _with_long_runs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    long = {"full recipe": result["full"], "its second stage": result["second_stage"]}
+    return {**result["variants"], **{name: figures for name, figures in long.items() if figures}}
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures in Markdown: accuracy in percent, with the standard deviation over seeds."""
     rows = [
         "| variant | 1 step | 2 steps | 4 steps | 8 steps | diversity at 1 | minutes |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    named = {**result["variants"], **({"full recipe": result["full"]} if result["full"] else {})}
-    for name, figures in named.items():
+    for name, figures in _with_long_runs(result).items():
         several = len(result["each_seed"].get(name, ())) > 1  # one run has no spread
         cells = [
             f"{100 * figures['accuracy'][n]:.1f}" + (f" ± {100 * figures['std'][n]:.1f}" if several else "") for n in STEPS
@@ -135,8 +141,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Accuracy against steps, a line a variant."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     x = [int(n) for n in STEPS]
-    named = {**result["variants"], **({"full recipe": result["full"]} if result["full"] else {})}
-    for name, figures in named.items():
+    for name, figures in _with_long_runs(result).items():
         values, spread = ([figures[key][n] for n in STEPS] for key in ("accuracy", "std"))
         axes.errorbar(x, values, spread, marker="o", capsize=3, label=name.replace("_", " "))
     axes.plot(x, [result["teacher"][n] for n in STEPS], "k--", marker="s", label="teacher")
@@ -177,7 +182,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
-    parser.add_argument("--no-full", action="store_true", help="leave the full recipe out")
+    parser.add_argument("--no-full", action="store_true", help="leave both stages of the full recipe out")
     arguments = parser.parse_args()
     demo, runs = full_config("shapes_meanflow.yaml"), arguments.runs
     seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
@@ -188,9 +193,14 @@ def main() -> None:
             print(variant, seed, run(settings, f"{variant}-{seed}", directory)["student"], flush=True)
             write(arguments.machine)
     if not arguments.no_full:
-        settings = full_config("shapes_meanflow_full.yaml")
-        print("full", run(settings, "full", Path(settings["trainer"]["default_root_dir"]))["student"], flush=True)
-        write(arguments.machine)
+        for name, config in LONG.items():
+            settings = full_config(config)
+            print(name, run(settings, name, Path(settings["trainer"]["default_root_dir"]))["student"], flush=True)
+            write(arguments.machine)
+
+
+def _long_run(record: Path) -> dict[str, Any]:
+    return merge([json.loads(record.read_text())["summary"]]) if record.is_file() else {}
 
 
 def write(machine: str) -> None:
@@ -200,7 +210,6 @@ def write(machine: str) -> None:
         for path in sorted(RECORDS.glob(f"{variant}-*.json")):
             found.setdefault(variant, {})[int(path.stem.rpartition("-")[2])] = json.loads(path.read_text())
     summaries = {variant: {seed: one["summary"] for seed, one in records.items()} for variant, records in found.items()}
-    full = RECORDS / "full.json"
     first = next(iter(next(iter(summaries.values())).values()))
     result = {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
@@ -209,7 +218,7 @@ def write(machine: str) -> None:
         "teacher": first["teacher"],
         "teacher_diversity": first["diversity"]["teacher"]["32"],
         "variants": {variant: merge(list(each.values())) for variant, each in summaries.items()},
-        "full": merge([json.loads(full.read_text())["summary"]]) if full.is_file() else {},
+        **{name: _long_run(RECORDS / f"{name}.json") for name in LONG},
         "each_seed": {v: {seed: summary["student"] for seed, summary in each.items()} for v, each in summaries.items()},
     }
     (RESULTS / "meanflow_study.json").write_text(json.dumps(result, indent=2) + "\n")
