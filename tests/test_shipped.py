@@ -74,8 +74,7 @@ def test_teacher_draws_what_its_card_says() -> None:
 def test_student_draws_in_few_steps_what_its_card_says() -> None:
     """Loaded as anyone loads it, with the code in its directory."""
     stated = {
-        int(n): float(v)
-        for n, v in re.findall(r"val/prompt_accuracy/nfe_(\d+) \| ([\d.]+)", (STUDENT / "README.md").read_text())
+        int(n): float(v) for n, v in re.findall(r"student/accuracy/nfe_(\d+) \| ([\d.]+)", (STUDENT / "README.md").read_text())
     }
     assert set(stated) == {1, 2, 4, 8}
     pipeline = DiffusionPipeline.from_pretrained(STUDENT, trust_remote_code=True)
