@@ -29,8 +29,7 @@ SWITCH_AT = 0.7
 RESCALED = "rescaled"
 
 GAMMA = "lightning_distill.flow.losses.PowerLoss"
-ADAPTIVE = "lightning_distill.flow.losses.AdaptiveLoss"
-FROM_THE_START = {"solution": "differential", "optimizer.init_args.lr": 2.5e-4, "loss.init_args.p": 1.0}
+FROM_THE_START = {"switch": 1.0, "solution": "differential", "optimizer.init_args.lr": 2.5e-4, "loss.init_args.p": 1.0}
 """Higher rates make the smooth embedder's runs collapse when they are differential from the start."""
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"as it is": {}},
@@ -86,12 +85,12 @@ def variant_config(
         directory: Of the run.
         pretrained: A student to start from.
     """
-    kept = ("LearningRateMonitor", "SwitchSolution", "FinalReport")
+    at = round(changes.get("switch", SWITCH_AT) * steps)
+    kept = ("LearningRateMonitor", "FinalReport", *(("SwitchSolution",) if at < steps else ()))
     settings = stretched(demo, steps / demo["trainer"]["max_steps"])
     settings = run_config(settings, seed, directory, keep=lambda name: name in kept)
     model = settings["model"]["init_args"]
     model |= {"alignment": None}
-    at = round(changes.get("switch", SWITCH_AT) * steps)
     for path, value in changes.items():
         if path != "switch":
             assign(model, path, value)
@@ -103,11 +102,6 @@ def variant_config(
             callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
         elif name == "FinalReport":
             callback["init_args"]["diversity_seeds"] = 4
-    settings["trainer"]["callbacks"] = [
-        callback
-        for callback in settings["trainer"]["callbacks"]
-        if not callback["class_path"].endswith("SwitchSolution") or at < steps
-    ]
     return settings
 
 
@@ -120,13 +114,13 @@ def rescaled_student(steps: int, seed: int, directory: Path) -> str:
     return str(directory / "student")
 
 
-def measure(name: str, changes: Mapping[str, Any], steps: int, seed: int, runs: Path) -> dict[str, Any]:
+def measure(demo: dict[str, Any], name: str, changes: Mapping[str, Any], steps: int, seed: int, runs: Path) -> dict[str, Any]:
     """Train a variant, unless the run is on record, and return what is recorded."""
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
     record, directory = RECORDS / f"{file}-{seed}.json", runs / file / str(seed)
     if not record.is_file():
         pretrained = rescaled_student(steps, seed, directory / "rescaling") if name == RESCALED else None
-        train(variant_config(full_config("shapes_meanflow.yaml"), changes, steps, seed, directory, pretrained), directory)
+        train(variant_config(demo, changes, steps, seed, directory, pretrained), directory)
         summary, curves = json.loads((directory / "summary.json").read_text()), events(directory)
         norms = [event.value for event in curves.Scalars("train/grad_norm")]
         found = {
@@ -201,13 +195,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where runs go")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
     arguments = parser.parse_args()
+    demo = full_config("shapes_meanflow.yaml")
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         group: {name: [] for name in variants} for group, variants in GROUPS.items() if group in arguments.groups
     }
     for seed in range(arguments.seeds):  # seeds outside, so that an interrupted comparison has all variants
         for group, variants in found.items():
             for name, records in variants.items():
-                records.append(measure(name, GROUPS[group][name], arguments.steps, seed, arguments.runs))
+                records.append(measure(demo, name, GROUPS[group][name], arguments.steps, seed, arguments.runs))
                 print(group, "|", name, seed, records[-1]["accuracy"], flush=True)
                 write(found, arguments.machine, arguments.steps)
 

@@ -45,14 +45,14 @@ class TimestepRescaling(TeacherStudentBase):
         self.time_sampler = time_sampler
 
     def build_networks(self) -> None:
-        """Teacher and student, whose interval input rests."""
+        """Teacher and student, whose interval input is frozen."""
         super().build_networks()
-        _rest(self.student)
+        _freeze_interval_embedders(self.student)
 
     def build_trained(self) -> nn.Module:
         """A network like the student at its start."""
         network = super().build_trained()
-        _rest(network)
+        _freeze_interval_embedders(network)
         return network
 
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
@@ -67,7 +67,7 @@ class TimestepRescaling(TeacherStudentBase):
         return Objective(loss, t, {"relative_error": error.sqrt()})
 
 
-def _rest(network: nn.Module) -> None:
+def _freeze_interval_embedders(network: nn.Module) -> None:
     for part in network.modules():
         if isinstance(part, TwoTimeEmbedding) and part.interval_embedder is not None:
             part.interval_embedder.requires_grad_(False)

@@ -268,9 +268,10 @@ class DiffusersAdapter(ModelAdapter):
             student: TwoTimeModel = self.family.network_class.from_config(student_config(self._transformer_config(), options))
         return student
 
-    def _stored(self, other: str | None = None) -> StoredWeights:
-        where = (self.pretrained, self.revision) if other is None else (other, None)
-        return stored_component(resolve_pretrained(where[0]), where[1], "transformer")[0]
+    def _stored(self, student: str | None = None) -> StoredWeights:
+        if student is not None:
+            return stored_component(resolve_pretrained(student), None, "transformer", "student.pretrained")[0]
+        return stored_component(resolve_pretrained(self.pretrained), self.revision, "transformer")[0]
 
     def whole_copy(self, network: nn.Module) -> nn.Module:
         """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""

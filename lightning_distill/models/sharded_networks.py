@@ -18,7 +18,9 @@ from lightning_distill.models.student import let_train, lora_config, start_from,
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
 
-def stored_component(pretrained: str, revision: str | None, name: str) -> tuple[StoredWeights, Path]:
+def stored_component(
+    pretrained: str, revision: str | None, name: str, setting: str = "adapter.pretrained"
+) -> tuple[StoredWeights, Path]:
     """The weights of a part of a pipeline, in a directory or, once downloaded, in the hub's cache, and the part's directory.
 
     Raises:
@@ -34,7 +36,7 @@ def stored_component(pretrained: str, revision: str | None, name: str) -> tuple[
         return StoredWeights.of_component(directory / name), directory / name
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"the pipeline {pretrained!r} has a {name} that cannot be read in parts ({error}); convert it to safetensors"
+            f"{setting} is {pretrained!r}, whose {name} cannot be read in parts ({error}); convert it to safetensors"
         ) from error
 
 

@@ -132,6 +132,11 @@ def test_configuration_survives_a_directory(tmp_path: Path) -> None:
         assert torch.equal(loaded(timestep=t, timestep_r=r, guidance=guidance, **given)[0], before)
 
 
+def test_time_is_not_both_smooth_and_rescaled() -> None:
+    with pytest.raises(ValueError, match="rescaled_time is of the model's own features"):
+        student(time_frequency_bound=5.0, rescaled_time=True)
+
+
 # Precision
 
 
