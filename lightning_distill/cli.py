@@ -27,6 +27,7 @@ import lightning_distill.strategies  # noqa: F401  # these are imported so that 
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
+from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
 from lightning_distill.checkpoint_export import CheckpointExport, export_checkpoint
 from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
 from lightning_distill.errors import ConfigurationError, NonFiniteError
@@ -34,7 +35,7 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.planning import PlanOptions, plan
 from lightning_distill.precompute import PrecomputeOptions, precompute
 
-ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite)
+ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite, JointTermination)
 
 
 class NamedConfig(ActionConfigFile):
@@ -366,8 +367,9 @@ def main(args: Sequence[str] | None = None) -> None:
         _end(found, 2)
     except NonFiniteError as error:
         _end(error, 1)
-    except SIGTERMException:
-        sys.exit(143)  # 128 + SIGTERM: Lightning would end with 0, as if the run were complete
+    except SIGTERMException as terminated:
+        # Lightning's own has no code, and would end with 0, as if the run were complete.
+        sys.exit(EXIT_CODE if terminated.code is None else terminated.code)
 
 
 def _configuration_error(error: BaseException | None) -> ConfigurationError | None:

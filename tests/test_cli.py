@@ -8,10 +8,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.random_state import RandomState
-from lightning_distill.callbacks.sanity import StopOnNonFinite
-from lightning_distill.cli import DistillCLI, main
+from lightning_distill.cli import ALWAYS, DistillCLI, main
 from tests.toy import read_losses
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +98,7 @@ def test_fit_trains_with_the_callbacks_that_every_run_has():
     cli = DistillCLI(["fit", "--config", "top.yaml"])
     assert len(read_losses("losses.jsonl")) == 3
     kinds = [type(callback) for callback in cli.trainer.callbacks]
-    assert all(kinds.count(kind) == 1 for kind in (RandomState, OptimizerSettings, StopOnNonFinite))
+    assert all(kinds.count(kind) == 1 for kind in ALWAYS)
 
 
 def test_a_listed_callback_is_not_added_again():

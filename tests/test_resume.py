@@ -1,6 +1,8 @@
 """A resumed run repeats the interrupted one, loss for loss."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -119,10 +121,22 @@ def command(directory: Path, *further: str) -> list[str]:
     ]
 
 
-def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signals) -> int:
-    """Run a command in a process of its own, send it a signal once it has trained some steps, and return its exit code."""
+def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signals, whole_group: bool = False) -> int:
+    """Run a command in a process of its own, send it a signal once it has trained some steps, and return its exit code.
+
+    Args:
+        arguments: Of the command.
+        losses: File of a line a step and process.
+        after: How many lines to wait for.
+        sent: The signal.
+        whole_group: Whether processes that the command has started get it too.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_distill", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "lightning_distill", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
@@ -130,10 +144,14 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
             assert process.poll() is None, "the run ended before it was interrupted"
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.02)
-        process.send_signal(sent)
+        if whole_group:
+            os.killpg(process.pid, sent)
+        else:
+            process.send_signal(sent)
         return process.wait(60)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*was saved under other settings")
@@ -156,6 +174,21 @@ def test_resume_is_exact_after_a_signal(tmp_path, sent, code):
         assert len(before) + len(after) == 15
     else:
         assert 15 <= len(before) + len(after) <= 17
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["first process", "all processes"])
+def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, whole_group):
+    """A scheduler signals every process of a job, `kill` the first alone."""
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
+    arguments = command(tmp_path, *ddp, "--trainer.callbacks.every_n_train_steps=100")  # nothing but the signal saves
+    losses = tmp_path / "losses.jsonl"
+    assert interrupt([*arguments, "--model.pause=0.2"], losses, 8, signal.SIGTERM, whole_group) == 143
+    before = len(losses.read_text().splitlines())
+    assert 8 <= before < 30
+    losses.unlink()
+    resumed = [*arguments, "--ckpt_path=last"]
+    subprocess.run([sys.executable, "-m", "lightning_distill", *resumed], cwd=ROOT, check=True, capture_output=True)
+    assert before + len(losses.read_text().splitlines()) == 30
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.report import FinalReport
 from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.callbacks.switch import SwitchSolution
+from lightning_distill.callbacks.termination import JointTermination
 
 __all__ = [
     "AtomicCheckpoint",
     "DistillProgressBar",
     "ExportPipeline",
     "FinalReport",
+    "JointTermination",
     "LearningRateMonitor",
     "LogPictures",
     "OptimizerSettings",
