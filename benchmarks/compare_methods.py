@@ -1,9 +1,10 @@
 """Every method on the embedded teacher, with the same data, minutes and measures: which one for how many steps.
 
-`python benchmarks/compare_methods.py` trains each method from its shipped config through the command line, for as long as
-`--minutes` says, over seeds, and writes `benchmarks/results/compare_methods.json`, a table and plots, anew after every run.
-How many steps fit the minutes is found by a miniature of the whole run, with all its phases, so that methods whose later steps
-cost more have their due. Runs on record (`benchmarks/results/compare_methods/`) are not repeated. Run it on an idle machine.
+`python benchmarks/compare_methods.py` trains each method from its shipped config through the command line, for as many steps as
+`--minutes` hold, over seeds, and writes `benchmarks/results/compare_methods.json`, a table and plots, anew after every run.
+What a step costs is found first, of all methods in turn, by a miniature of the whole run, with all its phases, so that methods
+whose later steps cost more have their due. These costs are of one idle machine and go on record, as the runs do, in
+`benchmarks/results/compare_methods/`; nothing on record is repeated, so runs may be made at other times, on other machines.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDS = RESULTS / "compare_methods"
+COSTS = RECORDS / "costs.json"
 METHODS = {
     "meanflow": "shapes_meanflow.yaml",
     "split_meanflow": "shapes_split_meanflow.yaml",
@@ -70,12 +72,28 @@ def seconds_per_step(config: dict[str, Any], directory: Path) -> float:
     return statistics.mean(batch / rate for rate in rates[1:])  # the first one is slow
 
 
-def measure(name: str, config: dict[str, Any], seed: int, minutes: float, directory: Path) -> dict[str, Any]:
-    """Train for so many minutes, unless the run is on record, and return what is recorded."""
+def costs(configs: Mapping[str, dict[str, Any]], machine: str, directory: Path) -> dict[str, float]:
+    """Seconds of a step of each method; measured in one go, unless they are on record.
+
+    Raises:
+        SystemExit: If the record lacks a method.
+    """
+    if not COSTS.is_file():
+        found = {name: round(seconds_per_step(config, directory / name), 4) for name, config in configs.items()}
+        date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
+        RECORDS.mkdir(parents=True, exist_ok=True)
+        COSTS.write_text(json.dumps({"date": date, "machine": machine, "seconds_per_step": found}, indent=1) + "\n")
+    recorded: dict[str, float] = json.loads(COSTS.read_text())["seconds_per_step"]
+    if missing := sorted(configs.keys() - recorded.keys()):
+        raise SystemExit(f"{COSTS} has no cost of {', '.join(missing)}; remove it, and all costs are measured anew")
+    return recorded
+
+
+def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: str, directory: Path) -> dict[str, Any]:
+    """Train for so many steps, unless the run is on record, and return what is recorded."""
     record = RECORDS / f"{name}-{seed}.json"
     if not record.is_file():
-        step = seconds_per_step(config, directory / "miniature")
-        factor = 60 * minutes / (step * config["trainer"]["max_steps"])
+        factor = steps / config["trainer"]["max_steps"]
         unwanted = ("AtomicCheckpoint", "LogPictures", "DistillProgressBar")
         settings = run_config(stretched(config, factor), seed, directory, keep=lambda callback: callback not in unwanted)
         settings["model"]["init_args"]["validation"] |= {"nfe": [int(n) for n in STEPS]}
@@ -83,11 +101,12 @@ def measure(name: str, config: dict[str, Any], seed: int, minutes: float, direct
         summary = json.loads((directory / "summary.json").read_text())
         curves = events(directory)
         found = {
+            "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+            "machine": machine,
             "summary": summary,
             "steps": settings["trainer"]["max_steps"],
-            "seconds_per_step": 60 * summary["minutes"] / settings["trainer"]["max_steps"],
             "frechet": frechet(directory / "student"),
-            "curve": accuracy_over_minutes(curves),
+            "curve": accuracy_over_run(curves),
         }
         RECORDS.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(found, indent=1) + "\n")
@@ -95,12 +114,13 @@ def measure(name: str, config: dict[str, Any], seed: int, minutes: float, direct
     return recorded
 
 
-def accuracy_over_minutes(curves: EventAccumulator) -> dict[str, list[tuple[float, float]]]:
-    """Minutes since the first logged step, and accuracy there, by number of steps of the student."""
+def accuracy_over_run(curves: EventAccumulator) -> dict[str, list[tuple[float, float]]]:
+    """Share of the run's time from its first logged step to its last validation, and accuracy there, by number of steps."""
     start = curves.Scalars("perf/samples_per_second")[0].wall_time
+    whole = max(curves.Scalars(f"val/prompt_accuracy/nfe_{n}")[-1].wall_time for n in STEPS) - start
     return {
         n: [
-            (round((event.wall_time - start) / 60, 3), round(event.value, 4))
+            (round((event.wall_time - start) / whole, 4), round(event.value, 4))
             for event in curves.Scalars(f"val/prompt_accuracy/nfe_{n}")
         ]
         for n in STEPS
@@ -135,22 +155,24 @@ def frechet(pipeline: str | Path, pictures: int = FRECHET_PICTURES) -> dict[str,
     return found
 
 
-def minutes_to(curve: list[tuple[float, float]], accuracy: float) -> float | None:
-    """When a curve of (minutes, accuracy) has first reached an accuracy, if it has."""
-    return next((minutes for minutes, value in curve if value >= accuracy), None)
+def share_to(curve: list[tuple[float, float]], accuracy: float) -> float | None:
+    """When a curve of (share of the run, accuracy) has first reached an accuracy, if it has."""
+    return next((share for share, value in curve if value >= accuracy), None)
 
 
-def merge(records: list[dict[str, Any]], teacher: float) -> dict[str, dict[str, Any]]:
+def merge(records: list[dict[str, Any]], teacher: float, cost: float, minutes: float) -> dict[str, dict[str, Any]]:
     """A method's figures over its seeds, by number of steps; the spread of one seed is 0.
 
     Args:
         records: Of the seeds.
         teacher: The teacher's accuracy at its full number of steps.
+        cost: Seconds a training step.
+        minutes: Of a run.
     """
     merged = {}
     for n in STEPS:
         accuracy = [record["summary"]["student"][n] for record in records]
-        reached = [minutes_to(record["curve"][n], SHARE_OF_TEACHER * teacher) for record in records]
+        reached = [share_to(record["curve"][n], SHARE_OF_TEACHER * teacher) for record in records]
         merged[n] = {
             "mean": statistics.mean(accuracy),
             "std": statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
@@ -160,8 +182,8 @@ def merge(records: list[dict[str, Any]], teacher: float) -> dict[str, dict[str, 
                 category: statistics.mean(record["summary"]["categories"]["student"][n][category] for record in records)
                 for category in CATEGORIES
             },
-            "seconds_per_step": statistics.mean(record["seconds_per_step"] for record in records),
-            "minutes_to_teacher": None if None in reached else statistics.mean(value for value in reached if value is not None),
+            "seconds_per_step": cost,
+            "minutes_to_teacher": None if None in reached else minutes * statistics.mean(x for x in reached if x is not None),
         }
     return merged
 
@@ -201,12 +223,13 @@ def plot_steps(result: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_minutes(records: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_minutes(records: Mapping[str, list[dict[str, Any]]], minutes: float, path: Path) -> None:
     """Validation accuracy over training time at one, two and four steps, of each method's first seed."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for axes, n in zip(panels, ("1", "2", "4"), strict=True):
         for name, found in records.items():
-            axes.plot(*zip(*found[0]["curve"][n], strict=True), marker=".", label=name.replace("_", " "))
+            shares, accuracy = zip(*found[0]["curve"][n], strict=True)
+            axes.plot([minutes * share for share in shares], accuracy, marker=".", label=name.replace("_", " "))
         axes.set(xlabel="minutes", title=f"{n} step{'' if n == '1' else 's'}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("prompt accuracy")
@@ -215,8 +238,9 @@ def plot_minutes(records: Mapping[str, list[dict[str, Any]]], path: Path) -> Non
     plt.close(figure)
 
 
-def write(machine: str, minutes: float) -> None:
+def write(minutes: float) -> None:
     """Write what the runs on record have come to."""
+    cost = json.loads(COSTS.read_text())
     records: dict[str, list[dict[str, Any]]] = {}
     for name in METHODS:
         paths = sorted(RECORDS.glob(f"{name}-*.json"), key=lambda path: int(path.stem.rpartition("-")[2]))
@@ -226,37 +250,47 @@ def write(machine: str, minutes: float) -> None:
     teacher = first["teacher"]
     result: dict[str, Any] = {
         "run": {
-            "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-            "machine": machine,
+            "date": max(record["date"] for found in records.values() for record in found),
+            "machine": cost["machine"],
+            "run_on": sorted({record["machine"] for found in records.values() for record in found}),
             "minutes": minutes,
             "seeds": {name: len(found) for name, found in records.items()},
             "teacher": teacher,
             "teacher_diversity": max(first["diversity"]["teacher"].values()),
         },
-        **{name: merge(found, max(teacher.values())) for name, found in records.items()},
+        **{
+            name: merge(found, max(teacher.values()), cost["seconds_per_step"][name], minutes)
+            for name, found in records.items()
+        },
     }
     (RESULTS / "compare_methods.json").write_text(json.dumps(result, indent=2) + "\n")
-    heading = f"{result['run']['date']}, {machine}; {minutes:g} minutes a run; seeds {result['run']['seeds']}"
+    run = result["run"]
+    heading = (
+        f"{run['date']}; {minutes:g} minutes a run at the costs of a step on {run['machine']}, run on "
+        f"{', '.join(run['run_on'])}; seeds {run['seeds']}"
+    )
     (RESULTS / "compare_methods.md").write_text(f"{heading}\n\n{table(result)}\n")
     plot_steps(result, RESULTS / "compare_methods.png")
-    plot_minutes(records, RESULTS / "compare_methods_minutes.png")
+    plot_minutes(records, minutes, RESULTS / "compare_methods_minutes.png")
 
 
 def main() -> None:
     """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="of training with its validations, for each run")
+    parser.add_argument("--minutes", type=float, default=7.5, help="of training for each run, at the costs on record")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each method")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to run")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="where runs go")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
     arguments = parser.parse_args()
-    configs = {name: full_config(METHODS[name]) for name in arguments.methods}
+    configs = {name: full_config(config) for name, config in METHODS.items()}
+    seconds = costs(configs, arguments.machine, arguments.runs / "costs")
     for seed in range(arguments.seeds):  # seeds outside, so that an interrupted comparison has all methods
-        for name, config in configs.items():
-            found = measure(name, config, seed, arguments.minutes, arguments.runs / name / str(seed))
+        for name in arguments.methods:
+            steps = round(60 * arguments.minutes / seconds[name])
+            found = measure(name, configs[name], seed, steps, arguments.machine, arguments.runs / name / str(seed))
             print(name, seed, found["summary"]["student"], flush=True)
-            write(arguments.machine, arguments.minutes)
+            write(arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The settings of the comparison's runs, and what becomes of their figures; the runs themselves take hours."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,9 +34,10 @@ def record(one_step: float, reached: float) -> dict[str, Any]:
             "diversity": {"student": dict.fromkeys(accuracy, 0.3), "teacher": {"32": 0.4}},
             "categories": {"student": {n: dict.fromkeys(CATEGORIES, value) for n, value in accuracy.items()}},
         },
-        "seconds_per_step": 0.5,
+        "date": "2026-01-01",
+        "machine": "one",
         "frechet": dict.fromkeys(accuracy, 2.0),
-        "curve": {n: [(1.0, 0.1), (reached, 0.85)] for n in accuracy},
+        "curve": {n: [(0.1, 0.1), (reached, 0.85)] for n in accuracy},
     }
 
 
@@ -59,13 +61,38 @@ def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
 
 
 def test_figures_of_seeds_are_merged_and_shown(script) -> None:
-    merged = script.merge([record(0.4, 2.0), record(0.6, 4.0)], teacher=0.9)
+    merged = script.merge([record(0.4, 0.25), record(0.6, 0.5)], teacher=0.9, cost=0.5, minutes=8)
     assert merged["1"]["mean"] == pytest.approx(0.5)
     assert merged["1"]["std"] == pytest.approx(0.1414, abs=1e-4)
     assert merged["1"]["minutes_to_teacher"] == pytest.approx(3.0)
     assert merged["1"]["seconds_per_step"] == 0.5
-    never = script.merge([record(0.4, 2.0), {**record(0.6, 4.0), "curve": {n: [(1.0, 0.2)] for n in "1248"}}], 0.9)
+    never = script.merge([record(0.4, 0.25), {**record(0.6, 1.0), "curve": {n: [(1.0, 0.2)] for n in "1248"}}], 0.9, 0.5, 8)
     assert never["1"]["minutes_to_teacher"] is None
     text = script.table({"run": {"teacher": {"32": 0.9}}, "imm": merged})
     assert "| imm | 1 | 50.0 |" in text
     assert "| 50.0 ± 14.1 | 0.300 | 2.00 | 0.500 | 3.0 |" in text
+
+
+def test_runs_on_record_make_the_results_at_the_costs_on_record(script, tmp_path, monkeypatch) -> None:
+    records = tmp_path / "compare_methods"
+    for name, value in (("RESULTS", tmp_path), ("RECORDS", records), ("COSTS", records / "costs.json")):
+        monkeypatch.setattr(script, name, value)
+    records.mkdir()
+    seconds = {"imm": 0.5, "tdm": 0.25}
+    (records / "costs.json").write_text(json.dumps({"date": "2026-01-01", "machine": "one", "seconds_per_step": seconds}))
+    (records / "imm-0.json").write_text(json.dumps(record(0.4, 0.25)))
+    (records / "tdm-0.json").write_text(json.dumps({**record(0.6, 0.5), "date": "2026-01-02", "machine": "another"}))
+    script.write(8.0)
+    result = json.loads((tmp_path / "compare_methods.json").read_text())
+    assert (result["run"]["date"], result["run"]["machine"], result["run"]["run_on"]) == (
+        "2026-01-02",
+        "one",
+        ["another", "one"],
+    )
+    assert (result["tdm"]["1"]["mean"], result["tdm"]["1"]["seconds_per_step"]) == (0.6, 0.25)
+    assert result["tdm"]["1"]["minutes_to_teacher"] == 4.0
+    assert (tmp_path / "compare_methods.png").is_file()
+    assert (tmp_path / "compare_methods_minutes.png").is_file()
+    assert script.costs({"imm": {}}, "another", tmp_path) == seconds
+    with pytest.raises(SystemExit, match="no cost of ladd"):
+        script.costs({"imm": {}, "ladd": {}}, "another", tmp_path)
