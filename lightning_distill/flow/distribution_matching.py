@@ -1,14 +1,29 @@
-"""Matching distributions by the difference of two scores (DMD2, arXiv 2405.14867; TDM, arXiv 2503.06674).
+"""Matching distributions by the difference of two scores (DMD2, arXiv 2405.14867; TDM, 2503.06674; f-distill, 2502.15681).
 
 States are (B, ...), most often latents (B, C, h, w); times are (B,), float32, in [0, 1], and 1 is noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_distill.flow.path import expand, renoise
+
+Divergence = Literal["reverse_kl", "softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys"]
+"""From the one that seeks modes most to those that cover them."""
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+
+_WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "jensen_shannon": lambda r: r / (1 + r),
+    "squared_hellinger": lambda r: r.sqrt() / 4,
+    "forward_kl": lambda r: r,
+    "jeffreys": lambda r: 1 + r,
+}
 
 
 @dataclass(frozen=True)
@@ -87,3 +102,21 @@ def critic_loss(v: Tensor, x_s: Tensor, s: Tensor, diffused: DiffusedState) -> T
     b = diffusion_std(s, tau)
     target = (expand(tau / b, x_s) * diffused.noise - x_tau) / expand(1 - tau, x_s)
     return ((1 - s) * b / tau).square() * (v - target).square().flatten(1).mean(1)
+
+
+def divergence_weight(ratio: Tensor, divergence: Divergence) -> Tensor:
+    r"""What the difference of scores is weighted by where a divergence is to fall (f-distill, arXiv 2502.15681, section 3).
+
+    With :math:`r = p / q`, the density of the teacher's distribution over the student's, the gradient of
+    :math:`D_f = E_q f(r)` in a parameter of the samples x of q is
+
+    .. math:: \nabla D_f = -E_q [h(r) \, (\nabla_x \log p - \nabla_x \log q) \, \nabla x], \quad h(r) = f''(r) \, r^2.
+
+    Args:
+        ratio: r of each sample, above 0, (B,).
+        divergence: Its name. The reverse Kullback-Leibler divergence has h = 1.
+
+    Returns:
+        h, (B,).
+    """
+    return _WEIGHTS[divergence](ratio)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.distribution_matching import critic_loss, diffuse, matching_gradient, matching_loss
-from lightning_distill.flow.path import interpolate, jump, predict_x0
+from lightning_distill.flow.distribution_matching import DiffusedState, critic_loss, diffuse, matching_gradient, matching_loss
+from lightning_distill.flow.path import expand, interpolate, jump, predict_x0
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
@@ -126,8 +126,21 @@ class DistributionMatching(nn.Module):
         """The critic starts as the teacher, whatever s: at first both scores agree on the teacher's own samples."""
         self.critic, _ = adapter.build_student(teacher, self.critic_options(student))
 
-    def student_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
-        """The loss (B,) whose gradient at x_s is the normalised difference of the two predictions of x0."""
+    def student_loss(
+        self,
+        module: TeacherStudentBase,
+        state: TrajectoryState,
+        condition: GuidedCondition,
+        weight: Callable[[DiffusedState], Tensor] | None = None,
+    ) -> Tensor:
+        """The loss (B,) whose gradient at x_s is the normalised difference of the two predictions of x0.
+
+        Args:
+            module: The method.
+            state: Of its student.
+            condition: Of the batch.
+            weight: Of each row's gradient (B,), by what it was diffused to; None is 1.
+        """
         with torch.no_grad():
             x_s = state.x_s.detach()
             diffused = diffuse(x_s, state.s, state.end)
@@ -139,6 +152,8 @@ class DistributionMatching(nn.Module):
                 module.teacher, x_tau, tau, prompts, condition.null, guidance, module.guidance.interval
             )
             gradient = matching_gradient(x_s, predict_x0(x_tau, v_student, tau), predict_x0(x_tau, v_teacher, tau))
+            if weight is not None:
+                gradient = expand(weight(diffused), gradient) * gradient
         return matching_loss(state.x_s, gradient)
 
     def critic_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:

@@ -1,6 +1,6 @@
 """DMD2: a student whose samples have the teacher's distribution, by the difference of two scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import logistic_discriminator, logistic_generator
-from lightning_distill.flow.distribution_matching import DiffusedState, diffuse
+from lightning_distill.flow.distribution_matching import DIVERGENCES, DiffusedState, Divergence, diffuse
 from lightning_distill.flow.path import interpolate
 from lightning_distill.methods.base import Objective
 from lightning_distill.methods.discriminator import Discriminator, check_sharding_of_heads, discriminator_update, judged_loss
 from lightning_distill.methods.distribution_matching import CriticMethod, TrajectoryState
+from lightning_distill.methods.divergence import DivergenceWeight
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.models.base import Condition, LoraOptions
@@ -29,6 +30,9 @@ class CriticGan:
         layers: Places of the critic's transformer blocks, from 0; None is four, the last and others evenly before it.
         hidden: Width of the heads.
         lr: Learning rate of the heads; None is the critic's.
+        divergence: What matching is to lessen (f-distill, arXiv 2502.15681): others than "reverse_kl", which is DMD2's, weigh
+            samples by the density ratio that the discriminator sees, and seek modes less. They cost a forward of the critic
+            more.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -39,6 +43,7 @@ class CriticGan:
     layers: tuple[int, ...] | None = None
     hidden: int = 256
     lr: float | None = None
+    divergence: Divergence = "reverse_kl"
 
     def __post_init__(self) -> None:
         if not self.student_weight > 0 or not self.critic_weight >= 0:
@@ -50,6 +55,8 @@ class CriticGan:
             raise ConfigurationError(f"gan.hidden is {self.hidden}; take at least 1, 256 is usual")
         if self.lr is not None and not self.lr > 0:
             raise ConfigurationError(f"gan.lr is {self.lr}; set it above 0, or to null for the critic's")
+        if self.divergence not in DIVERGENCES:
+            raise ConfigurationError(f"gan.divergence is {self.divergence!r}; choose one of {', '.join(DIVERGENCES)}")
 
 
 class DMD2(CriticMethod):
@@ -63,7 +70,8 @@ class DMD2(CriticMethod):
     applied as :math:`\frac12 \| x - \mathrm{sg}(x - g) \|^2`. The critic :math:`v_F` learns the student's score by flow
     matching on its samples, `critic_updates` times for each update of the student (section 4.2). A discriminator on the
     critic's features, which tells samples from data, both noised to tau, may be added (section 4.3); data are then needed, else
-    prompts alone.
+    prompts alone. With it :math:`\nabla L` may be weighted for another divergence than the reverse Kullback-Leibler
+    (`CriticGan.divergence`).
 
     The student is asked for r = 0 only, and samples by going to data and back (`stochastic_sampling`).
 
@@ -109,6 +117,8 @@ class DMD2(CriticMethod):
         self.gan = gan
         if gan is not None:
             self.heads_training = SideTraining(critic_lr if gan.lr is None else gan.lr, clip=critic_clip, spread=False)
+        divergence = "reverse_kl" if gan is None else gan.divergence
+        self.divergence_weight = None if divergence == "reverse_kl" else DivergenceWeight(divergence)
 
     heads: Discriminator
     feature_layers: tuple[int, ...]
@@ -133,7 +143,8 @@ class DMD2(CriticMethod):
             return loss
 
         logs |= self.update_critic(state, guided, tell_apart)
-        loss = self.matching.student_loss(self, state, guided)
+        weight = None if self.divergence_weight is None else self._weight(self.divergence_weight, guided)
+        loss = self.matching.student_loss(self, state, guided, weight)
         adversarial = self.adversarial_loss(state, guided)
         logs["adversarial_loss"] = adversarial.detach().mean()
         return Objective(loss + self.gan.student_weight * adversarial, t, logs)
@@ -164,6 +175,9 @@ class DMD2(CriticMethod):
             return logistic_generator(self.heads(self._features(noised, condition), noised.tau))
 
         return judged_loss(state.x_s, judge)
+
+    def _weight(self, divergence: DivergenceWeight, condition: GuidedCondition) -> Callable[[DiffusedState], Tensor]:
+        return lambda state: divergence(self.heads(self._features(state, condition), state.tau), state.tau)
 
     def _features(self, state: DiffusedState, condition: GuidedCondition) -> list[Tensor]:
         network, s = self.matching.critic, torch.zeros_like(state.tau)

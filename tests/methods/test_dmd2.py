@@ -6,6 +6,7 @@ import torch
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import DMD2, CriticGan
+from lightning_distill.methods.distribution_matching import TrajectoryState
 from lightning_distill.models.base import ModelAdapter
 from lightning_distill.strategies import FSDP2Strategy
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
@@ -78,8 +79,38 @@ def test_training_with_the_discriminator_takes_on_the_mean_and_the_spread_of_the
     assert_it_learns_the_data(built(method(gan=GAN, **settings)), tmp_path, steps=150)
 
 
+def test_another_divergence_weighs_what_the_student_makes_too_rarely() -> None:
+    """The matching gradient of a row is as many times DMD2's as the discriminator's ratio asks for."""
+    torch.manual_seed(0)
+    plain = built(method("exact", gan=GAN))
+    weighted = built(method("exact", gan=CriticGan(hidden=16, divergence="forward_kl")))
+    assert plain.divergence_weight is None
+    state, _ = weighted.roll_out(torch.randn(8, 3, 4, 4), nothing_said(8))
+    with torch.no_grad():
+        for head in weighted.heads.heads:
+            head.score[-1].weight.mul_(30)
+    gradients = []
+    for module in (plain, weighted):
+        torch.manual_seed(1)
+        x = state.x_s.detach().requires_grad_()
+        weight = module._weight(module.divergence_weight, nothing_said(8)) if module.divergence_weight else None
+        loss = weighted.matching.student_loss(weighted, TrajectoryState(x, state.s), nothing_said(8), weight)
+        gradients += torch.autograd.grad(loss.sum(), x)
+    rows = (gradients[1] / gradients[0]).flatten(1)
+    torch.testing.assert_close(rows, rows[:, :1].expand_as(rows), rtol=1e-3, atol=1e-3)
+    assert rows[:, 0].std() > 0.05
+
+
+def test_training_by_another_divergence_takes_on_the_mean_and_the_spread_of_the_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"nfe": (1,), "critic_lr": 1e-2, "critic_clip": 1.0, "critic_updates": 2, "optimizer": adam(1e-2)}
+    gan = CriticGan(hidden=16, divergence="jensen_shannon")
+    assert_it_learns_the_data(built(method(gan=gan, **settings)), tmp_path, steps=150)
+
+
 def test_a_checkpoint_has_critic_and_heads(tmp_path: Path) -> None:
-    assert_restores(lambda: method(gan=GAN, critic_lr=1e-2), {"matching.critic", "heads"}, tmp_path)
+    gan = CriticGan(hidden=16, divergence="jensen_shannon")
+    assert_restores(lambda: method(gan=gan, critic_lr=1e-2), {"matching.critic", "heads"}, tmp_path)
 
 
 def test_the_discriminator_needs_pictures(tmp_path: Path) -> None:
@@ -107,6 +138,7 @@ def test_the_discriminator_is_refused_where_it_cannot_look(tmp_path: Path, monke
         ({"critic_weight": -1.0}, "gan.critic_weight"),
         ({"hidden": 0}, "gan.hidden"),
         ({"lr": 0.0}, "gan.lr"),
+        ({"divergence": "kl"}, "choose one of reverse_kl, softened_reverse_kl"),
     ],
 )
 def test_settings_of_the_discriminator_that_cannot_work_are_refused(settings: Any, names: str) -> None:
