@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Of each variant: the step of the switch (None is the demo's own rule), the time embedder, the alignment, and the number of
 steps in units of the demo's: those without alignment are cheaper, and all variants are to have the same minutes."""
-LONG = {"full": "shapes_meanflow_full.yaml", "second_stage": "shapes_meanflow_second_stage.yaml"}
+LONG = {"full": "shapes_meanflow_full.yaml", "second_stage": "shapes_dmd2_second_stage.yaml"}
 """Configs of the long runs by the names of their records; the second goes on from what the first has exported."""
 FROM_THE_START = {"lr": 2.5e-4, "p": 1.0}
 """Of the runs that are differential from the start: with the refitted time embedder they collapsed at the demo's learning rate
@@ -97,7 +97,8 @@ def read_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of the curves in the newest version of a TensorBoard directory."""
     newest = max(logs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     events = EventAccumulator(str(newest)).Reload()
-    return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in CURVES}
+    logged = [tag for tag in CURVES if tag in events.Tags()["scalars"]]  # the second stage follows no velocity
+    return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in logged}
 
 
 def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _with_long_runs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    long = {"full recipe": result["full"], "its second stage": result["second_stage"]}
+    long = {"full recipe": result["full"], "its second stage, by DMD2": result["second_stage"]}
     return {**result["variants"], **{name: figures for name, figures in long.items() if figures}}
 
 

@@ -12,7 +12,7 @@ from lightning_distill.configuration import shipped_configs
 from lightning_distill.data.shapes import CATEGORIES
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_methods.py"
-NO_METHODS = ("student", "two_cores", "teacher", "vae", "meanflow_full", "meanflow_second_stage", "timestep_rescaling")
+NO_METHODS = ("student", "two_cores", "teacher", "vae", "meanflow_full", "dmd2_second_stage", "timestep_rescaling")
 
 
 @pytest.fixture(scope="module")

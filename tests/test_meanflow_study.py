@@ -97,7 +97,7 @@ def test_results_are_those_of_the_runs_on_record(study: ModuleType, tmp_path: Pa
     assert result["variants"]["discrete"]["std"]["1"] == pytest.approx(0.5 / 2**0.5)
     assert result["full"]["accuracy"]["1"] == 0.875
     assert result["second_stage"]["accuracy"]["1"] == 1.0
-    assert "| its second stage | 100.0 |" in (tmp_path / "meanflow_study.md").read_text()
+    assert "| its second stage, by DMD2 | 100.0 |" in (tmp_path / "meanflow_study.md").read_text()
     assert "| discrete | 50.0 ± 35.4 |" in (tmp_path / "meanflow_study.md").read_text()
     assert (tmp_path / "meanflow_study.png").is_file()
     assert (tmp_path / "meanflow_study_curves.png").is_file()
