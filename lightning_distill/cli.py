@@ -1,5 +1,6 @@
 """The command line: a thin LightningCLI, `python -m lightning_distill fit`, and commands around it."""
 
+import os
 import pickle
 import sys
 import warnings
@@ -13,6 +14,7 @@ import torch
 from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -176,7 +178,8 @@ class DistillCLI(LightningCLI):
             raise _unfit(error, config) from error
 
     def before_fit(self) -> None:
-        """Look for the weights before processes wait for each other."""
+        """Look for the weights before processes wait for each other, and at how many threads these would have."""
+        warn_of_busy_threads(self.trainer)
         if isinstance(self.model, TeacherStudentBase):
             self.model.prepare_data()
 
@@ -330,6 +333,21 @@ def _last_checkpoint(trainer: Trainer) -> str:
             "or give the checkpoint's file"
         )
     return max(found, key=lambda path: Path(path).stat().st_mtime)
+
+
+def warn_of_busy_threads(trainer: Trainer) -> None:
+    """Say so if processes on a CPU are given more threads than there are cores: these wait for each other by spinning.
+
+    Left to itself, Lightning divides the cores among the processes.
+    """
+    asked, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
+    if not isinstance(trainer.accelerator, CPUAccelerator) or trainer.num_devices == 1 or not asked.isdecimal():
+        return
+    if int(asked) * trainer.num_devices > cores:
+        rank_zero_warn(
+            f"OMP_NUM_THREADS is {asked}: {trainer.num_devices} processes of {asked} threads share {cores} cores, which takes "
+            "several times as long; unset it"
+        )
 
 
 def main(args: Sequence[str] | None = None) -> None:

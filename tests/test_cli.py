@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 from lightning_distill.callbacks.random_state import RandomState
-from lightning_distill.cli import ALWAYS, DistillCLI, main
+from lightning_distill.cli import ALWAYS, DistillCLI, main, warn_of_busy_threads
 from tests.toy import read_losses
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +93,18 @@ def test_a_printed_config_is_a_config(capsys, work):
     first = printed(capsys, "--config", "top.yaml")
     (work / "again.yaml").write_text(yaml.safe_dump(first))
     assert printed(capsys, "--config", "again.yaml") == first
+
+
+@pytest.mark.parametrize(
+    ("threads", "devices", "warned"), [("2", 2, True), ("1", 2, False), ("2", 1, False), ("", 2, False), ("2,1", 2, False)]
+)
+def test_more_threads_than_cores_are_warned_of(monkeypatch, recwarn, threads, devices, warned):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_checkpointing=False)
+    warn_of_busy_threads(trainer)
+    assert any("2 processes of 2 threads share 2 cores" in str(warning.message) for warning in recwarn) == warned
 
 
 def test_fit_trains_with_the_callbacks_that_every_run_has():
