@@ -176,9 +176,8 @@ def test_resume_is_exact_after_a_signal(tmp_path, sent, code):
         assert 15 <= len(before) + len(after) <= 17
 
 
-@pytest.mark.parametrize(
-    "whole_group", [pytest.param(False, marks=pytest.mark.slow, id="first process"), pytest.param(True, id="all processes")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [False, True], ids=["first process", "all processes"])
 def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, whole_group):
     """A scheduler signals every process of a job, `kill` the first alone."""
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
