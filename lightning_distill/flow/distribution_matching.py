@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_distill.flow.path import expand, renoise
 
 Divergence = Literal["reverse_kl", "softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys"]
-"""From the one that seeks modes most to those that cover them."""
+"""Between a student's distribution and its teacher's; the weight of the last four grows with the density ratio."""
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 _WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
@@ -105,7 +105,7 @@ def critic_loss(v: Tensor, x_s: Tensor, s: Tensor, diffused: DiffusedState) -> T
 
 
 def divergence_weight(ratio: Tensor, divergence: Divergence) -> Tensor:
-    r"""What the difference of scores is weighted by where a divergence is to fall (f-distill, arXiv 2502.15681, section 3).
+    r"""What the difference of scores is weighted by where a divergence is to fall (f-distill, arXiv 2502.15681).
 
     With :math:`r = p / q`, the density of the teacher's distribution over the student's, the gradient of
     :math:`D_f = E_q f(r)` in a parameter of the samples x of q is

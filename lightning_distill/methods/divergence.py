@@ -1,4 +1,4 @@
-"""Weights of f-distill: where a student is short of samples, the difference of scores counts for more."""
+"""Weights of f-distill: what a difference of scores counts for, by how short of samples a student is there."""
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ class DivergenceWeight(nn.Module):
     """Weights of a batch's differences of scores, from what a discriminator makes of it (f-distill, arXiv 2502.15681).
 
     The score of a discriminator that has learned is the logarithm of the density ratio. What it lacks is made up for in two
-    steps, as in the paper's section 4: the ratio is divided by its mean at that noise level, and the weight by its own mean.
-    Both are running means over processes and steps, so that a batch may be small.
+    steps, as in the paper: the ratio is divided by its mean at that noise level, and the weight by its own mean. Both are
+    running means over processes and steps here, so that a batch may be small.
 
     Args:
         divergence: Which one the student is to lessen.

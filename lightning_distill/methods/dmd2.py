@@ -31,8 +31,8 @@ class CriticGan:
         hidden: Width of the heads.
         lr: Learning rate of the heads; None is the critic's.
         divergence: What matching is to lessen (f-distill, arXiv 2502.15681): others than "reverse_kl", which is DMD2's, weigh
-            samples by the density ratio that the discriminator sees, and seek modes less. They cost a forward of the critic
-            more.
+            samples by the density ratio that the discriminator sees, at the cost of another forward of the critic. All but
+            "softened_reverse_kl" seek modes less.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
