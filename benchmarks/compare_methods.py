@@ -90,7 +90,11 @@ def costs(configs: Mapping[str, dict[str, Any]], machine: str, directory: Path) 
 
 
 def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: str, directory: Path) -> dict[str, Any]:
-    """Train for so many steps, unless the run is on record, and return what is recorded."""
+    """Train for so many steps, unless the run is on record, and return what is recorded.
+
+    Raises:
+        SystemExit: If the run on record had another number of steps.
+    """
     record = RECORDS / f"{name}-{seed}.json"
     if not record.is_file():
         factor = steps / config["trainer"]["max_steps"]
@@ -111,6 +115,10 @@ def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: s
         RECORDS.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(found, indent=1) + "\n")
     recorded: dict[str, Any] = json.loads(record.read_text())
+    if recorded["steps"] != steps:
+        raise SystemExit(
+            f"{record} is of {recorded['steps']} steps, and --minutes makes {steps}; give the record's minutes, or remove it"
+        )
     return recorded
 
 

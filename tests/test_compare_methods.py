@@ -36,6 +36,7 @@ def record(one_step: float, reached: float) -> dict[str, Any]:
         },
         "date": "2026-01-01",
         "machine": "one",
+        "steps": 100,
         "frechet": dict.fromkeys(accuracy, 2.0),
         "curve": {n: [(0.1, 0.1), (reached, 0.85)] for n in accuracy},
     }
@@ -96,3 +97,6 @@ def test_runs_on_record_make_the_results_at_the_costs_on_record(script, tmp_path
     assert script.costs({"imm": {}}, "another", tmp_path) == seconds
     with pytest.raises(SystemExit, match="no cost of ladd"):
         script.costs({"imm": {}, "ladd": {}}, "another", tmp_path)
+    assert script.measure("imm", {}, 0, 100, "another", tmp_path)["machine"] == "one"
+    with pytest.raises(SystemExit, match="of 100 steps, and --minutes makes 200"):
+        script.measure("imm", {}, 0, 200, "another", tmp_path)

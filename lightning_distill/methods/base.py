@@ -168,7 +168,7 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
                 f"data is {type(data).__name__}, which has no pictures, and {type(self).__name__} trains on them; give data "
-                "that has, or to MeanFlow model.trajectory_fraction 1, or choose KnowledgeDistillation"
+                "that has, or model.trajectory_fraction 1 to a method that takes it, or choose KnowledgeDistillation"
             )
 
     def _use_encoded_data(self, data: EncodedData | None) -> None:

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PseudoHuberLoss
-from lightning_distill.flow.path import interpolate, jump
+from lightning_distill.flow.path import jump
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import TimeSampler, Uniform, move_on_grid
-from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective
 from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.trajectory_states import TrajectoryStates
 from lightning_distill.models.base import Condition
 
 
-class ConsistencyDistillation(TeacherStudentBase):
+class ConsistencyDistillation(TrajectoryStates):
     r"""Consistency distillation (consistency models, arXiv 2303.01469, Algorithm 2; latent ones, arXiv 2310.04378).
 
     .. math:: L = d \big( f(x_t, t), \, \mathrm{sg} \, f(\hat x_r, r) \big), \quad f(x_t, t) = x_t - t \, u(x_t, 0, t),
@@ -31,7 +32,7 @@ class ConsistencyDistillation(TeacherStudentBase):
         target: Whose f is the target: "online", the student's own (arXiv 2310.14189), or "ema", that of its average (arXiv
             2303.01469).
         loss: The distance d of the two f, in latents.
-        **kwargs: Of `TeacherStudentBase`.
+        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If settings are out of range or contradict each other.
@@ -68,8 +69,9 @@ class ConsistencyDistillation(TeacherStudentBase):
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
         """Go to data from t, and from where the teacher's step ends."""
         t = self.time_sampler(len(x0), x0.device)
-        x_t = interpolate(x0, torch.randn_like(x0), t)
-        f, target = self.consistency(x_t, t, self.guided_condition(condition, len(x0)))
+        guided = self.guided_condition(condition, len(x0))
+        x_t = self.training_states(x0, torch.randn_like(x0), t, guided)
+        f, target = self.consistency(x_t, t, guided)
         return Objective(self.loss(f, target), t)
 
     def consistency(self, x_t: Tensor, t: Tensor, condition: GuidedCondition) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ from lightning_distill.flow.moment_matching import Kernel, LaplaceKernel, consta
 from lightning_distill.flow.path import interpolate, jump
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import TimeSampler, Uniform
-from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective
+from lightning_distill.methods.trajectory_states import TrajectoryStates
 from lightning_distill.models.base import Condition
 
 
-class IMM(TeacherStudentBase):
+class IMM(TrajectoryStates):
     r"""Inductive moment matching (IMM, arXiv 2503.07565), as a distillation.
 
     For s < r < t, jumps to s from t and from r are to agree in distribution:
@@ -41,7 +42,7 @@ class IMM(TeacherStudentBase):
         eta_max: Largest eta that a step is taken from, above 0.
         weight_power: a of w(t), at least 1; 2 asks less of large t.
         weight_bias: b of w(t); larger asks more of small t.
-        **kwargs: Of `TeacherStudentBase`.
+        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If settings are out of range or contradict each other.
@@ -72,6 +73,11 @@ class IMM(TeacherStudentBase):
             raise ConfigurationError(
                 f"model.bridge is data, by which no guidance is learned, and guidance.scale is {self.guidance.scale}; set the "
                 "scale to 1, or bridge to teacher"
+            )
+        if bridge == "data" and self.trajectory_fraction > 0:
+            raise ConfigurationError(
+                f"model.bridge is data, which trains on noised data alone, and model.trajectory_fraction is "
+                f"{self.trajectory_fraction}; set that to 0, or bridge to teacher"
             )
         if solver not in SOLVERS:
             raise ConfigurationError(f"model.solver is {solver!r}; choose one of {', '.join(SOLVERS)}")
@@ -115,7 +121,7 @@ class IMM(TeacherStudentBase):
 
         start, middle, end = (time.repeat_interleave(self.particles) for time in (t, r, s))
         noise = torch.randn_like(x0)
-        x_t = interpolate(x0, noise, start)
+        x_t = self.training_states(x0, noise, start, guided)
         if self.bridge == "teacher":
             x_r = self.integrate_teacher(x_t, middle, start, 1, guided, self.solver)
         else:

@@ -1,6 +1,5 @@
 """MeanFlow distillation: discrete solution first, then the differential one."""
 
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -9,15 +8,16 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.derivative import AverageVelocityFn
 from lightning_distill.flow.losses import Loss, PowerLoss
-from lightning_distill.flow.path import expand, interpolate
+from lightning_distill.flow.path import expand
 from lightning_distill.flow.solvers import SOLVERS
-from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid, sample_interval, substeps
+from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid, sample_interval
 from lightning_distill.methods.alignment import TrajectoryAlignment
-from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
 from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
+from lightning_distill.methods.trajectory_states import TrajectoryStates
 from lightning_distill.models.base import Condition
 
 Solution = Literal["discrete", "bootstrapped", "differential"]
@@ -25,7 +25,7 @@ PHASES: dict[str, int] = {"discrete": 0, "bootstrapped": 1, "differential": 2}
 """Values of the curve `train/phase`."""
 
 
-class MeanFlow(StudentDerivative, TeacherStudentBase):
+class MeanFlow(StudentDerivative, TrajectoryStates):
     r"""Distillation of a teacher's flow into average velocities (MeanFlow, arXiv 2505.13447; 2512.13006; 2605.17834).
 
     The student regresses :math:`\| u(x_t, r, t) - u^* \|` onto one of three targets, with :math:`\tilde v` the guided teacher:
@@ -47,17 +47,12 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
         solver_steps: Sub-steps of the discrete solution over an interval, even on the sampling grid.
         bootstrap_step: Length of the teacher's step in the bootstrapped solution, in (0, 1], measured on the sampling grid:
             1/8 is one of eight sampling steps.
-        trajectory_fraction: Share of the training states that are not noised data but states of a trajectory from noise to t,
-            in [0, 1]. With 1, no data but prompts are needed.
-        trajectory_source: Whose trajectory: "student", where sampling asks the student (backward distillation, arXiv
-            2405.05224), or "teacher", by as many steps of `solver`.
-        trajectory_jumps: Most jumps of such a trajectory; the number is drawn for each batch.
         derivative: Of the differential solution: "exact", by dual numbers, or "finite_difference", for a student with an
             operation that has no forward-mode rule, at the cost of two more forward passes.
         tangent_warmup_steps: Optimizer steps over which lambda rises from 0 to 1, from the first differential one.
         loss: Of the regression.
         alignment: Trajectory distribution alignment as an auxiliary loss, or None.
-        **kwargs: Of `TeacherStudentBase`.
+        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If settings are out of range or contradict each other.
@@ -72,9 +67,6 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
         solver: str = "euler",
         solver_steps: int = 4,
         bootstrap_step: float = 0.125,
-        trajectory_fraction: float = 0.0,
-        trajectory_source: Literal["student", "teacher"] = "student",
-        trajectory_jumps: int = 3,
         derivative: Derivative = "exact",
         tangent_warmup_steps: int = 0,
         loss: Loss = PowerLoss(),
@@ -90,12 +82,6 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
             raise ConfigurationError(f"model.solver_steps is {solver_steps}; take at least 1")
         if not 0 < bootstrap_step <= 1:
             raise ConfigurationError(f"model.bootstrap_step is {bootstrap_step}; choose a length in (0, 1], 0.125 is usual")
-        if not 0 <= trajectory_fraction <= 1:
-            raise ConfigurationError(f"model.trajectory_fraction is {trajectory_fraction}; choose a share in [0, 1], 0 is none")
-        if trajectory_source not in ("student", "teacher"):
-            raise ConfigurationError(f"model.trajectory_source is {trajectory_source!r}; choose student or teacher")
-        if trajectory_jumps < 1:
-            raise ConfigurationError(f"model.trajectory_jumps is {trajectory_jumps}; take at least 1")
         self.choose_derivative(derivative)
         if tangent_warmup_steps < 0:
             raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
@@ -104,9 +90,6 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
         self.solver = solver
         self.solver_steps = solver_steps
         self.bootstrap_step = bootstrap_step
-        self.trajectory_fraction = trajectory_fraction
-        self.trajectory_source = trajectory_source
-        self.trajectory_jumps = trajectory_jumps
         self.tangent_warmup_steps = tangent_warmup_steps
         self.loss = loss
         self.alignment = alignment
@@ -145,12 +128,7 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
         r, t = interval.r, interval.t
         noise = torch.randn_like(x0)
         guided = self.guided_condition(condition, len(x0))
-        x_t = interpolate(x0, noise, t)
-        if self.trajectory_fraction > 0:
-            rows, count = self.rows_where(torch.rand(len(x0), device=x0.device) < self.trajectory_fraction)
-            if len(rows):
-                x_t[rows[:count]] = self.roll_out(noise[rows], t[rows], guided[rows])[:count]
-
+        x_t = self.training_states(x0, noise, t, guided)
         u, target, logs = self.regression(x_t, r, t, guided)
         loss = self.loss(u, target)
         logs |= {"u_norm": rms(u.detach()), "phase": torch.tensor(float(PHASES[self.solution]))}
@@ -159,23 +137,6 @@ class MeanFlow(StudentDerivative, TeacherStudentBase):
             loss = loss + aligned
             logs |= alignment_logs
         return Objective(loss, t, logs)
-
-    @property
-    def needs_images(self) -> bool:
-        """Whether some of the training states are noised data."""
-        return self.trajectory_fraction < 1
-
-    @torch.no_grad()
-    def roll_out(self, noise: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
-        """States (B, C, h, w) that are reached at t (B,) from noise, in a random number of jumps or teacher's steps."""
-        jumps = self.first_process(int(torch.randint(1, self.trajectory_jumps + 1, ())))
-        start = torch.ones_like(t)
-        if self.trajectory_source == "teacher":
-            return self.integrate_teacher(noise, t, start, jumps, condition, self.solver)
-        x = noise
-        for s, end in pairwise(substeps(start, t, jumps, self.grid_shift(noise))):
-            x = self.student_jump(x, end, s, condition)
-        return x
 
     def regression(
         self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition

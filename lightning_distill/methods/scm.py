@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.path import expand, interpolate
+from lightning_distill.flow.path import expand
 from lightning_distill.flow.times import LogitNormal, TimeSampler
 from lightning_distill.flow.trigflow import (
     consistency_tangent,
@@ -17,16 +17,17 @@ from lightning_distill.flow.trigflow import (
     trig_time,
     trig_velocity,
 )
-from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective
 from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
+from lightning_distill.methods.trajectory_states import TrajectoryStates
 from lightning_distill.models.base import Condition
 
 
 class TimeWeight(nn.Module):
-    """A learned logarithm of the loss's size at each time (EDM2, arXiv 2312.02696, section 5; sCM, arXiv 2410.11081, Eq. 8).
+    """A learned logarithm of the error's size at each time (EDM2, arXiv 2312.02696, section 5; sCM, arXiv 2410.11081, Eq. 8).
 
-    It starts as 0: no weighting. Features of t are cosines and sines of one to `features` half turns.
+    It starts as 0: all times weigh the same. Features of t are cosines and sines of one to `features` half turns.
 
     Args:
         features: Pairs of them.
@@ -46,7 +47,7 @@ class TimeWeight(nn.Module):
         return weights[:, 0]
 
 
-class SCM(StudentDerivative, TeacherStudentBase):
+class SCM(StudentDerivative, TrajectoryStates):
     r"""Continuous-time consistency distillation (sCM, arXiv 2410.11081), of flow-matching teachers (2503.09641, 2512.13006).
 
     A consistency model :math:`f(y_s) = \cos(s) y_s - \sin(s) F(y_s, s)` predicts the same x0 all along a trajectory. With the
@@ -57,7 +58,10 @@ class SCM(StudentDerivative, TeacherStudentBase):
 
     is the negative gradient of the loss in F (arXiv 2410.11081, Eq. 8):
 
-    .. math:: L = \frac{1}{\tan s} e^{-l(s)} \, \mathrm{mean} (F - \mathrm{sg} F - g)^2 + l(s).
+    .. math:: L = e^{-l(s)} \, \mathrm{mean} (F - \mathrm{sg} F - g)^2 + l(s).
+
+    The paper's l has the logarithm of its factor :math:`1 / \tan s` besides, to the same optimum. Learned from 0 on, such an l
+    leaves the first hundreds of steps to the smallest s, where that factor is large and F hardly matters.
 
     Args:
         time_sampler: Distribution of t. A normal variable z of :math:`s = \arctan e^z` is `LogitNormal` in t; the default is
@@ -66,9 +70,10 @@ class SCM(StudentDerivative, TeacherStudentBase):
             rule, at the cost of two more forward passes.
         tangent_warmup_steps: Optimizer steps over which rho rises from 0 to 1.
         tangent_norm: Of g: "rms" is the same for latents of all sizes (arXiv 2503.09641); "l2" is the paper's.
-        time_weight: Whether l, the logarithm of the loss's size by time, is learned, or is 0.
+        time_weight: Whether l, the logarithm of the error's size by time, is learned; if not, it is that of tan s, which
+            makes the paper's factor.
         time_weight_lr: Learning rate of l.
-        **kwargs: Of `TeacherStudentBase`.
+        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -110,8 +115,8 @@ class SCM(StudentDerivative, TeacherStudentBase):
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
         """Ask the teacher for the trajectory's direction, and the student how its prediction changes along it."""
         t = self.time_sampler(len(x0), x0.device)
-        x_t = interpolate(x0, torch.randn_like(x0), t)
         guided = self.guided_condition(condition, len(x0))
+        x_t = self.training_states(x0, torch.randn_like(x0), t, guided)
         s = trig_time(t)
         y_s, velocity = trig_state(x_t, s), trig_velocity(self.teacher_velocity(x_t, t, guided), x_t, s)
 
@@ -125,11 +130,11 @@ class SCM(StudentDerivative, TeacherStudentBase):
             norm = g.flatten(1).norm(dim=1)
             size = norm / math.sqrt(g[0].numel()) if self.tangent_norm == "rms" else norm
             target = f + g / expand(size + 0.1, g)
-        # 1 / tan(s), of which float32 makes a negative number at the end
-        error = (1 - t) / t.clamp_min(1e-4) * (f - target).square().flatten(1).mean(1)
+        error = (f - target).square().flatten(1).mean(1)
         logs = {"tangent_norm": size.mean(), "tangent_weight": torch.tensor(self.tangent_weight)}
         if self.time_weight is None:
-            return Objective(error, t, logs)
+            # 1 / tan(s), of which float32 makes a negative number at the end
+            return Objective((1 - t) / t.clamp_min(1e-4) * error, t, logs)
         logarithm = self._learned_weight(t, error.detach())
         return Objective(error * torch.exp(-logarithm), t, logs)
 

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PowerLoss
-from lightning_distill.flow.path import expand, interpolate, jump
+from lightning_distill.flow.path import expand, jump
 from lightning_distill.flow.times import LogitNormal, TimeSampler, sample_interval
-from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.base import Objective
 from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.trajectory_states import TrajectoryStates
 from lightning_distill.models.base import Condition
 
 
-class SplitMeanFlow(TeacherStudentBase):
+class SplitMeanFlow(TrajectoryStates):
     r"""Interval splitting consistency (SplitMeanFlow, arXiv 2507.16884).
 
     .. math:: u(x_t, r, t) = \mathrm{sg} \, \frac{(t - s) \, u(x_t, s, t) + (s - r) \, u(x_s, r, s)}{t - r}, \quad
@@ -28,7 +29,7 @@ class SplitMeanFlow(TeacherStudentBase):
         time_sampler: Distribution of the two times of an interval.
         equal_fraction: Share of samples with r = t, in (0, 1).
         loss: Of the regression.
-        **kwargs: Of `TeacherStudentBase`.
+        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If equal_fraction is out of its range.
@@ -56,8 +57,8 @@ class SplitMeanFlow(TeacherStudentBase):
         """Sample an interval and where to split it, and regress onto the two parts."""
         interval = sample_interval(self.time_sampler, len(x0), self.equal_fraction, x0.device)
         r, t = interval.r, interval.t
-        x_t = interpolate(x0, torch.randn_like(x0), t)
         guided = self.guided_condition(condition, len(x0))
+        x_t = self.training_states(x0, torch.randn_like(x0), t, guided)
         target = self.split_target(x_t, r, t, torch.rand_like(t), guided)
         return Objective(self.loss(self.average_velocity(x_t, r, t, guided), target), t)
 

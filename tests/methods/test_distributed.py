@@ -59,6 +59,7 @@ assert all(torch.equal(value, before[name]) for name, value in module.teacher.st
 networks = {"student": module.student, "critic": module.alignment.critic, "ema": module.ema.module}
 assert all(network.proj_out.weight is module.teacher.proj_out.weight for network in networks.values())
 sums = {name: sum(p.double().sum().item() for p in network.parameters()) for name, network in networks.items()}
+sums["next"] = torch.rand(()).item()
 with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(sums, file)
 """
