@@ -1,9 +1,10 @@
 """Every method on the embedded teacher, with the same data, minutes and measures: which one for how many steps.
 
 `python benchmarks/compare_methods.py` trains each method from its shipped config through the command line, for as many steps as
-`--minutes` hold, over seeds, and writes `benchmarks/results/compare_methods.json`, a table and plots, anew after every run.
-What a step costs is found first, of all methods in turn, by a miniature of the whole run, with all its phases, so that methods
-whose later steps cost more have their due. These costs are of one idle machine and go on record, as the runs do, in
+`--minutes` hold, over seeds, and writes `benchmarks/results/compare_methods.json`, a table and plots, anew after every run. A
+run has one core and the batch that its config gives to two; `--workers` run at a time, which is faster than one on all cores.
+What a step costs is found first, of all methods, by a miniature of the whole run, with all its phases, so that methods whose
+later steps cost more have their due. These costs are of one machine, otherwise idle, and go on record, as the runs do, in
 `benchmarks/results/compare_methods/`; nothing on record is repeated, so runs may be made at other times, on other machines.
 """
 
@@ -16,6 +17,7 @@ import platform
 import random
 import statistics
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import matplotlib
 import torch
 from diffusers import AutoencoderKL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import events, full_config, run_config, stretched, train
+from training_runs import events, full_config, on_one_core, run_config, stretched, train
 
 from lightning_distill.data.shapes import CATEGORIES, render, sample_scene
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
@@ -57,7 +59,7 @@ SHARE_OF_TEACHER = 0.9
 
 def seconds_per_step(config: dict[str, Any], directory: Path) -> float:
     """Mean time of an optimizer step of a miniature of the run, without validations."""
-    settings = run_config(stretched(config, MINIATURE), 0, directory, keep=lambda name: name == "SwitchSolution")
+    settings = on_one_core(run_config(stretched(config, MINIATURE), 0, directory, keep=lambda name: name == "SwitchSolution"))
     trainer = settings["trainer"]
     trainer |= {"log_every_n_steps": 1, "limit_val_batches": 0}
     for callback in trainer["callbacks"]:  # which has nothing to go by, so that it moves at its latest step
@@ -66,20 +68,21 @@ def seconds_per_step(config: dict[str, Any], directory: Path) -> float:
             "earliest_step": callback["init_args"]["latest_step"],
             "guard_factor": None,
         }
-    train(settings, directory)
+    train(settings, directory, threads=1)
     rates = [event.value for event in events(directory).Scalars("perf/samples_per_second")]
-    batch = settings["data"]["init_args"]["batch_size"] * int(trainer["devices"])
+    batch = settings["data"]["init_args"]["batch_size"]
     return statistics.mean(batch / rate for rate in rates[1:])  # the first one is slow
 
 
-def costs(configs: Mapping[str, dict[str, Any]], machine: str, directory: Path) -> dict[str, float]:
-    """Seconds of a step of each method; measured in one go, unless they are on record.
+def costs(configs: Mapping[str, dict[str, Any]], machine: str, directory: Path, pool: Executor) -> dict[str, float]:
+    """Seconds of a step of each method; measured in one go, as the runs go side by side, unless they are on record.
 
     Raises:
         SystemExit: If the record lacks a method.
     """
     if not COSTS.is_file():
-        found = {name: round(seconds_per_step(config, directory / name), 4) for name, config in configs.items()}
+        seconds = pool.map(lambda name: seconds_per_step(configs[name], directory / name), configs)
+        found = {name: round(each, 4) for name, each in zip(configs, seconds, strict=True)}
         date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
         RECORDS.mkdir(parents=True, exist_ok=True)
         COSTS.write_text(json.dumps({"date": date, "machine": machine, "seconds_per_step": found}, indent=1) + "\n")
@@ -99,9 +102,10 @@ def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: s
     if not record.is_file():
         factor = steps / config["trainer"]["max_steps"]
         unwanted = ("AtomicCheckpoint", "LogPictures", "DistillProgressBar")
-        settings = run_config(stretched(config, factor), seed, directory, keep=lambda callback: callback not in unwanted)
+        settings = stretched(config, factor)
+        settings = on_one_core(run_config(settings, seed, directory, keep=lambda callback: callback not in unwanted))
         settings["model"]["init_args"]["validation"] |= {"nfe": [int(n) for n in STEPS]}
-        train(settings, directory)
+        train(settings, directory, threads=1)
         summary = json.loads((directory / "summary.json").read_text())
         curves = events(directory)
         found = {
@@ -274,7 +278,7 @@ def write(minutes: float) -> None:
     (RESULTS / "compare_methods.json").write_text(json.dumps(result, indent=2) + "\n")
     run = result["run"]
     heading = (
-        f"{run['date']}; {minutes:g} minutes a run at the costs of a step on {run['machine']}, run on "
+        f"{run['date']}; {minutes:g} minutes a run on one core, at the costs of a step on {run['machine']}, run on "
         f"{', '.join(run['run_on'])}; seeds {run['seeds']}"
     )
     (RESULTS / "compare_methods.md").write_text(f"{heading}\n\n{table(result)}\n")
@@ -285,19 +289,27 @@ def write(minutes: float) -> None:
 def main() -> None:
     """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="of training for each run, at the costs on record")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training for each run, at the costs on record")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each method")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to run")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="where runs go")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
     arguments = parser.parse_args()
     configs = {name: full_config(config) for name, config in METHODS.items()}
-    seconds = costs(configs, arguments.machine, arguments.runs / "costs")
-    for seed in range(arguments.seeds):  # seeds outside, so that an interrupted comparison has all methods
-        for name in arguments.methods:
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        seconds = costs(configs, arguments.machine, arguments.runs / "costs", pool)
+
+        def run(seed: int, name: str) -> tuple[int, str, dict[str, Any]]:
             steps = round(60 * arguments.minutes / seconds[name])
             found = measure(name, configs[name], seed, steps, arguments.machine, arguments.runs / name / str(seed))
-            print(name, seed, found["summary"]["student"], flush=True)
+            return seed, name, found["summary"]["student"]
+
+        # Seeds outside, so that an interrupted comparison has all methods.
+        runs = [pool.submit(run, seed, name) for seed in range(arguments.seeds) for name in arguments.methods]
+        for done in as_completed(runs):
+            print(*done.result(), flush=True)
             write(arguments.minutes)
 
 

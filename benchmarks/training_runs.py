@@ -1,6 +1,7 @@
 """Runs of `fit` by the scripts beside this file: settings of shipped configs with some of them changed, and curves."""
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,13 +62,28 @@ def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Calla
     return settings
 
 
-def train(settings: dict[str, Any], directory: Path) -> None:
-    """Run `fit` in a process of its own."""
+def on_one_core(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the same run in one process, whose batch is that of all processes together."""
+    settings = copy.deepcopy(settings)
+    settings["data"]["init_args"]["batch_size"] *= int(settings["trainer"]["devices"])
+    settings["trainer"] |= {"devices": 1, "strategy": "auto"}
+    return settings
+
+
+def train(settings: dict[str, Any], directory: Path, threads: int | None = None) -> None:
+    """Run `fit` in a process of its own.
+
+    Args:
+        settings: Of the run.
+        directory: Of its config and log.
+        threads: Of the process; None leaves them to the environment.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
     with (directory / "log.txt").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
+        environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
 
 
 def events(directory: Path) -> EventAccumulator:

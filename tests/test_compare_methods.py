@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,13 @@ def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
     assert switch["init_args"]["earliest_step"] == 625
     assert half["seed_everything"] == half["data"]["init_args"]["seed"] == 3
     assert demo["trainer"]["max_steps"] == 1500
+    alone = script.on_one_core(half)
+    assert (alone["trainer"]["devices"], alone["trainer"]["strategy"], alone["data"]["init_args"]["batch_size"]) == (
+        1,
+        "auto",
+        32,
+    )
+    assert half["data"]["init_args"]["batch_size"] == 16
 
 
 def test_figures_of_seeds_are_merged_and_shown(script) -> None:
@@ -94,9 +102,10 @@ def test_runs_on_record_make_the_results_at_the_costs_on_record(script, tmp_path
     assert result["tdm"]["1"]["minutes_to_teacher"] == 4.0
     assert (tmp_path / "compare_methods.png").is_file()
     assert (tmp_path / "compare_methods_minutes.png").is_file()
-    assert script.costs({"imm": {}}, "another", tmp_path) == seconds
+    pool = ThreadPoolExecutor(1)
+    assert script.costs({"imm": {}}, "another", tmp_path, pool) == seconds
     with pytest.raises(SystemExit, match="no cost of ladd"):
-        script.costs({"imm": {}, "ladd": {}}, "another", tmp_path)
+        script.costs({"imm": {}, "ladd": {}}, "another", tmp_path, pool)
     assert script.measure("imm", {}, 0, 100, "another", tmp_path)["machine"] == "one"
     with pytest.raises(SystemExit, match="of 100 steps, and --minutes makes 200"):
         script.measure("imm", {}, 0, 200, "another", tmp_path)
