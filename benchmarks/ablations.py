@@ -4,7 +4,8 @@
 `benchmarks/results/ablations.json` and a table, anew after every run. The recipe is the demo's without alignment, with
 `SwitchSolution` at a fixed step and no way back, so that a collapse is to be seen. Time embedders are compared where they
 matter: by the differential solution from the start. The rescaled one is taught first, by `TimestepRescaling`, for as many steps
-again. Runs on record (`benchmarks/results/ablations/`) are not repeated; remove the records after a change to the recipe.
+again. A run has one core and the demo's batch of two; `--workers` run at a time. Those on record
+(`benchmarks/results/ablations/`) are not repeated; remove the records after a change to the recipe.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from training_runs import events, full_config, run_config, stretched, train
+from training_runs import events, full_config, on_one_core, run_config, stretched, train
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDS = RESULTS / "ablations"
@@ -102,7 +104,7 @@ def variant_config(
             callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
         elif name == "FinalReport":
             callback["init_args"]["diversity_seeds"] = 4
-    return settings
+    return on_one_core(settings)
 
 
 def rescaled_student(steps: int, seed: int, directory: Path) -> str:
@@ -110,17 +112,22 @@ def rescaled_student(steps: int, seed: int, directory: Path) -> str:
     if not (directory / "student").is_dir():
         config = full_config("shapes_timestep_rescaling.yaml")
         settings = stretched(config, steps / config["trainer"]["max_steps"])
-        train(run_config(settings, seed, directory, keep=lambda name: name == "ExportPipeline"), directory)
+        settings = on_one_core(run_config(settings, seed, directory, keep=lambda name: name == "ExportPipeline"))
+        train(settings, directory, threads=1)
     return str(directory / "student")
 
 
 def measure(demo: dict[str, Any], name: str, changes: Mapping[str, Any], steps: int, seed: int, runs: Path) -> dict[str, Any]:
-    """Train a variant, unless the run is on record, and return what is recorded."""
+    """Train a variant, unless the run is on record, and return what is recorded.
+
+    Raises:
+        SystemExit: If the run on record had another number of steps.
+    """
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
     record, directory = RECORDS / f"{file}-{seed}.json", runs / file / str(seed)
     if not record.is_file():
         pretrained = rescaled_student(steps, seed, directory / "rescaling") if name == RESCALED else None
-        train(variant_config(demo, changes, steps, seed, directory, pretrained), directory)
+        train(variant_config(demo, changes, steps, seed, directory, pretrained), directory, threads=1)
         summary, curves = json.loads((directory / "summary.json").read_text()), events(directory)
         norms = [event.value for event in curves.Scalars("train/grad_norm")]
         found = {
@@ -135,6 +142,8 @@ def measure(demo: dict[str, Any], name: str, changes: Mapping[str, Any], steps: 
         RECORDS.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(found, indent=1) + "\n")
     recorded: dict[str, Any] = json.loads(record.read_text())
+    if recorded["steps"] != steps:
+        raise SystemExit(f"{record} is of {recorded['steps']} steps, and --steps is {steps}; give the record's, or remove it")
     return recorded
 
 
@@ -192,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of each variant")
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), help="what to compare")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where runs go")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
     arguments = parser.parse_args()
@@ -199,12 +209,18 @@ def main() -> None:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         group: {name: [] for name in variants} for group, variants in GROUPS.items() if group in arguments.groups
     }
-    for seed in range(arguments.seeds):  # seeds outside, so that an interrupted comparison has all variants
-        for group, variants in found.items():
-            for name, records in variants.items():
-                records.append(measure(demo, name, GROUPS[group][name], arguments.steps, seed, arguments.runs))
-                print(group, "|", name, seed, records[-1]["accuracy"], flush=True)
-                write(found, arguments.machine, arguments.steps)
+
+    def run(seed: int, group: str, name: str) -> tuple[str, str, dict[str, Any]]:
+        return group, name, measure(demo, name, GROUPS[group][name], arguments.steps, seed, arguments.runs)
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        # Seeds outside, so that an interrupted comparison has all variants.
+        tasks = [(seed, group, name) for seed in range(arguments.seeds) for group, names in found.items() for name in names]
+        for done in as_completed([pool.submit(run, *task) for task in tasks]):
+            group, name, record = done.result()
+            found[group][name].append(record)
+            print(group, "|", name, record["accuracy"], flush=True)
+            write(found, arguments.machine, arguments.steps)
 
 
 if __name__ == "__main__":

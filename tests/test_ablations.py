@@ -69,6 +69,8 @@ def test_results_are_those_of_the_runs_on_record(tmp_path: Path, monkeypatch: py
         }
         (tmp_path / "ablations" / f"gamma_1-{seed}.json").write_text(json.dumps(record))
     records = [ablations.measure({}, "gamma 1", {}, 9, seed, tmp_path) for seed in (0, 1)]
+    with pytest.raises(SystemExit, match="of 9 steps, and --steps is 10"):
+        ablations.measure({}, "gamma 1", {}, 10, 0, tmp_path)
     ablations.write({"recipe": {"as it is": []}, "loss": {"gamma 1": records}}, "a machine", 9)
     result = json.loads((tmp_path / "ablations.json").read_text())
     assert list(result["groups"]) == ["loss"]
