@@ -47,6 +47,11 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         }
         for kappa in (0.0, 0.5, 0.9)
     },
+    "training states": {
+        "noised pictures": {"trajectory_fraction": 0.0},
+        "the student's own": {"trajectory_fraction": 1.0},
+        "half the teacher's": {"trajectory_source": "teacher"},
+    },
     "interval input": {"a clone": {"student.interval_embedding": "clone"}},
     "discrete sub-steps": {
         f"the teacher in {count}": {"solution": "discrete", "solver_steps": count, "solver": "heun"} for count in (1, 2, 4, 8)
