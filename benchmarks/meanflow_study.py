@@ -38,8 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Of each variant: the step of the switch (None is the demo's own rule), the time embedder, the alignment, and the number of
 steps in units of the demo's: those without alignment are cheaper, and all variants are to have the same minutes."""
-LONG = {"full": "shapes_meanflow_full.yaml", "second_stage": "shapes_dmd2_second_stage.yaml"}
-"""Configs of the long runs by the names of their records; the second goes on from what the first has exported."""
+LONG = {
+    "full": "shapes_meanflow_full.yaml",
+    "second_stage": "shapes_dmd2_second_stage.yaml",
+    "one_step": "shapes_dmd2_one_step.yaml",
+}
+"""Configs of the long runs by the names of their records; each goes on from what the one before has exported."""
 FROM_THE_START = {"lr": 2.5e-4, "p": 1.0}
 """Of the runs that are differential from the start: with the refitted time embedder they collapsed at the demo's learning rate
 of 2e-3, with its p of 0.5, and at 5e-4 after some 800 steps, where the original embedder, which learns more slowly, held."""
@@ -114,7 +118,11 @@ def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _with_long_runs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    long = {"full recipe": result["full"], "its second stage, by DMD2": result["second_stage"]}
+    long = {
+        "full recipe": result["full"],
+        "its second stage, by DMD2": result["second_stage"],
+        "a third, for one step": result["one_step"],
+    }
     return {**result["variants"], **{name: figures for name, figures in long.items() if figures}}
 
 
@@ -183,7 +191,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
-    parser.add_argument("--no-full", action="store_true", help="leave both stages of the full recipe out")
+    parser.add_argument("--no-full", action="store_true", help="leave the full recipe and its later stages out")
     arguments = parser.parse_args()
     demo, runs = full_config("shapes_meanflow.yaml"), arguments.runs
     seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))

@@ -81,7 +81,7 @@ def test_results_are_those_of_the_runs_on_record(study: ModuleType, tmp_path: Pa
     monkeypatch.setattr(study, "RECORDS", tmp_path / "meanflow_study")
     (tmp_path / "meanflow_study").mkdir()
     teacher = {"1": 0.0, "2": 0.1, "4": 0.7, "8": 0.8, "32": 0.9}
-    reached = {"discrete-0": 0.25, "discrete-1": 0.75, "switched-0": 0.5, "full": 0.875, "second_stage": 1.0}
+    reached = {"discrete-0": 0.25, "discrete-1": 0.75, "switched-0": 0.5, "full": 0.875, "second_stage": 1.0, "one_step": 0.75}
     for name, accuracy in reached.items():
         figures = dict.fromkeys(study.STEPS, accuracy)
         summary = {"teacher": teacher, "student": figures, "minutes": 3.0}
@@ -98,6 +98,7 @@ def test_results_are_those_of_the_runs_on_record(study: ModuleType, tmp_path: Pa
     assert result["full"]["accuracy"]["1"] == 0.875
     assert result["second_stage"]["accuracy"]["1"] == 1.0
     assert "| its second stage, by DMD2 | 100.0 |" in (tmp_path / "meanflow_study.md").read_text()
+    assert "| a third, for one step | 75.0 |" in (tmp_path / "meanflow_study.md").read_text()
     assert "| discrete | 50.0 ± 35.4 |" in (tmp_path / "meanflow_study.md").read_text()
     assert (tmp_path / "meanflow_study.png").is_file()
     assert (tmp_path / "meanflow_study_curves.png").is_file()

@@ -23,6 +23,7 @@ FEW = [
     *("--data.init_args.size=64", "--data.init_args.batch_size=8", "--data.init_args.prompts_per_category=1"),
     *("--trainer.log_every_n_steps=1", "--model.init_args.lr_scheduler.init_args.warmup_steps=1"),
 ]
+LATER_STAGES = ("second_stage", "one_step")
 ONE_PROCESS = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32-true"]
 
 
@@ -104,10 +105,11 @@ def test_students_train(name: str) -> None:
     assert Path("run/pictures.png").is_file()
 
 
-def test_a_second_stage_goes_on_from_the_shipped_student() -> None:
+@pytest.mark.parametrize("name", LATER_STAGES)
+def test_a_later_stage_goes_on_from_the_shipped_student(name: str) -> None:
     start = ["--model.student.pretrained=shapes-student", "--model.init_args.optimizer.init_args.lr=0"]
-    main(["fit", "--config", "shapes_dmd2_second_stage.yaml", *FEW, *ONE_PROCESS, *start])
-    stage = Path("runs/second_stage")
+    main(["fit", "--config", f"shapes_dmd2_{name}.yaml", *FEW, *ONE_PROCESS, *start])
+    stage = Path("runs") / name
     assert "| Started from | shapes-student |" in (stage / "student" / "README.md").read_text()
     files = (path / "transformer" / "diffusion_pytorch_model.safetensors" for path in (STUDENT, stage / "student"))
     before, after = map(load_file, files)
@@ -120,7 +122,7 @@ METHODS = sorted(
     for name in shipped_configs()
     if name.startswith("shapes_")
     and not name.startswith("shapes_meanflow")
-    and not name.endswith("_second_stage.yaml")
+    and name not in {f"shapes_dmd2_{stage}.yaml" for stage in LATER_STAGES}
     and name not in ("shapes_student.yaml", "shapes_two_cores.yaml", "shapes_teacher.yaml", "shapes_vae.yaml")
 )
 
