@@ -35,7 +35,7 @@ class Discriminator(nn.Module):
     def __init__(self, widths: Sequence[int], hidden: int = 256) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # the same in all processes, which keep heads of their own
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, and leave them so
             self.heads = nn.ModuleList(Head(width, hidden) for width in widths)
 
     def forward(self, features: Sequence[Tensor], tau: Tensor) -> Tensor:

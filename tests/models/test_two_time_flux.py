@@ -72,6 +72,16 @@ def test_a_new_student_is_the_teacher_for_every_interval(any_adapter: DiffusersA
         assert torch.equal(u, v)
 
 
+def test_a_new_student_leaves_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = student()
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    state = torch.get_rng_state()
+    network.reset_interval_embedding()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert seeds == []
+
+
 def test_a_trained_student_is_not(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original"), trained=True):
         assert not torch.allclose(u, v, rtol=1e-3)

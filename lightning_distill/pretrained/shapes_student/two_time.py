@@ -144,7 +144,7 @@ class TwoTimeEmbedding(Float32TimestepEmbedding):
         else:
             first, _, last = self.interval_embedder.layers
             with torch.random.fork_rng(devices=[]):  # a student does not depend on the run's seed, nor on how it is built
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, and leave them so
                 first.load_state_dict(nn.Linear(first.in_features, first.out_features).state_dict())
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
