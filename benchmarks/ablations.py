@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "guidance": {
         f"improved, kappa {kappa}": {
-            "guidance": {"kind": "improved", "scale": 2.0, "omega": 2.0 * (1 - kappa), "kappa": kappa},
+            "guidance": {"kind": "improved", "omega": 2.0 * (1 - kappa), "kappa": kappa},
             "caption_dropout": 0.1,
         }
         for kappa in (0.0, 0.5, 0.9)

@@ -76,7 +76,7 @@ class DistributionMatching(nn.Module):
 
     Args:
         guidance_scale: Guidance scale of the teacher here, at least 0; None is the one that the student learns.
-        critic_updates: Critic updates for each student update, at least 1.
+        critic_updates: Critic updates for each batch, at least 1.
         critic_lr: Learning rate of the critic's AdamW.
         critic_clip: Largest norm of the critic's gradients.
         critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
@@ -147,10 +147,12 @@ class DistributionMatching(nn.Module):
             x_tau, tau = diffused.x_tau, diffused.tau
             prompts, scale = condition.prompts, condition.scale
             v_student = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, prompts, scale)
-            guidance = scale if self.guidance_scale is None else torch.full_like(scale, self.guidance_scale)
-            v_teacher = module.adapter.guided_velocity(
-                module.teacher, x_tau, tau, prompts, condition.null, guidance, module.guidance.interval
-            )
+            asked = module.teacher, x_tau, tau, prompts, condition.null
+            if self.guidance_scale is None:
+                v_teacher = module.guidance.teacher_velocity(module.adapter, *asked, scale)
+            else:
+                guidance = torch.full_like(scale, self.guidance_scale)
+                v_teacher = module.adapter.guided_velocity(*asked, guidance, module.guidance.interval)
             gradient = matching_gradient(x_s, predict_x0(x_tau, v_student, tau), predict_x0(x_tau, v_teacher, tau))
             if weight is not None:
                 gradient = expand(weight(diffused), gradient) * gradient

@@ -46,6 +46,12 @@ class FlowMatching(TeacherStudentBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, caption_dropout=caption_dropout, **kwargs)
+        if self.guidance.kind == "improved" or self.guidance.scales is not None:
+            name = "kind improved" if self.guidance.kind == "improved" else f"scales {list(self.guidance.scales or ())}"
+            raise ConfigurationError(
+                f"guidance.{name} is how a student learns guidance, and FlowMatching trains without; set kind to two_branch "
+                "or, where the checkpoint takes a guidance scale, to embedded, and scale to that of validation"
+            )
         if self.student_options.lora is not None:
             raise ConfigurationError("student.lora is set, and FlowMatching trains the whole network; set it to null")
         if self.student_options.pretrained is not None:

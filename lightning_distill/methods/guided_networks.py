@@ -84,7 +84,7 @@ class GuidedNetworks(ShardedNetworks, ABC):
         """The guided velocity v~ that the student learns."""
         prompts, scale = condition.prompts, condition.scale
         if self.guidance.kind != "improved":
-            return self.adapter.guided_velocity(self.teacher, x_t, t, prompts, condition.null, scale, self.guidance.interval)
+            return self.guidance.teacher_velocity(self.adapter, self.teacher, x_t, t, prompts, condition.null, scale)
         v = self.adapter.velocity(self.teacher, x_t, t, prompts, scale)
         u_cond = self.evaluated(x_t, t, t, condition)
         u_null = self.evaluated(x_t, t, t, GuidedCondition(condition.null, condition.null, scale))

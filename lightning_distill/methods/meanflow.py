@@ -76,6 +76,11 @@ class MeanFlow(StudentDerivative, TrajectoryStates):
         super().__init__(*args, **kwargs)
         if not 0 <= equal_fraction <= 1:
             raise ConfigurationError(f"model.equal_fraction is {equal_fraction}; choose a share in [0, 1], 0.25 is usual")
+        if equal_fraction == 0 and self.guidance.kind == "improved":
+            raise ConfigurationError(
+                "guidance.kind improved mixes in the student at r = t, which model.equal_fraction 0 never trains; set it to "
+                "0.25"
+            )
         if solver not in SOLVERS:
             raise ConfigurationError(f"model.solver is {solver!r}; choose one of {', '.join(SOLVERS)}")
         if solver_steps < 1:

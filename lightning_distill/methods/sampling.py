@@ -11,10 +11,12 @@ from lightning import LightningModule
 from torch import Generator, Tensor, nn
 from torchmetrics import Metric
 
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate, jump
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import AverageVelocityReference, ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter
+from lightning_distill.models.sharding import Sharding
 
 Batch = dict[str, Any]
 """`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1], if there are pictures; `index` (B,), places in the data set.
@@ -131,7 +133,7 @@ class SamplingModule(LightningModule, ABC):
         """Velocity (B, C, h, w) of a sampling step from t down to r."""
         if network == "student":
             return self.adapter.average_velocity(self.sampling_student, x, r, t, condition, self.guidance.scale)
-        return self.adapter.guided_velocity(self.teacher, x, t, condition, null, self.guidance.scale, self.guidance.interval)
+        return self.guidance.teacher_velocity(self.adapter, self.teacher, x, t, condition, null, self.guidance.scale)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -162,6 +164,22 @@ class SamplingModule(LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """As in validation."""
         self._log_measures("test", prog_bar=False)
+
+    def on_predict_start(self) -> None:
+        """Refuse prompts that processes have unequal shares of, where they need each other for every forward.
+
+        Raises:
+            ConfigurationError: If they would wait for ever.
+        """
+        if not isinstance(self.trainer.strategy, Sharding):
+            return
+        processes, loader = self.trainer.world_size, self.trainer.predict_dataloaders
+        assert loader is not None
+        if (prompts := len(loader.dataset)) % processes:
+            raise ConfigurationError(
+                f"{prompts} prompts do not divide evenly among {processes} processes, which trainer.strategy needs; give a "
+                "multiple, or draw with an export"
+            )
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] at the largest validated number of steps."""

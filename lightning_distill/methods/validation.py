@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.solvers import integrate
 from lightning_distill.models.base import Condition
@@ -31,6 +32,9 @@ class ValidationOptions:
         intervals: The (r, t) at which it is measured.
         solver_steps: Heun steps of the teacher's reference solution over an interval, even on the sampling grid.
         samples: Pictures of the first validation batch that the error is measured on.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
     """
 
     nfe: Sequence[int] = (1, 2, 4, 8)
@@ -42,6 +46,16 @@ class ValidationOptions:
     intervals: Sequence[tuple[float, float]] = ((0.0, 1.0), (0.5, 1.0), (0.0, 0.5), (0.25, 0.75))
     solver_steps: int = 16
     samples: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.nfe or min(self.nfe) < 1:
+            raise ConfigurationError(f"validation.nfe is {list(self.nfe)}; give numbers of steps of at least 1")
+        for name in ("teacher_nfe", "height", "width", "solver_steps", "samples"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"validation.{name} is {getattr(self, name)}; take at least 1")
+        for r, t in self.intervals:
+            if not 0 <= r < t <= 1:
+                raise ConfigurationError(f"validation.intervals has {[r, t]}; give (r, t) with 0 <= r < t <= 1")
 
 
 @dataclass(frozen=True)

@@ -374,10 +374,10 @@ class ModelAdapter(nn.Module, ABC):
         if isinstance(guidance_scale, float | int) and guidance_scale == 1:
             return self.velocity(network, x_t, t, condition)
         # The second branch is computed for the rows that are guided only.
-        rows = inside_interval(t, guidance_interval).nonzero()[:, 0]
+        scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))
+        rows = (inside_interval(t, guidance_interval) & (scale != 1)).nonzero()[:, 0]
         null = self.null_for(condition, null_condition)
         both = {name: torch.cat([value, null[name][rows]]) for name, value in condition.items()}
         v = self.velocity(network, torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         v_cond, v_null = v.split([len(x_t), len(rows)])
-        scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))[rows]
-        return v_cond.index_copy(0, rows, self.mix_guidance(v_cond[rows], v_null, scale))
+        return v_cond.index_copy(0, rows, self.mix_guidance(v_cond[rows], v_null, scale[rows]))

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
@@ -94,6 +95,28 @@ def test_dropped_captions_of_encoded_data_are_the_same_ones(tmp_path: Path, monk
     assert torch.equal(seen[0]["caption"], seen[1]["caption"])
     assert 150 < (seen[1]["caption"] == 0).sum() < 250
     assert not (encoded["condition"]["caption"] == 0).any()
+
+
+@pytest.mark.parametrize("guidance", [Guidance("improved"), Guidance("embedded", scale=4.0, scales=[4.0, 5.0])])
+def test_guidance_that_only_students_learn_is_refused(guidance: Guidance) -> None:
+    with pytest.raises(ConfigurationError, match=r"guidance\.(kind improved|scales) .*FlowMatching"):
+        method(guidance=guidance)
+
+
+def test_a_checkpoint_whose_text_encoders_trained_is_refused_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(trained: bool, resumed: Path | None) -> Trainer:
+        adapter = GaussianAdapter(teacher="small")
+        monkeypatch.setattr(adapter, "text_encoders", lambda: {"text_encoder": nn.Linear(1, 1)})
+        module = FlowMatching(adapter, validation=VALIDATION, train_text_encoders=trained)
+        fitted = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+        fitted.fit(module, loader(), ckpt_path=resumed)
+        return fitted
+
+    run(True, None).save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ConfigurationError, match=r"networks\.text_encoder"):
+        run(False, tmp_path / "last.ckpt")
 
 
 def test_text_encoders_train_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,28 @@ def test_improved_guidance_mixes_the_student_in(points) -> None:
     _, target, _ = module.regression(x_t, t, t, GuidedCondition(condition, null, torch.ones(16)))
     # v_T + 0.5 (u_c - u_null), and the exact student's captions add as the teacher's do
     torch.testing.assert_close(target, GAUSSIAN.velocity(x_t, t) + 0.75)
+    # Its end is u = omega / (1 - kappa) (v_c - v_null) + v_null, which the student is compared with.
+    reference = module.sampling_velocity(x_t, t, t, condition, null, "teacher")
+    torch.testing.assert_close(reference, GAUSSIAN.velocity(x_t, t) + 1.0)
+
+
+def test_improved_guidance_of_a_checkpoint_that_embeds_a_scale_ends_at_two_branches_of_that(points, monkeypatch) -> None:
+    x_t, _, t, _ = points
+    condition, null = {"caption": torch.full((16,), 0.5)}, {"caption": torch.zeros(16)}
+    monkeypatch.setattr(GaussianAdapter, "check", lambda self: setattr(self, "embeds_guidance", True))
+    monkeypatch.setattr(
+        GaussianAdapter,
+        "velocity",
+        lambda self, network, x_t, t, condition, scale: network(x_t, None, t, scale * condition["caption"]),
+    )
+    module = method(guidance=Guidance(kind="improved", scale=3.0, omega=1.0, kappa=0.5), caption_dropout=0.1)
+    reference = module.sampling_velocity(x_t, t, t, condition, null, "teacher")
+    torch.testing.assert_close(reference, GAUSSIAN.velocity(x_t, t) + 2 * 3 * 0.5)
+
+
+def test_improved_guidance_takes_its_scale_from_omega_and_kappa() -> None:
+    with pytest.raises(ConfigurationError, match=r"guidance\.scale is 2.* comes to omega / \(1 - kappa\), which is 3"):
+        method(guidance=Guidance(kind="improved", scale=2.0, omega=1.5, kappa=0.5), caption_dropout=0.1)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +274,7 @@ def test_improved_guidance_mixes_the_student_in(points) -> None:
         ({"caption_dropout": 1.0}, "model.caption_dropout"),
         ({"ema_decay": 1.0}, "model.ema_decay"),
         ({"guidance": Guidance(kind="improved")}, "caption_dropout"),
+        ({"guidance": Guidance(kind="improved"), "caption_dropout": 0.1, "equal_fraction": 0.0}, "equal_fraction"),
         ({"guidance": Guidance(kind="embedded")}, "guidance.kind"),
     ],
 )
@@ -266,9 +289,11 @@ def test_settings_that_cannot_work_are_refused_by_name(settings, names) -> None:
         ({"scale": -1.0}, "guidance.scale"),
         ({"scales": [4.0, 5.0]}, "guidance.scales"),
         ({"kind": "embedded", "scales": []}, "guidance.scales"),
+        ({"kind": "embedded", "scales": [4.0, 5.0]}, "guidance.scale, at which validation draws, 1"),
         ({"interval": (0.5, 0.5)}, "guidance.interval"),
         ({"kind": "embedded", "interval": (0.0, 0.5)}, "guidance.interval"),
         ({"kind": "improved", "kappa": 1.0}, "guidance.kappa"),
+        ({"kind": "improved", "kappa": -1.0}, "guidance.kappa"),
     ],
 )
 def test_guidance_settings_that_contradict_each_other_are_refused(settings, names) -> None:
@@ -276,8 +301,33 @@ def test_guidance_settings_that_contradict_each_other_are_refused(settings, name
         Guidance(**settings)
 
 
+def test_two_branch_guidance_asks_only_rows_that_are_guided(points, monkeypatch) -> None:
+    x_t, _, t, condition = points
+    rows = []
+    monkeypatch.setattr(GaussianTeacher, "velocity", lambda self, x, t: rows.append(len(x)) or torch.zeros_like(x))
+    scale = torch.where(t > 0.5, 3.0, 1.0)
+    module = method()
+    module.adapter.guided_velocity(module.teacher, x_t, t, condition, condition, scale)
+    assert rows == [16 + int((t > 0.5).sum())]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"nfe": ()}, "validation.nfe"),
+        ({"teacher_nfe": 0}, "validation.teacher_nfe"),
+        ({"samples": 0}, "validation.samples"),
+        ({"intervals": [(0.5, 0.5)]}, "validation.intervals"),
+        ({"intervals": [(0.5, 1.5)]}, "validation.intervals"),
+    ],
+)
+def test_measures_that_cannot_be_taken_are_refused_by_name(settings, names) -> None:
+    with pytest.raises(ConfigurationError, match=names):
+        ValidationOptions(**settings)
+
+
 def test_embedded_guidance_draws_among_its_scales() -> None:
-    drawn = Guidance(kind="embedded", scales=[4.0, 4.5, 5.0]).draw(200, torch.device("cpu"))
+    drawn = Guidance(kind="embedded", scale=4.5, scales=[4.0, 4.5, 5.0]).draw(200, torch.device("cpu"))
     assert set(drawn.tolist()) == {4.0, 4.5, 5.0}
 
 
