@@ -101,11 +101,7 @@ class IMM(TrajectoryStates):
         """Refuse settings that cannot work, a batch that does not make whole groups among them."""
         super().setup(stage)
         size = getattr(getattr(self._trainer, "datamodule", None), "batch_size", None)
-        if stage == "fit" and isinstance(size, int):
-            self._refuse_part_of_a_group(size)
-
-    def _refuse_part_of_a_group(self, size: int) -> None:
-        if size % self.particles:
+        if stage == "fit" and isinstance(size, int) and size % self.particles:
             raise ConfigurationError(
                 f"a batch is {size} samples, which do not make groups of model.particles {self.particles}; set "
                 "data.batch_size to a multiple"
@@ -113,7 +109,9 @@ class IMM(TrajectoryStates):
 
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
         """Draw (s, r, t) for each group, and compare its jumps to s."""
-        self._refuse_part_of_a_group(len(x0))
+        if missing := -len(x0) % self.particles:  # data may leave broken pictures out of a batch
+            rows = torch.arange(len(x0) + missing, device=x0.device) % len(x0)
+            x0, condition = x0[rows], {name: value[rows] for name, value in condition.items()}
         t = self.time_sampler(len(x0) // self.particles, x0.device)
         s = t * torch.rand_like(t)
         r = constant_decrement(t, s, self.eta_max / 2**self.decrement_exponent, self.eta_max)
