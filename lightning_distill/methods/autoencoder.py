@@ -62,7 +62,7 @@ class Autoencoder(LightningModule):
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-        self._latents: list[Tensor] = []
+        self.moments: list[Tensor] = []  # mean and mean square of the latents of each of the last batches
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruct `batch["image"]`, (B, 3, H, W) in [-1, 1]."""
@@ -72,7 +72,8 @@ class Autoencoder(LightningModule):
         # KL of one latent entry, in nats: diffusers sums over entries, and a mean keeps the weight free of the size.
         kl = posterior.kl().mean() / latents[0].numel()
         loss = error.square().mean() + error.abs().mean() + self.kl_weight * kl
-        self._latents = [*self._latents[-63:], posterior.mode().detach()]
+        mode = posterior.mode().detach().double()
+        self.moments = [*self.moments[-63:], torch.stack([mode.mean(), mode.square().mean()])]
         self.log_dict({"train/loss": loss, "train/mae": error.abs().mean(), "train/kl": kl}, prog_bar=True)
         return loss
 
@@ -84,10 +85,18 @@ class Autoencoder(LightningModule):
 
     def on_train_end(self) -> None:
         """Measure the scale of the latents and write the autoencoder."""
-        latents = torch.cat(self._latents)
-        self.vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+        mean, square = torch.stack(self.moments).mean(0).tolist()
+        self.vae.register_to_config(scaling_factor=(square - mean**2) ** -0.5, shift_factor=mean)
         if self.trainer.is_global_zero:
             self.vae.save_pretrained(self.output)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the scale is measured by."""
+        checkpoint["moments"] = self.moments
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back."""
+        self.moments = [each.to(self.device) for each in checkpoint["moments"]]
 
     def configure_optimizers(self) -> Any:
         """One optimizer over all weights, with its scheduler stepping once a batch."""

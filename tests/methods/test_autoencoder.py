@@ -28,6 +28,21 @@ def test_writes_an_autoencoder_with_latents_of_unit_scale(tmp_path: Path) -> Non
     assert scaled.mean().item() == pytest.approx(0, abs=0.2)
 
 
+def test_a_resumed_run_measures_the_scale_by_what_it_saw_before_too(tmp_path: Path) -> None:
+    data = ShapesData(size=64, batch_size=16, prompts_per_category=2)
+    small = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 2}
+    first, second = (Autoencoder(str(tmp_path / "vae"), **small) for _ in range(2))
+    run = trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    run.fit(first, data)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(tmp_path, max_steps=4, limit_val_batches=0).fit(second, data, ckpt_path=tmp_path / "last.ckpt")
+    moments = torch.stack(second.moments)
+    assert torch.equal(moments[:3], torch.stack(first.moments))
+    config = AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    assert config.shift_factor == pytest.approx(moments[:, 0].mean().item())
+    assert len(moments) == 4
+
+
 def test_kl_weight_must_be_positive() -> None:
     with pytest.raises(ValueError, match=r"model\.kl_weight"):
         Autoencoder(kl_weight=0.0)
