@@ -37,7 +37,7 @@ class TrajectoryAlignment(DistributionMatching):
         nfe: Numbers of steps of the grids; one is drawn for each batch, so that one listed twice is drawn twice as often.
         guidance_scale: Guidance scale of the teacher here, at least 0; None is the one that the student learns. The scores that
             distributions are matched by may be guided more than the trajectories that are regressed.
-        critic_updates: Critic updates for each student update, at least 1.
+        critic_updates: Critic updates for each batch, at least 1; accumulated batches count each.
         critic_lr: Learning rate of the critic's AdamW.
         critic_clip: Largest norm of the critic's gradients.
         start_step: Optimizer step from which the critic trains.

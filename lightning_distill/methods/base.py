@@ -163,7 +163,14 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         self.check_student(self.student_options)
         self.guidance.check(self.adapter.embeds_guidance)
         self.check_strategy(None if self.train_text_encoders else self.adapter)
+        if stage == "fit":
+            self.check_precision()
         self._use_encoded_data(encoded_data(self._trainer))
+        if self.has_teacher and self.validation.average_velocity and not self.measured_intervals:
+            raise ConfigurationError(
+                f"validation.intervals has none that ends at 0, where {type(self).__name__} jumps to; add one, such as [0, 1], "
+                "or set validation.average_velocity to false"
+            )
         data = getattr(self._trainer, "datamodule", None)
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
@@ -261,13 +268,20 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         return latents
 
     def latents(self, batch: Batch) -> Tensor:
-        """Latents (B, C, h, w) of a batch's pictures; of prompts alone there are none, which shows in a loss that used them."""
+        """Latents (B, C, h, w) of a batch's pictures."""
         if "latents" in batch:
             latents: Tensor = batch["latents"]
             return latents
-        if "image" in batch:
-            return self.encode_images(batch)
-        return torch.full((len(batch["prompt"]), *self.latent_shape), torch.nan, device=self.device)
+        return self.encode_images(batch) if "image" in batch else self.no_latents(batch)
+
+    def no_latents(self, batch: Batch) -> Tensor:
+        """What stands for latents (B, C, h, w) that nothing looks at: no numbers, which shows in a loss that used them."""
+        shape = self.latent_shape
+        if "latents" in batch:
+            shape = tuple(batch["latents"].shape[1:])
+        elif "image" in batch:
+            shape = self.adapter.latent_shape(*batch["image"].shape[-2:])
+        return torch.full((len(batch["prompt"]), *shape), torch.nan, device=self.device)
 
     def condition(self, batch: Batch) -> Condition:
         """Conditions of a batch's prompts, which it may bring along."""
@@ -297,7 +311,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean of the method's loss, and its curves."""
-        objective = self.objective(self.latents(batch), self.condition(batch))
+        x0 = self.latents(batch) if self.needs_images else self.no_latents(batch)
+        objective = self.objective(x0, self.condition(batch))
         loss = objective.loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in objective.logs.items()})
@@ -354,6 +369,7 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         """Give each process draws of its own, and start the clock of the throughput."""
         if self.global_rank > 0:  # all were seeded alike, which the networks' first weights need and times and noise must not
             torch.manual_seed((torch.initial_seed() + self.global_rank) % 2**63)
+        self.apply_side_settings()
         self._clock = (time.perf_counter(), 0)
 
     @property
@@ -405,13 +421,15 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another student; loading is not strict, since frozen parts are left out."""
+        trainings = self.side_trainings()
         for path, state in unpacked(checkpoint["side_optimizers"]).items():
-            self.side_trainings()[path].load_state_dict(state)
+            if path in trainings:  # else the run goes on without what it trained
+                trainings[path].load_state_dict(state)
         if self.sharding is not None:  # its strategy has looked
             return
         checkpoint["optimizer_states"] = unpacked(checkpoint.get("optimizer_states", []))
         expected, found = set(self._saved_names(self.state_dict())), checkpoint["state_dict"].keys()
-        if surplus := sorted(name for name in found - expected if name.startswith("student.")):
+        if surplus := sorted(name for name in found - expected if name.startswith(("student.", "networks."))):
             raise ConfigurationError(
                 f"the checkpoint has {surplus[0]!r} and {len(surplus) - 1} more weights that this configuration has not; "
                 "resume with the model settings it was trained with"

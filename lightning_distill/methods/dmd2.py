@@ -68,7 +68,7 @@ class DMD2(CriticMethod):
     .. math:: \nabla L = \frac{\hat x_0^F(x_\tau) - \hat x_0^T(x_\tau)}{\mathrm{mean} \, |x - \hat x_0^T|} \frac{dG}{d\theta},
 
     applied as :math:`\frac12 \| x - \mathrm{sg}(x - g) \|^2`. The critic :math:`v_F` learns the student's score by flow
-    matching on its samples, `critic_updates` times for each update of the student (section 4.2). A discriminator on the
+    matching on its samples, `critic_updates` times for each batch of the student's (section 4.2). A discriminator on the
     critic's features, which tells samples from data, both noised to tau, may be added (section 4.3); data are then needed, else
     prompts alone. With it :math:`\nabla L` may be weighted for another divergence than the reverse Kullback-Leibler
     (`CriticGan.divergence`).
@@ -78,7 +78,7 @@ class DMD2(CriticMethod):
     Args:
         nfe: Numbers of steps of the student; one is drawn for each batch, so that one listed twice is drawn twice as often.
         guidance_scale: Guidance scale of the teacher's score, at least 0; None is the one that the student learns.
-        critic_updates: Critic updates for each student update, at least 1; each but the last is on fresh samples.
+        critic_updates: Critic updates for each batch, at least 1; each but the last is on fresh samples.
         critic_lr: Learning rate of the critic's AdamW; the default is that of the paper's code for SDXL.
         critic_clip: Largest norm of the critic's gradients; likewise.
         critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
@@ -116,7 +116,7 @@ class DMD2(CriticMethod):
         )
         self.gan = gan
         if gan is not None:
-            self.heads_training = SideTraining(critic_lr if gan.lr is None else gan.lr, clip=critic_clip, spread=False)
+            self.heads_training = SideTraining(critic_lr if gan.lr is None else gan.lr, clip=critic_clip)
         divergence = "reverse_kl" if gan is None else gan.divergence
         self.divergence_weight = None if divergence == "reverse_kl" else DivergenceWeight(divergence)
 
@@ -162,7 +162,7 @@ class DMD2(CriticMethod):
         real = DiffusedState(interpolate(x0, noise, fake.tau), fake.tau, noise)
         with torch.set_grad_enabled(self.gan.critic_weight > 0):
             seen, judged = self._features(real, condition), self._features(fake, condition)
-        optimizer = self.heads_training.optimizer(self.heads, self.sharding)
+        optimizer = self.heads_training.optimizer(self.heads)
         logs = discriminator_update(self.heads, optimizer, seen, judged, fake.tau, logistic_discriminator)
         loss = logistic_discriminator(self.heads(seen, fake.tau), self.heads(judged, fake.tau)).mean()
         return self.gan.critic_weight * loss, logs

@@ -99,7 +99,7 @@ class LADD(TeacherStudentBase):
         self.layers = layers
         self.hidden = hidden
         self.r1_weight = r1_weight
-        self.heads_training = SideTraining(discriminator_lr, clip=discriminator_clip, spread=False)
+        self.heads_training = SideTraining(discriminator_lr, clip=discriminator_clip)
 
     heads: Discriminator
     feature_layers: tuple[int, ...]
@@ -145,7 +145,7 @@ class LADD(TeacherStudentBase):
         tau = self.time_sampler(len(real), real.device)
         with torch.no_grad():
             seen, judged = (self._features(x, tau, condition) for x in (real, fake))
-        optimizer = self.heads_training.optimizer(self.heads, self.sharding)
+        optimizer = self.heads_training.optimizer(self.heads)
         return discriminator_update(self.heads, optimizer, seen, judged, tau, hinge_discriminator, self.r1_weight)
 
     def adversarial_loss(self, x: Tensor, condition: GuidedCondition) -> Tensor:

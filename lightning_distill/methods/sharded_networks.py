@@ -3,6 +3,7 @@
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
@@ -43,6 +44,18 @@ class ShardedNetworks(LightningModule):
                 "fsdp2, deepspeed_stage_3 or ddp"
             )
 
+    def check_precision(self) -> None:
+        """Refuse scaled losses where networks train on losses of their own, which nothing scales.
+
+        Raises:
+            ConfigurationError: If the trainer's precision is 16-mixed.
+        """
+        if (sides := self.side_networks) and self._trainer is not None and self._trainer.precision == "16-mixed":
+            raise ConfigurationError(
+                f"trainer.precision is 16-mixed, which scales the student's loss alone, not that of {', '.join(sides)}; set it "
+                "to bf16-mixed"
+            )
+
     def any_process(self, flag: bool) -> bool:
         """Whether a flag is set in any of the processes that share networks; else as it is."""
         if self.sharding is None:
@@ -79,8 +92,16 @@ class ShardedNetworks(LightningModule):
         Args:
             spread: Of those that the strategy has spread over processes, or of those that every process has whole.
         """
+        if (self.sharding is not None) != spread:
+            return {}
         return {
             path: training.optimizer(self.get_submodule(path), self.sharding)
             for path, training in self.side_trainings().items()
-            if (self.sharding is not None and training.spread) == spread
         }
+
+    def apply_side_settings(self) -> None:
+        """Put the settings of those optimizers in force where a checkpoint had others, and warn of it."""
+        trainings = self.side_trainings()
+        self.side_optimizers(spread=self.sharding is not None)  # which takes up what the checkpoint had
+        if changes := [f"{path} {change}" for path in trainings for change in trainings[path].apply_settings()]:
+            rank_zero_warn(f"training goes on with changed settings: {', '.join(changes)}")

@@ -16,14 +16,12 @@ class SideTraining:
         lr: Learning rate.
         betas: Of AdamW. Without a memory of gradients, the default, the network follows a student that moves.
         clip: Largest norm of the gradients.
-        spread: Whether a strategy that shards networks has spread this one too. Small ones stay whole.
     """
 
-    def __init__(self, lr: float, betas: tuple[float, float] = (0.0, 0.99), clip: float = 1.0, spread: bool = True) -> None:
+    def __init__(self, lr: float, betas: tuple[float, float] = (0.0, 0.99), clip: float = 1.0) -> None:
         self.lr = lr
         self.betas = betas
         self.clip = clip
-        self.spread = spread
         self._optimizer: SideOptimizer | None = None
         self._pending: dict[str, Any] | None = None
 
@@ -40,11 +38,22 @@ class SideTraining:
             if self._pending is not None:
                 adamw.load_state_dict(self._pending)
                 self._pending = None
-            if sharding is None or not self.spread:
+            if sharding is None:
                 self._optimizer = ReplicatedOptimizer(adamw, self.clip)
             else:
                 self._optimizer = sharding.side_optimizer(network, adamw, self.clip)
         return self._optimizer
+
+    def apply_settings(self) -> list[str]:
+        """Put the settings in force where a checkpoint had others; what has changed, as texts."""
+        changes = []
+        for group in self._optimizer.optimizer.param_groups if self._optimizer is not None else ():
+            for name, new in (("lr", self.lr), ("betas", self.betas)):
+                old = tuple(group[name]) if isinstance(new, tuple) else float(group[name])
+                if old != new:
+                    changes.append(f"{name} {old} -> {new}")
+                    group[name] = new
+        return changes
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the state of an optimizer that was saved."""

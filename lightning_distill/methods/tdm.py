@@ -28,7 +28,7 @@ class TDM(CriticMethod):
     Args:
         nfe: Numbers of steps of the student; one is drawn for each batch, so that one listed twice is drawn twice as often.
         guidance_scale: Guidance scale of the teacher's score, at least 0; None is the one that the student learns.
-        critic_updates: Critic updates for each student update, at least 1; each but the last is on fresh states.
+        critic_updates: Critic updates for each batch, at least 1; each but the last is on fresh states.
         critic_lr: Learning rate of the critic's AdamW.
         critic_clip: Largest norm of the critic's gradients.
         critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
