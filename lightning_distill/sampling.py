@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     if arguments.nfe < 1:
         raise ConfigurationError(f"--nfe is {arguments.nfe}; give a number of steps of at least 1")
+    for name, value in (("height", arguments.height), ("width", arguments.width)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{name} is {value}; give pixels of at least 1, or leave it out")
+    if not 0 <= arguments.seed < 2**63 - len(arguments.prompt):
+        raise ConfigurationError(f"--seed is {arguments.seed}; give a number from 0 to 2^63 less the number of prompts")
     if arguments.scale < 1:
         raise ConfigurationError(f"--scale is {arguments.scale}; give a whole factor of at least 1")
     if arguments.out.suffix.lower() != ".png":
@@ -121,11 +126,11 @@ def load_pipeline(
         raise ConfigurationError(
             f"--pipeline is {name!r}, HunyuanImage 3.0 itself; draw with its own generate_image, or give an exported student"
         )
-    foreign = [file for file in (*directory.glob("*.py"), *directory.glob("*/*.py")) if not is_own_code(file)]
-    if foreign and not trust_remote_code:
-        files = ", ".join(str(file.relative_to(directory)) for file in foreign)
+    if is_pipeline:
+        _check_json(name, directory / "model_index.json")
+    if not trust_remote_code and (foreign := foreign_code(directory)):
         raise ConfigurationError(
-            f"--pipeline {name!r} brings code of its own ({files}); read it, and add --trust_remote_code to run it"
+            f"--pipeline {name!r} brings code of its own ({', '.join(foreign)}); read it, and add --trust_remote_code to run it"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_pipeline:
@@ -134,14 +139,27 @@ def load_pipeline(
         model = kind.from_pretrained(directory, dtype=torch_dtype, use_safetensors=True)
         model.load_tokenizer(str(directory))
         return model.eval().to(device)
-    pipeline = DiffusionPipeline.from_pretrained(
-        directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
-    )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
+        )
+    except OSError as error:  # a part of it is not there, or cannot be read
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"--pipeline {name!r} cannot be loaded ({reason}); export or download it again") from error
     if not is_student(pipeline) and type(pipeline).__name__ not in FAMILIES:
         raise ConfigurationError(
             f"--pipeline {name!r} is a {type(pipeline).__name__}; give an exported student, or one of {', '.join(FAMILIES)}"
         )
     return pipeline.to(device)
+
+
+def _check_json(name: str, file: Path) -> None:
+    try:
+        json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--pipeline {name!r} has a {file.name} that cannot be read ({error}); export or download it again"
+        ) from error
 
 
 def _on_base(name: str, directory: Path, base: str | None, torch_dtype: torch.dtype) -> DiffusionPipeline:
@@ -172,6 +190,36 @@ def is_own_code(file: Path) -> bool:
     """Whether a file in a pipeline directory is, byte for byte, the code that this package's exports carry."""
     own = OWN_CODE / file.name
     return own.is_file() and own.read_bytes() == file.read_bytes()
+
+
+def foreign_code(directory: Path) -> list[str]:
+    """What loading a directory with trust could run beside this package's own code: files in it, and references out of it."""
+    files = {file for pattern in ("*.py", "*/*.py", "**/*.py") for file in directory.glob(pattern)}
+    foreign = [str(file.relative_to(directory)) for file in sorted(files) if not is_own_code(file)]
+    # A module is a name beside the file that names it; paths and other repositories lead to what has not been compared.
+    return foreign + [each for each in _code_references(directory) if not all(part.isidentifier() for part in each.split("."))]
+
+
+def _code_references(directory: Path) -> Iterator[str]:
+    """Modules and classes that a pipeline's index and its parts' configurations name."""
+    index = directory / "model_index.json"
+    for places in json.loads(index.read_text()).values() if index.is_file() else ():
+        if isinstance(places, list):
+            yield from (place for place in places if isinstance(place, str))
+    for file in sorted(directory.glob("**/*.json")):
+        if '"auto_map"' in (text := file.read_text(errors="replace")):
+            yield from _auto_maps(json.loads(text))
+
+
+def _auto_maps(value: Any, inside: bool = False) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _auto_maps(each, inside or name == "auto_map")
+    elif isinstance(value, list):
+        for each in value:
+            yield from _auto_maps(each, inside)
+    elif inside and isinstance(value, str):
+        yield value
 
 
 def sample(

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,13 +239,45 @@ def test_code_that_is_not_this_packages_needs_trust(name: str, made: dict[str, P
     assert witness.exists() == (name != "scheduler/extra.py")
 
 
+def test_code_elsewhere_needs_trust(made: dict[str, Path], tmp_path: Path) -> None:
+    evil = "from pathlib import Path\nPath({!r}).touch()\nclass Evil: pass\n".format(str(tmp_path / "witness"))
+
+    def refused(name: str, reference: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"brings code of its own \({reference}.*--trust_remote_code"):
+            sampling.load_pipeline(str(tmp_path / name))
+        assert not (tmp_path / "witness").exists()
+
+    def changed(name: str, file: str, settings: dict[str, Any]) -> Path:
+        shutil.copytree(made["student"], tmp_path / name)
+        path = tmp_path / name / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        return tmp_path / name
+
+    deep = changed("deep", "model_index.json", {"_class_name": ["a/b/evil", "Evil"]}) / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "evil.py").write_text(evil)
+    refused("deep", r"a/b/evil\.py, a/b/evil")
+    (tmp_path / "evil.py").write_text(evil)
+    changed("beside", "model_index.json", {"_class_name": ["../evil", "Evil"]})
+    refused("beside", r"\.\./evil")
+    changed("encoder", "text_encoder/config.json", {"auto_map": {"AutoModel": f"{tmp_path}--evil.Evil"}})
+    refused("encoder", f"{tmp_path}--evil")
+
+
 def test_weights_in_pickles_are_refused(made: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(made["student"], tmp_path / "pickled")
     file = tmp_path / "pickled" / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save({}, file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ConfigurationError, match=r"pickled' cannot be loaded \(.*safetensors.*download it again"):
         sampling.load_pipeline(str(tmp_path / "pickled"))
+
+
+def test_a_broken_index_is_one_sentence(made: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(made["student"], tmp_path / "broken")
+    (tmp_path / "broken" / "model_index.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"has a model_index\.json that cannot be read .*download it again"):
+        sampling.load_pipeline(str(tmp_path / "broken"))
 
 
 # Arguments
@@ -255,6 +288,9 @@ def test_weights_in_pickles_are_refused(made: dict[str, Path], tmp_path: Path) -
     [
         (["--pipeline", "no/such/place"], "--pipeline is 'no/such/place', which holds no model_index.json"),
         (["--nfe", "0"], "--nfe is 0; give a number of steps of at least 1"),
+        (["--height", "-32"], "--height is -32; give pixels of at least 1"),
+        (["--width", "0"], "--width is 0; give pixels of at least 1"),
+        (["--seed", "9" * 20], f"--seed is {'9' * 20}; give a number from 0"),
         (["--scale", "0"], "--scale is 0; give a whole factor of at least 1"),
         (["--out", "x.jpg"], "--out is 'x.jpg'; give a file name that ends in .png"),
         (["--height", "20"], "--height 20 and --width 32: images of 20 x 32 do not fit; use multiples of 8 pixels"),
