@@ -7,15 +7,16 @@ from typing import Any
 
 from PIL import Image
 
-from lightning_distill.data.image_folder import UNREADABLE
+from lightning_distill.data.image_folder import UNREADABLE, upright_size
 from lightning_distill.errors import ConfigurationError
 
 
 class HubImages:
     """Samples of one split, read at random.
 
-    Sizes are taken from the columns `height` and `width` where there are such, or read once from the pictures' headers and kept
-    in the cache of `datasets`. A sample without a caption, or whose header cannot be read, is passed over.
+    Sizes, of pictures as they are shown, are taken from the columns `height` and `width` where there are such, or read once
+    from the pictures' headers and kept in the cache of `datasets`. A sample without a caption, or whose header cannot be read,
+    is passed over.
 
     Args:
         name: A hub id; a directory, of Parquet files or in the layout of `imagefolder`; or a `.parquet` path, `*` for many.
@@ -66,6 +67,7 @@ class HubImages:
         if not kept:
             raise ConfigurationError(f"{setting} is {name!r}, which holds no readable picture with a caption; give another")
         self.rows = rows.select(kept)
+        self.places = kept
         self.captions = [captions[i] for i in kept]
         self.sizes = [(heights[i], widths[i]) for i in kept]
 
@@ -74,7 +76,7 @@ class HubImages:
 
     def place(self, index: int) -> str:
         """Where a sample is, for messages."""
-        return f"row {index} of {self.name}"
+        return f"row {self.places[index]} of {self.name}"
 
     def caption(self, index: int) -> str:
         """What a picture shows."""
@@ -95,7 +97,7 @@ def _bytes(image: dict[str, Any]) -> io.BytesIO:
 
 def _read_size(row: dict[str, Any], column: str) -> dict[str, int]:
     try:
-        width, height = Image.open(_bytes(row[column])).size
+        height, width = upright_size(Image.open(_bytes(row[column])))
     except UNREADABLE:
         return {"height": 0, "width": 0}
     return {"height": height, "width": width}

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -190,6 +190,15 @@ def read_image(source: Path | BinaryIO, height: int, width: int) -> Tensor:
         image = Image.alpha_composite(white, image.convert("RGBA"))
     fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def upright_size(file: Image.Image) -> tuple[int, int]:
+    """Height and width in pixels of a picture as it is shown, which a camera may have stored on its side; from its header."""
+    width, height = file.size
+    # A PNG would be read to its end to look for an orientation, which cameras do not put there.
+    stored = file.format != "PNG" or "exif" in file.info
+    on_its_side = stored and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if on_its_side else (height, width)
 
 
 def read_metadata(directory: Path, setting: str) -> list[CaptionedImage]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from lightning_distill.data.image_folder import UNREADABLE
+from lightning_distill.data.image_folder import UNREADABLE, upright_size
 from lightning_distill.errors import ConfigurationError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -111,7 +111,7 @@ def read_index(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
         ConfigurationError: If it is no tar file.
     """
     state = path.stat()
-    known = {"size": state.st_size, "changed": state.st_mtime_ns, "caption_key": caption_key}
+    known = {"version": 2, "size": state.st_size, "changed": state.st_mtime_ns, "caption_key": caption_key}
     kept = path.with_name(path.name + INDEX)
     if kept.is_file():
         found = json.loads(kept.read_text())
@@ -146,11 +146,11 @@ def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
                     continue
                 if ending in PICTURES:
                     try:
-                        width, height = Image.open(content).size  # reads the header only
+                        size = upright_size(Image.open(content))  # reads the header only
                     except UNREADABLE:
                         unreadable += 1
                         continue
-                    pictures[key], sizes[key] = member, (height, width)
+                    pictures[key], sizes[key] = member, size
                 elif ending in (".txt", ".json"):
                     text = _caption(content.read(), ending, caption_key)
                     if text is not None:

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText
+from lightning_distill.data.hub_images import HubImages
 from lightning_distill.data.image_folder import UnreadableImageError
 from lightning_distill.data.tar_shards import INDEX, TarShards, scan
 from lightning_distill.errors import ConfigurationError
@@ -87,6 +88,25 @@ def test_validation_is_of_the_size_asked_for_and_in_order(folder: Path) -> None:
     (batch,) = data.val_dataloader()
     assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
     assert batch["image"].shape == (3, 3, 32, 32)
+
+
+def on_its_side(size: tuple[int, int], kind: str) -> bytes:
+    """A picture that is shown turned by a quarter, as cameras store portraits."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", size).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("JPEG", "jpg"), ("WEBP", "webp"), ("PNG", "png")])
+def test_buckets_are_of_pictures_as_they_are_shown(kind: str, ending: str, folder: Path) -> None:
+    with tarfile.open(folder / "portrait.tar", "w") as archive:
+        for i in range(4):
+            add(archive, f"{i}.{ending}", on_its_side((44, 24), kind))
+            add(archive, f"{i}.txt", b"a portrait")
+    (batch,) = ready(folder, source=str(folder / "portrait.tar")).train_dataloader()
+    height, width = batch["image"].shape[-2:]
+    assert height > width
 
 
 def test_small_pictures_may_be_left_out(folder: Path) -> None:
@@ -185,6 +205,15 @@ def test_data_sets_of_hugging_face_are_read_the_same_way(parquet: Path) -> None:
     assert 44 <= len(seen) == len(set(seen))
     (batch,) = ready(parquet, "validate", **sources).val_dataloader()
     assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
+
+
+def test_rows_are_told_of_by_their_own_numbers(parquet: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"bytes": content, "path": None} for content in (b"not a picture", picture(1, (32, 32)))]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    file = str(parquet / "broken.parquet")
+    datasets.Dataset.from_dict({"image": rows, "caption": ["one", "two"]}, features).to_parquet(file)
+    assert HubImages(file, "train", "image", "caption", "data.source").place(0) == f"row 1 of {file}"
 
 
 @pytest.mark.parametrize(
