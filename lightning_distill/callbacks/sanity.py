@@ -1,5 +1,8 @@
 """A run that has broken down ends, before it overwrites what was good."""
 
+import math
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -12,7 +15,11 @@ class StopOnNonFinite(Callback):
     """Stops at the first loss or gradient that is NaN or infinite, with the last good weights and checkpoints untouched.
 
     Under a gradient scaler (precision `16-mixed`) gradients are left alone: infinities are how the scaler finds its scale.
+    Where gradients are out of sight, as in DeepSpeed, it goes by the steps that the strategy has left out.
     """
+
+    def __init__(self) -> None:
+        self._skipped = 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss; all processes stop together if one of them must."""
@@ -31,6 +38,17 @@ class StopOnNonFinite(Callback):
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients
         if not torch.isfinite(norm):
             raise _error(trainer, "gradient norm", float(norm))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what was left out before."""
+        self._skipped = getattr(trainer.strategy, "skipped_steps", 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check that the step was not left out."""
+        if trainer.precision != "16-mixed" and getattr(trainer.strategy, "skipped_steps", 0) > self._skipped:
+            raise _error(trainer, "gradient norm", math.inf)
 
 
 def _error(trainer: Trainer, what: str, value: float) -> NonFiniteError:

@@ -214,6 +214,12 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed has left out, since gradients were not finite."""
+        steps: int = self.deepspeed_engine.skipped_steps
+        return steps
+
     def side_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> SideOptimizer:
         """Train a network by a DeepSpeed engine of its own."""
         import deepspeed

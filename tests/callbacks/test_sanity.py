@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.sanity import StopOnNonFinite
@@ -23,6 +23,29 @@ class BreaksInBackward(ToyModule):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         return BrokenGradient.apply(loss) if self.global_step == 3 else loss
+
+
+class LeavesStepsOut(Callback):
+    """What DeepSpeed does where gradients are not finite."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.strategy.skipped_steps = 5 + (trainer.global_step >= 3)
+
+
+def test_the_run_stops_where_the_strategy_leaves_a_step_out(tmp_path):
+    module = ToyModule()
+    trainer = Trainer(
+        max_steps=8,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[LeavesStepsOut(), AtomicCheckpoint(str(tmp_path), every_n_train_steps=1), StopOnNonFinite()],
+    )
+    trainer.strategy.skipped_steps = 5  # before the run was interrupted
+    with pytest.raises(NonFiniteError, match="the gradient norm became inf"):
+        trainer.fit(module, ShapesData(size=32, batch_size=8, prompts_per_category=1))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
