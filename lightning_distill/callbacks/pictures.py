@@ -92,12 +92,13 @@ class LogPictures(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The count of validations, and the prompts, so that a resumed run goes on with the same."""
-        return {"validations": self._validations, "prompts": self.prompts}
+        return {"validations": self._validations, "prompts": self.prompts, "columns": self.columns}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them; prompts that this run sets stay."""
+        """Restore them; prompts that this run sets stay, and another number of them is chosen anew."""
         self._validations = state_dict["validations"]
-        self.prompts = self.prompts or state_dict["prompts"]
+        if self.columns == state_dict["columns"]:
+            self.prompts = self.prompts or state_dict["prompts"]
 
 
 def drawing_method(callback: Callback, pl_module: LightningModule) -> TeacherStudentBase:

@@ -150,6 +150,9 @@ def test_every_n_validations_over_a_resume(tmp_path):
     resumed = LogPictures(every_n_validations=2)
     resumed.load_state_dict(callback.state_dict())
     assert resumed.prompts == PROMPTS
+    fewer = LogPictures(columns=1)
+    fewer.load_state_dict(callback.state_dict())
+    assert fewer.prompts is None
     fit(tmp_path / "second", PictureDistillation(), resumed, epochs=2)  # validations 4 and 5
     assert len(logged_grids(tmp_path / "second")) == 1
 
