@@ -59,27 +59,34 @@ def config_chain(name: str) -> list[Path]:
 def without_base(text: str) -> str:
     """The text of a config with its `base` taken out, which is not a setting."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    for key, value in _items(root):
+    items = _items(root)
+    for i, (key, value) in enumerate(items):
         if key.value == BASE:
-            return text[: key.start_mark.index] + text[value.end_mark.index :]
+            start, end = key.start_mark.index, value.end_mark.index
+            if getattr(root, "flow_style", False):  # with the comma between it and its neighbour
+                end = items[i + 1][0].start_mark.index if i + 1 < len(items) else end
+                start = items[i - 1][1].end_mark.index if i and i + 1 == len(items) else start
+            return text[:start] + text[end:]
     return text
 
 
 def _chain(path: Path, above: tuple[Path, ...]) -> list[Path]:
-    if path in above:
+    if path.resolve() in above:
         raise ConfigurationError(f"config {path} builds on itself; remove one {BASE!r} of {', '.join(map(str, above))}")
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     _refuse_duplicate_keys(root, path)
     files = []
     for key, value in _items(root):
         if key.value == BASE:
-            names = [node.value for node in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
-            for name in names:
+            nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            if not all(isinstance(node, yaml.ScalarNode) and node.value for node in nodes):
+                raise ConfigurationError(f"config {path} has a {BASE!r} that names no config; give a name, or a list of names")
+            for name in (node.value for node in nodes):
                 beside = path.parent / name
-                files += _chain(beside if beside.is_file() else find_config(name), (*above, path))
+                files += _chain(beside if beside.is_file() else find_config(name), (*above, path.resolve()))
     return [*files, path]
 
 

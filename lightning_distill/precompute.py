@@ -178,6 +178,8 @@ def _known(directory: Path, settings: Mapping[str, Any]) -> dict[str, EncodedSha
     Raises:
         ConfigurationError: If it holds something else.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigurationError(f"out is {str(directory)!r}, which is a file; choose a directory")
     if not (directory / INDEX).is_file():
         if directory.is_dir() and any(path.name != unfinished(directory / INDEX).name for path in directory.iterdir()):
             raise ConfigurationError(

@@ -65,6 +65,9 @@ def test_bases_come_before_what_builds_on_them(shipped):
         ("base: a.yaml\nmodel: b\n", "\nmodel: b\n"),
         ("# why\nbase:\n- a.yaml\n- b.yaml\nmodel: b\n", "# why\nmodel: b\n"),
         ("model:\n  base: a\n", "model:\n  base: a\n"),
+        ("{base: a.yaml, seed_everything: 3}", "{seed_everything: 3}"),
+        ("{seed_everything: 3, base: [a.yaml, b.yaml]}", "{seed_everything: 3}"),
+        ("{base: a.yaml}", "{}"),
         ("lr", "lr"),
     ],
 )
@@ -76,6 +79,16 @@ def test_a_config_cannot_build_on_itself(shipped):
     Path("a.yaml").write_text("base: b.yaml\n")
     Path("b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(ConfigurationError, match=r"a.yaml builds on itself"):
+        config_chain("a.yaml")
+    Path("loop.yaml").write_text(f"base: ../{Path.cwd().name}/loop.yaml\n")
+    with pytest.raises(ConfigurationError, match=r"loop.yaml builds on itself"):
+        config_chain("loop.yaml")
+
+
+@pytest.mark.parametrize("text", ["base:\n", "base: {a: 1}\n", "base: [one.yaml, [two.yaml]]\n"])
+def test_a_base_that_is_no_name(shipped, text):
+    Path("a.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"a.yaml has a 'base' that names no config; give a name, or a list of names"):
         config_chain("a.yaml")
 
 
@@ -101,6 +114,9 @@ def test_broken_yaml(shipped):
     Path("broken.yaml").write_text("model: [a\n")
     with pytest.raises(ConfigurationError, match=r"broken.yaml is not valid YAML: "):
         config_chain("broken.yaml")
+    Path("latin.yaml").write_bytes("model: é\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"latin.yaml is not valid YAML: "):
+        config_chain("latin.yaml")
 
 
 @pytest.mark.parametrize("lr", [-1, -1e-9, float("inf"), float("nan")])

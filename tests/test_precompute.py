@@ -210,6 +210,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.size=2"], "data.batch_size 6 is larger than data.size 2"),
         (["--model.adapter.pretrained=nowhere"], "neither a pipeline directory nor a hub id"),
         (["--model.adapter.torch_dtype=float8"], "adapter.torch_dtype is 'float8'"),
+        (["--out=occupied/notes.txt"], "out is 'occupied/notes.txt', which is a file; choose a directory"),
         (["--out=occupied"], "out is 'occupied', which holds something other than precomputed data"),
         (["--trainer.accelerator=cuda"], "trainer.accelerator is 'cuda', and 'auto' or 'cpu' runs without a GPU"),
     ],

@@ -54,6 +54,8 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}; give at least 1, or leave it out for the trainer's")
+        if self.json is not None and not Path(self.json).resolve().parent.is_dir():
+            raise ConfigurationError(f"json is {self.json!r}, whose directory is not there; make it, or give another file")
         if not 0 <= self.reserve < self.gpu_memory:
             raise ConfigurationError(
                 f"reserve is {self.reserve} and gpu_memory {self.gpu_memory}; keep the first below the second"
