@@ -162,6 +162,9 @@ class WarmupCosine(LambdaLR):
         total_steps: Steps of the whole schedule.
         warmup_steps: Steps of the linear part.
         last_fraction: Fraction of the learning rate at the end, in [0, 1].
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, last_fraction: float = 0.0) -> None:
@@ -169,6 +172,9 @@ class WarmupCosine(LambdaLR):
             raise ConfigurationError(
                 f"lr_scheduler.warmup_steps is {warmup_steps}; keep it below total_steps, which is {total_steps}"
             )
+
+        if not 0 <= last_fraction <= 1:
+            raise ConfigurationError(f"lr_scheduler.last_fraction is {last_fraction}; choose a fraction in [0, 1]")
 
         def factor(step: int) -> float:
             if step < warmup_steps:

@@ -108,7 +108,7 @@ class ExportPipeline(Callback):
             width=module.validation.width,
             guidance_scale=module.guidance.scale,
             steps=trainer.global_step,
-            minutes=self._elapsed() / 60,
+            minutes=reports[-1].minutes if reports else self._elapsed() / 60,  # the report's are without its own pictures
             figures={name: value for name, value in figures.items() if math.isfinite(value)},
             notes=self.notes,
             torch_dtype=str(getattr(module.adapter, "torch_dtype", "float32")),

@@ -28,7 +28,7 @@ from lightning_distill.callbacks.pictures import (
 )
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.sampling import metric_name
+from lightning_distill.methods.sampling import computed, metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
 
 Network = Literal["student", "teacher"]
@@ -192,7 +192,7 @@ class FinalReport(Callback):
             repeated = [prompt for prompt in prompts for _ in range(self.noises)]
             seeds = [self.seed + place * self.noises + i for place in places for i in range(self.noises)]
             metric.update(module.sample(repeated, nfe, seeds, network), repeated)
-        return {name: float(value) for name, value in metric.compute().items()}
+        return {name: float(value) for name, value in computed(metric).items()}
 
     def _diversity(self, module: TeacherStudentBase, prompts: Sequence[str], nfe: int, network: Network) -> float:
         # Every process draws all of them, since sharded networks need all, and its own figure counts.

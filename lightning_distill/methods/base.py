@@ -66,7 +66,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         ema_decay: Decay of the exponential moving average of the student, in (0, 1), or None for no average. Where there
             is one, it is validated and exported.
         validation: What validation measures.
-        metric: Measure of generated pictures against their prompts: `update(images in [0, 1], prompts)`, or None.
+        metric: Measure of generated pictures against their prompts, or None: `update(images, prompts)` takes pictures
+            (B, 3, H, W) in [0, 1], and `compute()` gives a number, or several by name of which one is `overall`.
         cache_latents: Whether to keep each training picture's latents in memory after its first visit; they do not fit
             for large data sets, which `precompute` is for.
 
@@ -159,6 +160,8 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
 
     def setup(self, stage: str) -> None:
         """Refuse settings that cannot work, before anything large is loaded."""
+        if stage == "fit":
+            self.check_optimizer()
         self.adapter.check()
         self.check_student(self.student_options)
         self.guidance.check(self.adapter.embeds_guidance)
@@ -244,6 +247,25 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
     def sampling_student(self) -> nn.Module:
         """The student that is validated and exported: the average where there is one."""
         return self.trained if self.ema is None else self.ema.module
+
+    def check_optimizer(self) -> None:
+        """Refuse settings of the optimizer and its scheduler: they would say so only after all has loaded.
+
+        Raises:
+            ConfigurationError: If they do not take their settings.
+        """
+        stand_ins = {"blocks.weight": nn.Parameter(torch.zeros(2, 2)), "bias": nn.Parameter(torch.zeros(2))}
+        setting = "model.optimizer"
+        try:
+            optimizer = self.optimizer(split_parameters(stand_ins.items()))
+            setting = "model.lr_scheduler"
+            if self.lr_scheduler is not None:
+                self.lr_scheduler(optimizer)
+        except ConfigurationError:
+            raise
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigurationError(f"{setting} does not take its settings ({reason}); correct its init_args") from error
 
     def configure_optimizers(self) -> Any:
         """The student's optimizer, with its scheduler stepping once a batch."""

@@ -201,7 +201,7 @@ class SamplingModule(LightningModule, ABC):
     def _log_measures(self, stage: str, prog_bar: bool) -> None:
         for nfe, metric in self.measures():
             key = f"{stage}/{metric_name(metric)}/nfe_{nfe}"
-            for name, value in metric.compute().items():
+            for name, value in computed(metric).items():
                 overall = name == "overall"
                 # torchmetrics has synchronized the value; the flag keeps Lightning from warning that nobody has
                 self.log(key if overall else f"{key}/{name}", value, prog_bar=overall and prog_bar, sync_dist=True)
@@ -212,6 +212,23 @@ class SamplingModule(LightningModule, ABC):
             self._reference = AverageVelocityReference.measure(self, batch)
         error = self._reference.relative_error(self)
         self.log("val/average_velocity_error", error, prog_bar=True, sync_dist=True)
+
+
+def computed(metric: Metric) -> dict[str, Tensor]:
+    """What a metric has come to, by name; what is one number is `overall`.
+
+    Raises:
+        ConfigurationError: If there are several, and none is `overall`.
+    """
+    values = metric.compute()
+    if not isinstance(values, dict):
+        return {"overall": values}
+    if "overall" not in values:
+        raise ConfigurationError(
+            f"model.metric is {type(metric).__name__}, which computes {', '.join(values)}; let it compute one number, or "
+            "one of them named overall"
+        )
+    return values
 
 
 def metric_name(metric: nn.Module) -> str:

@@ -1,0 +1,68 @@
+"""What a method asks of its metric and its optimizer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods import MeanFlow
+from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
+from tests.methods.gaussian_adapter import GaussianAdapter
+from tests.methods.test_meanflow import VALIDATION, loader, trainer
+
+
+class Brightness(Metric):
+    """The mean of all pictures."""
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.names = names
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, prompts: list[str]) -> None:
+        self.values.append(images.flatten(1).mean(1))
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        mean = torch.cat(self.values).mean()
+        return dict.fromkeys(self.names, mean) if self.names else mean
+
+
+def method(**settings: Any) -> MeanFlow:
+    return MeanFlow(GaussianAdapter("small"), validation=VALIDATION, **settings)
+
+
+def test_a_metric_of_one_number_is_the_overall_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.validate(method(metric=Brightness()), loader(), verbose=False)
+    assert {name for name in run.callback_metrics if "brightness" in name} == {f"val/brightness/nfe_{n}" for n in (1, 2)}
+    assert 0 <= run.callback_metrics["val/brightness/nfe_1"] <= 1
+
+
+def test_a_metric_of_several_numbers_says_which_is_the_overall_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"model\.metric is Brightness, which computes red, blue; let it compute one"):
+        trainer(tmp_path).validate(method(metric=Brightness(("red", "blue"))), loader(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": lambda p: torch.optim.AdamW(p, weight_decay=-1)}, r"model\.optimizer .*weight_decay.*correct its init"),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, betas=(2.0, 0.9))}, r"model\.optimizer does not take its settings"),
+        ({"optimizer": lambda p: MuonWithAdamW(p, adamw_lr=-1)}, r"model\.optimizer does not take its settings"),
+        ({"lr_scheduler": lambda o: WarmupCosine(o, 10, 10)}, r"lr_scheduler\.warmup_steps is 10; keep it below total_steps"),
+        ({"lr_scheduler": lambda o: WarmupCosine(o, 10, last_fraction=2)}, r"lr_scheduler\.last_fraction is 2"),
+        (
+            {"lr_scheduler": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2, mode="up")},
+            r"model\.lr_scheduler does not take its settings \(mode is invalid",
+        ),
+    ],
+)
+def test_optimizers_are_checked_before_anything_loads(settings: Any, message: str) -> None:
+    module = method(**settings)
+    with pytest.raises(ConfigurationError, match=message):
+        module.setup("fit")
+    assert not hasattr(module, "student")
