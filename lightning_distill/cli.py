@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ from jsonargparse import ActionConfigFile, set_parsing_settings
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import lightning_distill.callbacks
 import lightning_distill.callbacks.checkpoint
@@ -27,6 +28,7 @@ import lightning_distill.methods
 import lightning_distill.models
 import lightning_distill.strategies  # noqa: F401  # these are imported so that short class names resolve in configs
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
+from lightning_distill.callbacks.predictions import WritePredictions
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
@@ -34,10 +36,12 @@ from lightning_distill.checkpoint_export import CheckpointExport, export_checkpo
 from lightning_distill.configuration import config_chain, flatten, refuse_bad_learning_rates, without_base
 from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.models.sharding import Sharding
 from lightning_distill.planning import PlanOptions, plan
 from lightning_distill.precompute import PrecomputeOptions, precompute
+from lightning_distill.strategies.sharded_checkpoint import REST
 
-ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite, JointTermination)
+ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite, JointTermination, WritePredictions)
 
 
 class NamedConfig(ActionConfigFile):
@@ -86,7 +90,7 @@ class DistillParser(LightningArgumentParser):
         """Print the message and end with exit code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"error: {_configuration_error(ex) or message}\n")
+        self.exit(2, f"error: {_configuration_error(ex) or _one_sentence(message)}\n")
         raise AssertionError("unreachable")
 
 
@@ -102,7 +106,7 @@ class SaveConfig(SaveConfigCallback):
 class DistillCLI(LightningCLI):
     """LightningCLI with any method for the model and any DataModule for the data.
 
-    Every run gets `RandomState`, `OptimizerSettings` and `StopOnNonFinite`, unless its settings list them already.
+    Every run gets the callbacks of `ALWAYS`, unless its settings list them already.
 
     Args:
         args: Arguments without the program's name; None takes those of the process.
@@ -172,9 +176,18 @@ class DistillCLI(LightningCLI):
         listed = config.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
         always = [kind() for kind in ALWAYS if not any(isinstance(item, kind) for item in listed)]
+        if config.get("logger") is False and any(isinstance(item, LearningRateMonitor) for item in listed):
+            rank_zero_info("trainer.logger is false, so LearningRateMonitor, which only logs, is left out")
+            listed = [item for item in listed if not isinstance(item, LearningRateMonitor)]
+        if config.get("val_check_interval") == 0:
+            raise ConfigurationError(
+                "trainer.val_check_interval is 0; give a number of steps of at least 1, or trainer.limit_val_batches 0 for none"
+            )
         try:
             return super()._instantiate_trainer({**config, "callbacks": [*always, *listed]}, callbacks)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            if isinstance(error, ConfigurationError):
+                raise
             raise _unfit(error, config) from error
 
     def before_fit(self) -> None:
@@ -190,8 +203,13 @@ class DistillCLI(LightningCLI):
             raise ConfigurationError("ckpt_path 'best' is only known to the process that trained; give the checkpoint's file")
         if path == "last":
             path = kwargs["ckpt_path"] = _last_checkpoint(self.trainer)
-        if path and Path(path).is_file():  # a sharded checkpoint is a directory, and its settings are not in one file
-            self._report_differences(Path(path))
+        if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, Sharding):
+            raise ConfigurationError(
+                f"ckpt_path {str(path)!r} is a directory, of a strategy that spreads networks; set trainer.strategy to that, "
+                "or make a pipeline of it by export"
+            )
+        if path and (file := Path(path) / REST if Path(path).is_dir() else Path(path)).is_file():
+            self._report_differences(file)
         return kwargs
 
 
@@ -303,11 +321,26 @@ class PlanCLI(DistillCLI):
 
 
 def _unfit(error: Exception, config: dict[str, Any]) -> ConfigurationError:
-    reason = " ".join(str(error).split())
-    return ConfigurationError(
-        f"the trainer does not go with this machine or its settings ({reason.rstrip('!.')}); trainer.accelerator is "
-        f"{config['accelerator']!r}, and 'auto' or 'cpu' runs without a GPU"
-    )
+    reason = " ".join(str(error).split()).rstrip("!.")
+    remedy = "correct them"
+    if config["accelerator"] not in ("auto", "cpu"):
+        remedy = f"trainer.accelerator is {config['accelerator']!r}, and 'auto' or 'cpu' runs without a GPU"
+    return ConfigurationError(f"the trainer does not go with this machine or its settings ({reason}); {remedy}")
+
+
+def _one_sentence(message: str) -> str:
+    """What jsonargparse says of a setting in a class, whose lines list all that the setting could be, in one sentence."""
+    place = re.match(r'Parser key "(?P<key>[^"]+)":', message)
+    unknown = re.findall(r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
+    wrong = re.findall(r'Parser key "([^"]+)":\s+(Expected [^\n]+)', message)
+    if place is None or not (unknown or wrong):
+        return " ".join(message.split())
+    if unknown:
+        kind, name = unknown[-1]
+        return f"{place['key']} is {kind.rpartition('.')[2]}, which has no setting {name!r}; correct its name"
+    key, reason = wrong[-1]
+    setting = key if key == place["key"] else f"{place['key']}.{key}"
+    return f"{setting}: {reason}; correct its value"
 
 
 def _saved_settings(path: Path) -> dict[str, Any]:

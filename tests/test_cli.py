@@ -192,20 +192,32 @@ def test_a_torn_checkpoint(capsys):
         (["--config", "none.yaml"], "config 'none.yaml' is neither a file"),
         (["--config", "top.yaml", "--model.lr=-1"], "model.init_args.lr is -1.0; set the learning rate to 0 or more"),
         (["--config", "top.yaml", "--data.size=2"], "data.batch_size 4 is larger than data.size 2"),
-        (["--config", "top.yaml", "--data.sise=2"], "Option 'sise' is not accepted"),
+        (["--config", "top.yaml", "--data.sise=2"], "data is ShapesData, which has no setting 'sise'; correct its name"),
+        (["--config", "top.yaml", "--model.width=wide"], "model.width: Expected a <class 'int'>. Got value: wide; correct its"),
+        (["--config", "top.yaml", "--trainer.strategy=nonsense"], "the trainer does not go with this machine or its settings"),
+        (["--config", "top.yaml", "--trainer.max_steps=-2"], "You passed in -2); correct them"),
+        (["--config", "top.yaml", "--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; give a number of steps"),
+        (
+            ["--config", "top.yaml", "--ckpt_path=spread"],
+            "ckpt_path 'spread' is a directory, of a strategy that spreads",
+        ),
         (["--config", "top.yaml", "--model.lr=fast"], "fast"),
         (["--config", "twice.yaml"], "config twice.yaml gives 'model' twice, again in line 2; keep one of them"),
     ],
 )
 def test_refused_before_training(capsys, work, arguments, message):
     (work / "twice.yaml").write_text("model: ToyModule\nmodel: ToyModule\n")
-    assert message in refused(capsys, "fit", *arguments)
+    (work / "spread").mkdir()
+    error = refused(capsys, "fit", *arguments)
+    assert message in error
+    assert error.count("\n") == 1
     assert not (work / "losses.jsonl").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--config", "none.yaml"], ["--config", "top.yaml", "--data.size=2"]])
-def test_errors_of_this_package_are_one_line(capsys, arguments):
-    assert refused(capsys, "fit", *arguments).count("\n") == 1
+def test_what_only_logs_is_left_out_where_there_is_no_logger(work):
+    (work / "monitored.yaml").write_text("base: top.yaml\ntrainer:\n  callbacks+: [LearningRateMonitor]\n")
+    main(["fit", "--config", "monitored.yaml"])
+    assert len(read_losses(work / "losses.jsonl")) == 3
 
 
 def test_a_loss_that_is_not_finite(capsys):

@@ -7,6 +7,7 @@ from lightning_distill.callbacks.export import ExportPipeline
 from lightning_distill.callbacks.layout import TensorBoardLayout
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.pictures import LogPictures
+from lightning_distill.callbacks.predictions import WritePredictions
 from lightning_distill.callbacks.progress import DistillProgressBar
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.report import FinalReport
@@ -27,4 +28,5 @@ __all__ = [
     "StopOnNonFinite",
     "SwitchSolution",
     "TensorBoardLayout",
+    "WritePredictions",
 ]
