@@ -3,7 +3,6 @@
 import copy
 import time
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -20,16 +19,17 @@ from torchmetrics import Metric
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
 from lightning_distill.methods.average import ShardedAverage
-from lightning_distill.methods.condition import EncodedData, encoded_data
+from lightning_distill.methods.condition import encoded_data
+from lightning_distill.methods.encoding import BatchEncoding
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.methods.guided_networks import GuidedNetworks
-from lightning_distill.methods.sampling import Batch, SamplingModule
-from lightning_distill.methods.shared_base import StudentAverage, check_sharing, shared_names
+from lightning_distill.methods.sampling import Batch
+from lightning_distill.methods.saved_state import SavedState
+from lightning_distill.methods.shared_base import StudentAverage, check_sharing
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
 from lightning_distill.models.sharded_networks import check_lending
 from lightning_distill.models.smooth_time import SmoothTimeReport
-from lightning_distill.optimizers import let_clip, packed, split_parameters, unpacked
+from lightning_distill.optimizers import let_clip, split_parameters
 
 TIME_BINS = 4
 
@@ -49,7 +49,7 @@ class Objective:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TeacherStudentBase(SamplingModule, GuidedNetworks):
+class TeacherStudentBase(BatchEncoding, SavedState):
     """Distillation of a frozen teacher into a student of few steps.
 
     A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
@@ -75,14 +75,10 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         ConfigurationError: If a setting is out of its range.
     """
 
-    frozen_prefixes: ClassVar[tuple[str, ...]] = ("teacher.", "adapter.", "metrics.")
-    """Modules that are never saved."""
     learns_velocity: ClassVar[bool] = True
     """Whether the student trains at r = t, where guidance of kind "improved" asks it."""
     learns_rescaled_time: ClassVar[bool] = False
     """Whether it teaches a student whose times are rescaled what they mean."""
-    train_text_encoders: bool = False
-    """Whether the text encoders train along; else the empty prompt is encoded once."""
 
     student: nn.Module
 
@@ -100,7 +96,7 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         metric: Metric | None = None,
         cache_latents: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(cache_latents)
         if _given_hyperparameters.get() is not None:
             # The command line's settings are plain values; arguments given from Python are objects, which would be pickled.
             self.save_hyperparameters(logger=False)
@@ -128,13 +124,9 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         self.ema_decay = ema_decay
         self.validation = validation
         self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
-        self.cache_latents = cache_latents
         self.strict_loading = False  # checkpoints leave the frozen parts out
         self.ema: StudentAverage | ShardedAverage | None = None
         self.smooth_time_report: SmoothTimeReport | None = None
-        self._latent_cache: dict[int, Tensor] = {}
-        self._null_condition: Condition | None = None
-        self._encoded: EncodedData | None = None
         self._reference = None
         self._clock = (0.0, 0)
 
@@ -168,7 +160,7 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         self.check_strategy(None if self.train_text_encoders else self.adapter)
         if stage == "fit":
             self.check_precision()
-        self._use_encoded_data(encoded_data(self._trainer))
+        self.use_encoded_data(encoded_data(self._trainer))
         if self.has_teacher and self.validation.average_velocity and not self.measured_intervals:
             raise ConfigurationError(
                 f"validation.intervals has none that ends at 0, where {type(self).__name__} jumps to; add one, such as [0, 1], "
@@ -180,17 +172,6 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
                 f"data is {type(data).__name__}, which has no pictures, and {type(self).__name__} trains on them; give data "
                 "that has, or model.trajectory_fraction 1 to a method that takes it, or choose KnowledgeDistillation"
             )
-
-    def _use_encoded_data(self, data: EncodedData | None) -> None:
-        self._encoded = data
-        if data is None:
-            return
-        if self.train_text_encoders:
-            raise ConfigurationError(
-                "model.train_text_encoders is true, and precomputed data hold what the text encoders made before; set it to "
-                "false, or train from pictures"
-            )
-        data.check_encodings(self.adapter.encoding_settings())
 
     def check_student(self, options: StudentOptions) -> None:
         """Refuse a network of these options that the adapter cannot build or the trainer cannot place."""
@@ -275,59 +256,6 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
-
-    # Data
-
-    @torch.no_grad()
-    def encode_images(self, batch: Batch) -> Tensor:
-        """Latents (B, C, h, w) of a batch's pictures, from memory where they are kept."""
-        places = batch["index"].tolist() if self.cache_latents and self.training else []
-        if places and all(place in self._latent_cache for place in places):
-            return torch.stack([self._latent_cache[place] for place in places])
-        # The memory order decides which number of a random stream goes where: it must not depend on where latents are from.
-        latents = self.adapter.encode_images(batch["image"]).contiguous()
-        self._latent_cache.update(zip(places, latents.unbind() if places else (), strict=True))
-        return latents
-
-    def latents(self, batch: Batch) -> Tensor:
-        """Latents (B, C, h, w) of a batch's pictures."""
-        if "latents" in batch:
-            latents: Tensor = batch["latents"]
-            return latents
-        return self.encode_images(batch) if "image" in batch else self.no_latents(batch)
-
-    def no_latents(self, batch: Batch) -> Tensor:
-        """What stands for latents (B, C, h, w) that nothing looks at: no numbers, which shows in a loss that used them."""
-        shape = self.latent_shape
-        if "latents" in batch:
-            shape = tuple(batch["latents"].shape[1:])
-        elif "image" in batch:
-            shape = self.adapter.latent_shape(*batch["image"].shape[-2:])
-        return torch.full((len(batch["prompt"]), *shape), torch.nan, device=self.device)
-
-    def condition(self, batch: Batch) -> Condition:
-        """Conditions of a batch's prompts, which it may bring along."""
-        return batch["condition"] if "condition" in batch else self.encode_prompt(batch["prompt"])
-
-    def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts, with gradients where the text encoders train; of precomputed data those that it has.
-
-        Raises:
-            ConfigurationError: If a prompt is not among those of precomputed data.
-        """
-        if self._encoded is not None:
-            return {name: value.to(self.device) for name, value in self._encoded.encoded_prompts(prompts).items()}
-        with torch.set_grad_enabled(self.train_text_encoders and torch.is_grad_enabled()):
-            return self.adapter.encode_prompt(prompts)
-
-    def null_condition(self, batch_size: int) -> Condition:
-        """Condition of the empty prompt, in B rows."""
-        known = self._null_condition
-        if known is None or self.train_text_encoders or next(iter(known.values())).device != self.device:
-            # The same whoever asks first: validation would make it in inference mode, mixed precision in lower precision.
-            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
-                known = self._null_condition = self.encode_prompt([""])
-        return {name: value.expand(batch_size, *value.shape[1:]) for name, value in known.items()}
 
     # Training
 
@@ -426,38 +354,3 @@ class TeacherStudentBase(SamplingModule, GuidedNetworks):
             elapsed = time.perf_counter() - start
             self.log("perf/samples_per_second", samples / elapsed, prog_bar=True)
             self._clock = (time.perf_counter(), 0)
-
-    # What is saved
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen parts out, add the optimizers that the trainer does not know, and take blocks of state apart."""
-        names = self._saved_names(checkpoint["state_dict"])
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
-        checkpoint["optimizer_states"] = packed(checkpoint.get("optimizer_states", []))
-        whole = self.side_optimizers(spread=False)
-        checkpoint["side_optimizers"] = packed({path: side.optimizer.state_dict() for path, side in whole.items()})
-
-    def _saved_names(self, state: Iterable[str]) -> list[str]:
-        shared = shared_names(self, getattr(self, "teacher", None))
-        return [name for name in state if not name.startswith(self.frozen_prefixes) and name not in shared]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another student; loading is not strict, since frozen parts are left out."""
-        trainings = self.side_trainings()
-        for path, state in unpacked(checkpoint["side_optimizers"]).items():
-            if path in trainings:  # else the run goes on without what it trained
-                trainings[path].load_state_dict(state)
-        if self.sharding is not None:  # its strategy has looked
-            return
-        checkpoint["optimizer_states"] = unpacked(checkpoint.get("optimizer_states", []))
-        expected, found = set(self._saved_names(self.state_dict())), checkpoint["state_dict"].keys()
-        if surplus := sorted(name for name in found - expected if name.startswith(("student.", "networks."))):
-            raise ConfigurationError(
-                f"the checkpoint has {surplus[0]!r} and {len(surplus) - 1} more weights that this configuration has not; "
-                "resume with the model settings it was trained with"
-            )
-        if missing := sorted(expected - found):
-            raise ConfigurationError(
-                f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more weights of this configuration; "
-                "resume with the model settings it was trained with"
-            )
