@@ -45,6 +45,7 @@ METHODS = {
     "scm": "shapes_scm.yaml",
     "consistency_distillation": "shapes_consistency_distillation.yaml",
     "imm": "shapes_imm.yaml",
+    "pi_flow": "shapes_pi_flow.yaml",
     "dmd2": "shapes_dmd2.yaml",
     "tdm": "shapes_tdm.yaml",
     "ladd": "shapes_ladd.yaml",

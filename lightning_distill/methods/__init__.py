@@ -11,6 +11,7 @@ from lightning_distill.methods.imm import IMM
 from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.methods.ladd import LADD
 from lightning_distill.methods.meanflow import MeanFlow
+from lightning_distill.methods.pi_flow import PiFlow
 from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.scm import SCM
 from lightning_distill.methods.split_meanflow import SplitMeanFlow
@@ -35,6 +36,7 @@ __all__ = [
     "MeanFlow",
     "MuonWithAdamW",
     "Objective",
+    "PiFlow",
     "SplitMeanFlow",
     "TeacherStudentBase",
     "TimestepRescaling",

@@ -175,6 +175,8 @@ class TeacherStudentBase(BatchEncoding, SavedState):
 
     def check_student(self, options: StudentOptions) -> None:
         """Refuse a network of these options that the adapter cannot build or the trainer cannot place."""
+        if options.policy_points < 1:
+            raise ConfigurationError(f"student.policy_points is {options.policy_points}; set it to 1 for none, or above")
         self.adapter.check_student(options)
         if options.time_embedding == "rescaled" and options.pretrained is None and not self.learns_rescaled_time:
             raise ConfigurationError(

@@ -119,7 +119,12 @@ class DiffusersAdapter(ModelAdapter):
         self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
 
     def check_student(self, options: StudentOptions) -> None:
-        """Raise `ConfigurationError` where LoRA or a student to start from does not fit the transformer."""
+        """Raise `ConfigurationError` where a policy, LoRA or a student to start from does not fit the transformer."""
+        if options.policy_points > 1 and self.family.network_class.output_layer is None:
+            raise ConfigurationError(
+                f"student.policy_points is {options.policy_points}, and {self.family.network_class.__name__} has no policies; "
+                "set it to 1"
+            )
         if options.pretrained is not None:
             check_pretrained(options, self.family.network_class, student_config(self._transformer_config(), options))
         if options.lora is not None:
@@ -360,6 +365,22 @@ class DiffusersAdapter(ModelAdapter):
     ) -> Tensor:
         """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
         return self.pipeline.average_velocity(two_time(student), x_t, r, t, condition, self._guidance(guidance_scale, t))
+
+    def policy(
+        self,
+        student: nn.Module,
+        x_t: Tensor,
+        r: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """A student's outputs for a whole step from t down to r, N velocities (B, N, C, h, w), by one forward."""
+        # The family makes latents of tokens row by row: the outputs are rows of a larger batch.
+        outputs = self.pipeline.average_velocity(
+            two_time(student), x_t, r, t, condition, self._guidance(guidance_scale, t), all_points=True
+        )
+        return outputs.unflatten(0, (len(x_t), -1))
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
         """The guided velocity of two branches, (B, C, h, w) each, under scales (B,), as the family mixes them."""

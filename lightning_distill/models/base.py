@@ -65,6 +65,8 @@ class StudentOptions:
             teacher.
         gradient_checkpointing: Whether blocks are run again in the backward pass instead of keeping their activations.
         max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch.
+        policy_points: Outputs of a policy for a whole step (`models.policy`), which `PiFlow` trains, and other methods that go
+            on from its students; 1 is none.
         lora: None: every weight trains, in a copy of the teacher in float32. Else the student's weights are the teacher's own,
             in one memory, and low-rank updates and the time embedders train.
         pretrained: None: the student starts as its teacher. Else a student that was exported before, whose weights it starts
@@ -77,6 +79,7 @@ class StudentOptions:
     derivative_penalty: float = 3e-4
     gradient_checkpointing: bool = False
     max_drift: float = 0.1
+    policy_points: int = 1
     lora: LoraOptions | None = None
     pretrained: str | None = None
 
@@ -167,6 +170,11 @@ class ModelAdapter(nn.Module, ABC):
         if options.lora is not None:
             raise ConfigurationError(
                 f"student.lora is set, and {type(self).__name__} makes students that train as a whole; set it to null"
+            )
+        if options.policy_points > 1:
+            raise ConfigurationError(
+                f"student.policy_points is {options.policy_points}, and {type(self).__name__} makes students without policies; "
+                "set it to 1"
             )
         if options.time_embedding == "rescaled":
             raise ConfigurationError(
@@ -266,6 +274,30 @@ class ModelAdapter(nn.Module, ABC):
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
         """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+
+    def policy(
+        self,
+        student: nn.Module,
+        x_t: Tensor,
+        r: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """A student's outputs for a whole step from t down to r, N velocities (B, N, C, h, w), by one forward.
+
+        Args:
+            student: With `StudentOptions.policy_points` above 1, which is N.
+            x_t: (B, C, h, w).
+            r: (B,).
+            t: (B,).
+            condition: Of the prompts.
+            guidance_scale: Goes in where the checkpoint embeds it.
+
+        Raises:
+            ConfigurationError: If the family's students have no policies.
+        """
+        raise ConfigurationError(f"{type(self).__name__} knows no students with policies; choose another method than PiFlow")
 
     def feature_widths(self, layers: Sequence[int] | None = None) -> dict[int, int]:
         """Width D of the features that enter each of these layers of a network; before anything is loaded.

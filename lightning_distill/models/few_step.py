@@ -84,6 +84,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         t: Tensor,
         condition: dict[str, Tensor],
         guidance_scale: Tensor | None,
+        all_points: bool = False,
     ) -> Tensor:
         """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None.
 
@@ -94,12 +95,14 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             t: Starts (B,).
             condition: Of `encode_condition`.
             guidance_scale: (B,), where the network embeds it.
+            all_points: As of `TwoTimeModel`.
         """
         # Text encoders may be kept in lower precision than the transformer.
         dtype = network.dtype
         condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         inputs = self.network_inputs(x_t.to(dtype), condition, guidance_scale, network)
-        (output,) = network(**inputs, timestep=t, timestep_r=r, return_dict=False)
+        further = {"all_points": True} if all_points else {}
+        (output,) = network(**inputs, timestep=t, timestep_r=r, return_dict=False, **further)
         return self.velocity_of(output, *x_t.shape[-2:]).to(x_t.dtype)
 
     def encode_latents(self, images: Tensor) -> Tensor:

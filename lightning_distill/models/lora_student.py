@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .few_step import FewStepPipeline
 from .few_step_components import student_pipeline
-from .two_time import TwoTimeEmbedding, TwoTimeModel
+from .two_time import OwnPart, TwoTimeModel
 
 ADAPTER = "default"
 """The name that peft's layers keep the weights under."""
@@ -51,10 +51,10 @@ def build_over(base: nn.Module, network_class: type[TwoTimeModel], config: dict[
     """
     with init_empty_weights(include_buffers=False):
         network = network_class.from_config(config)
-    own = time_prefixes(network)
-    for embedder in network.timestep_embedders:
-        embedder.to_empty(device=base.device)
-        for layer in (part for part in embedder.modules() if isinstance(part, nn.Linear)):
+    own = own_prefixes(network)
+    for part in own_parts(network).values():
+        part.to_empty(device=next(base.parameters()).device)
+        for layer in (each for each in part.modules() if isinstance(each, nn.Linear)):
             layer.reset_parameters()
     known: dict[str, Tensor] = dict([*base.named_parameters(), *base.named_buffers()])
     for name, empty in [*network.named_parameters(), *network.named_buffers()]:
@@ -70,9 +70,14 @@ def build_over(base: nn.Module, network_class: type[TwoTimeModel], config: dict[
     return network
 
 
-def time_prefixes(network: nn.Module) -> tuple[str, ...]:
-    """What the names of a network's time embedders' weights begin with."""
-    return tuple(f"{name}." for name, part in network.named_modules() if isinstance(part, TwoTimeEmbedding))
+def own_parts(network: nn.Module) -> dict[str, nn.Module]:
+    """What a student has beside its teacher's weights, by name: time embedders, and a policy's grid."""
+    return {name: network.get_submodule(name) for name, part in network.named_modules() if isinstance(part, OwnPart)}
+
+
+def own_prefixes(network: nn.Module) -> tuple[str, ...]:
+    """What the names of their weights begin with."""
+    return tuple(f"{name}." for name in own_parts(network))
 
 
 def lora_modules(network: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -102,8 +107,8 @@ def add_lora(network: TwoTimeModel, config: LoraConfig) -> TwoTimeModel:
     inject_adapter_in_model(config, network, ADAPTER)
     # peft takes the base's precision, in which an update of a bfloat16 weight would mostly be rounded away.
     cast_training_params(network, torch.float32)
-    for embedder in network.timestep_embedders:
-        embedder.requires_grad_(True)
+    for part in own_parts(network).values():
+        part.requires_grad_(True)
     return network
 
 
@@ -119,8 +124,8 @@ def lora_weights(network: TwoTimeModel) -> dict[str, Tensor]:
 
 
 def time_weights(network: TwoTimeModel) -> dict[str, Tensor]:
-    """Weights of the time embedders by their names in the network."""
-    own = time_prefixes(network)
+    """Weights of the time embedders, and of a policy's grid, by their names in the network."""
+    own = own_prefixes(network)
     return {name: value for name, value in network.state_dict().items() if name.startswith(own)}
 
 

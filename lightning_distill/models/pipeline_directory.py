@@ -14,7 +14,7 @@ from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.few_step_components import pipeline_arguments, student_pipeline
 from lightning_distill.models.two_time import TwoTimeModel
 
-TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound", "rescaled_time")
+TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound", "rescaled_time", "policy_points")
 
 
 def save_few_step_pipeline(

@@ -10,12 +10,12 @@ from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.lora_student import add_lora, build_over
+from lightning_distill.models.lora_student import add_lora, build_over, own_parts
 from lightning_distill.models.sharding import Lending, Sharding
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.student import let_train, lora_config, start_from, student_config
-from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
+from lightning_distill.models.two_time import TwoTimeModel
 
 
 def stored_component(
@@ -67,9 +67,8 @@ def fill_small_parts(network: nn.Module, weights: StoredWeights) -> None:
     Raises:
         RuntimeError: If the files lack a weight of what is left.
     """
-    for path, embedder in network.named_modules():
-        if isinstance(embedder, TwoTimeEmbedding):
-            _fill(embedder, path, weights)
+    for path, part in own_parts(network).items():
+        _fill(part, path, weights)
     if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta and name not in weights]:
         raise RuntimeError(f"the network's files do not match its configuration: they lack {missing}")
     for name, buffer in network.named_buffers():
@@ -124,9 +123,8 @@ def build_sharded_lora(
     assert isinstance(sharding, Lending)
     assert options.lora is not None
     student = build_over(teacher, network_class, student_config(teacher.config, options))
-    for path, embedder in student.named_modules():
-        if isinstance(embedder, TwoTimeEmbedding):
-            _read(embedder.cpu(), path, weights)
+    for path, part in own_parts(student).items():
+        _read(part.cpu(), path, weights)
     with torch.random.fork_rng(devices=[]):  # low-rank updates are drawn as they are beside a whole teacher
         embedders = empty_network(network_class, dict(teacher.config), weights).timestep_embedders
     report = start_from(embedders, student, options)
@@ -144,17 +142,17 @@ def check_lending(sharding: Sharding | None) -> None:
         )
 
 
-def _fill(embedder: TwoTimeEmbedding, path: str, weights: StoredWeights) -> None:
-    embedder.to_empty(device="cpu")
+def _fill(part: nn.Module, path: str, weights: StoredWeights) -> None:
+    part.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):  # what is drawn later is what it is in a process that has whole networks
-        for module in embedder.modules():
+        for module in part.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
-    _read(embedder, path, weights)
+    _read(part, path, weights)
 
 
 @torch.no_grad()
-def _read(embedder: TwoTimeEmbedding, path: str, weights: StoredWeights) -> None:
-    for name, parameter in embedder.named_parameters():
+def _read(part: nn.Module, path: str, weights: StoredWeights) -> None:
+    for name, parameter in part.named_parameters():
         if (stored := f"{path}.{name}") in weights and (value := weights.read(stored)).shape == parameter.shape:
             parameter.copy_(value)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.base import LoraOptions, StudentOptions
-from lightning_distill.models.lora_student import add_lora, build_over, lora_modules, time_prefixes
+from lightning_distill.models.lora_student import add_lora, build_over, lora_modules, own_prefixes
 from lightning_distill.models.registry import resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
@@ -55,6 +55,7 @@ def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[
         "time_frequency_bound": options.frequency_bound if smooth else None,
         "interval_frequency_bound": options.frequency_bound,
         "rescaled_time": options.time_embedding == "rescaled",
+        "policy_points": options.policy_points,
     }
 
 
@@ -118,7 +119,8 @@ def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel],
             f"student.pretrained is {pretrained!r}, whose transformer takes one time, as teachers do; give a student's "
             "pipeline as ExportPipeline writes it, or null to start as the teacher"
         )
-    stored.setdefault("rescaled_time", False)  # of students from before there was a choice
+    for name, value in {"rescaled_time": False, "policy_points": 1}.items():
+        stored.setdefault(name, value)  # of students from before there was a choice
     for name, value in config.items():
         if name in stored and stored[name] != value:
             raise ConfigurationError(
@@ -149,7 +151,7 @@ def _copy(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
     # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
     student: TwoTimeModel = type(teacher).from_config(config).to(teacher.device)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    if unexpected or not all(name.startswith(time_prefixes(student)) for name in missing):
+    if unexpected or not all(name.startswith(own_prefixes(student)) for name in missing):
         raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
     return student
 
@@ -163,6 +165,6 @@ def _read(pretrained: str, network_class: type[TwoTimeModel]) -> TwoTimeModel:
 
 def _over(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
     student = build_over(teacher, type(teacher), config)
-    own = time_prefixes(student)
+    own = own_prefixes(student)
     student.load_state_dict({name: value for name, value in teacher.state_dict().items() if name.startswith(own)}, strict=False)
     return student

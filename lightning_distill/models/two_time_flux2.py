@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from torch import Tensor
+from torch import Tensor, nn
 
 from .few_step import FewStepPipeline
+from .policy import PolicyHead
 from .two_time import JOINT_ATTENTION, TwoTimeModel
 
 NOMINAL_STEPS = 50
@@ -22,6 +23,8 @@ NOMINAL_STEPS = 50
 class TwoTimeFlux2Transformer2DModel(TwoTimeModel, Flux2Transformer2DModel):
     """FLUX.2 transformer with a second time input; image tokens and prompts go in as in the stock one."""
 
+    output_layer: ClassVar[str | None] = "proj_out"
+    policy_head_class: ClassVar[type[nn.Module] | None] = PolicyHead
     lora_targets: ClassVar[tuple[str, ...]] = (
         *JOINT_ATTENTION,
         "linear_in",

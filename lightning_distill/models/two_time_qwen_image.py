@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .few_step import FewStepPipeline, pack_latents, unpack_latents
+from .policy import PolicyHead
 from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
@@ -19,6 +20,8 @@ class TwoTimeQwenImageTransformer2DModel(TwoTimeModel, QwenImageTransformer2DMod
     """Qwen-Image transformer with a second time input; image tokens and prompts go in as in the stock one."""
 
     feature_scale: ClassVar[float] = 1.0
+    output_layer: ClassVar[str | None] = "proj_out"
+    policy_head_class: ClassVar[type[nn.Module] | None] = PolicyHead
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
     unread: ClassVar[tuple[str, ...]] = ("transformer_blocks.-1.attn.to_add_out", "transformer_blocks.-1.txt_mlp")
 

@@ -15,7 +15,7 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.distribution_matching import DistributionMatching
 from lightning_distill.models.adapter import DTYPES, DiffusersAdapter
 from lightning_distill.models.base import StudentOptions
-from lightning_distill.models.lora_student import add_lora
+from lightning_distill.models.lora_student import add_lora, own_prefixes
 from lightning_distill.models.student import let_train, lora_config, student_config
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.planning.description import without_memory
@@ -114,11 +114,10 @@ def _student(
 
 
 def _share(student: TwoTimeModel, teacher: TwoTimeModel) -> None:
-    """Put the teacher's parameters into a student, but for the time embedders'."""
-    known = dict(teacher.named_parameters())
-    own = [name for name, part in student.named_modules() if part in student.timestep_embedders]
+    """Put the teacher's parameters into a student, but for those of its own parts."""
+    known, own = dict(teacher.named_parameters()), own_prefixes(student)
     for name, _ in list(student.named_parameters()):
-        if not name.startswith(tuple(f"{prefix}." for prefix in own)):
+        if not name.startswith(own):
             path, _, attribute = name.rpartition(".")
             student.get_submodule(path)._parameters[attribute] = known[name]
 

@@ -19,6 +19,7 @@ from lightning_distill.methods import (
     ConsistencyDistillation,
     KnowledgeDistillation,
     MeanFlow,
+    PiFlow,
     SplitMeanFlow,
     TeacherStudentBase,
     TrajectoryAlignment,
@@ -93,6 +94,7 @@ def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
         (SplitMeanFlow, {"equal_fraction": 0.5}, 1, 3),
         (SCM, {}, 1, 1),
         (IMM, {"particles": 2}, 1, 2),
+        (PiFlow, {"states": 3, "student": StudentOptions(policy_points=4)}, 3, 1),
         # of two segments in the mean, 3 Euler steps or 2 Heun steps each
         (KnowledgeDistillation, {"nfe": (1, 3), "solver": "euler", "solver_steps": 3}, 6, 1),
         (KnowledgeDistillation, {"nfe": (2,), "solver": "heun", "solver_steps": 2}, 8, 1),

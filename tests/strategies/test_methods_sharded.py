@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import save_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "SCM", "SplitMeanFlow", "TimestepRescaling"]
+METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "PiFlow", "SCM", "SplitMeanFlow", "TimestepRescaling"]
 
 SCRIPT = """
 import sys
@@ -30,6 +30,7 @@ settings, batch_size = {
     "ConsistencyDistillation": ({"target": "ema", "ema_decay": 0.9}, 1),
     "IMM": ({"particles": 2}, 2),
     "KnowledgeDistillation": ({"nfe": (1, 3), "solver_steps": 1}, 1),
+    "PiFlow": ({"nfe": (1, 3), "trajectory_fraction": 0.5, "student": StudentOptions(max_drift=1.0, policy_points=3)}, 1),
     "SCM": ({}, 1),
     "SplitMeanFlow": ({"equal_fraction": 0.5}, 1),
     "TimestepRescaling": ({"student": StudentOptions(time_embedding="rescaled"), "ema_decay": 0.9}, 1),

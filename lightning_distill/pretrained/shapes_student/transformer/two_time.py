@@ -95,7 +95,11 @@ class Float32TimestepEmbedding(TimestepEmbedding):
         return result
 
 
-class TwoTimeEmbedding(Float32TimestepEmbedding):
+class OwnPart:
+    """Marks parts of a student that are its own, beside its teacher's weights."""
+
+
+class TwoTimeEmbedding(Float32TimestepEmbedding, OwnPart):
     r"""Stands where a transformer has its timestep embedder, and embeds t and r in float32 whatever is handed to it.
 
     .. math:: e = E_t(\phi(t)) + E_\Delta(\phi_s(t - r)).
@@ -180,19 +184,26 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         interval_frequency_bound: The same for the features of the interval t - r, under "zero".
         rescaled_time: Whether the model's own features are fed a thousandth of its times, so that their angular frequencies
             end at 1 rad per unit of t (arXiv 2512.13006, section 4.2.1); not with smooth ones.
+        policy_points: Outputs of a policy for a whole step (`policy`), of which the average velocity is a mixture; 1 is the
+            model's own output, and no policy.
         **kwargs: Of the stock class.
 
     Raises:
-        ValueError: If `interval_embedding` is none of these, or time is to be both smooth and rescaled.
+        ValueError: If `interval_embedding` is none of these, time is to be both smooth and rescaled, or the family has no
+            policies.
     """
 
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder", "grid"]
     timestep_scale: ClassVar[float] = 1.0
     """What the stock forward's `timestep` is at noise: 1, or 1000."""
     feature_scale: ClassVar[float] = 1000.0
     """What the model's own features of time get at noise."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Ends of the names of the linear layers in its blocks that LoRA is for, unless told otherwise: attention, feed-forward."""
+    output_layer: ClassVar[str | None] = None
+    """The last layer, whose tokens are the velocity's as they are; None where more comes after it, and no policy can be."""
+    policy_head_class: ClassVar[type[nn.Module] | None] = None
+    """What stands there in students with a policy, such as `PolicyHead`: diffusers finds only what a family's file imports."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Parts whose results nothing reads, such as a last block's for the prompt's tokens; `-1` is the last of a list."""
 
@@ -203,6 +214,7 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         time_frequency_bound: float | None = None,
         interval_frequency_bound: float = 2 * torch.pi,
         rescaled_time: bool = False,
+        policy_points: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -210,6 +222,11 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
             raise ValueError(f"interval_embedding is {interval_embedding!r}; choose 'none', 'zero' or 'clone'")
         if rescaled_time and time_frequency_bound is not None:
             raise ValueError("rescaled_time is of the model's own features of time; set time_frequency_bound to None")
+        if policy_points > 1:
+            if self.output_layer is None or self.policy_head_class is None:
+                raise ValueError(f"policy_points is {policy_points}, and {type(self).__name__} has no policies; set it to 1")
+            stock = self.get_submodule(self.output_layer)
+            self.set_submodule(self.output_layer, self.policy_head_class(stock, policy_points))
         settings = (interval_embedding, time_frequency_bound, interval_frequency_bound)
         for name, stock in list(self.named_modules()):
             if (replacement := self.embedding_of(name.rpartition(".")[2])) is not None:
@@ -264,13 +281,22 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         for embedder in self.timestep_embedders:
             embedder.reset_interval_embedding(clone=kind == "clone")
 
-    def forward(self, *args: Any, timestep: Tensor, timestep_r: Tensor | None = None, **kwargs: Any) -> Any:
+    @property
+    def policy_head(self) -> Any:
+        """The last layer where it has a policy's outputs, or None."""
+        layer = self.output_layer
+        return None if layer is None or self.config.policy_points == 1 else self.get_submodule(layer)
+
+    def forward(
+        self, *args: Any, timestep: Tensor, timestep_r: Tensor | None = None, all_points: bool = False, **kwargs: Any
+    ) -> Any:
         """Average velocity from t down to r, or the velocity at t where r is not given.
 
         Args:
             *args: Of the stock forward.
             timestep: t (B,) in [0, 1], float32 whatever the dtype of the states; 1 is noise.
             timestep_r: r (B,) in [0, t], or None for r = t.
+            all_points: Of a network with a policy: give its outputs one by one, in the place of each row N of them.
             **kwargs: Of the stock forward.
 
         Returns:
@@ -278,11 +304,15 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         """
         t = at_least_float32(timestep)
         r = t if timestep_r is None else at_least_float32(timestep_r)
-        embedders = self.timestep_embedders
+        embedders, head = self.timestep_embedders, self.policy_head
         for embedder in embedders:
             embedder.times = t, r
+        if head is not None:
+            head.mix_for(r, t, all_points)
         try:
             return super().forward(*args, **self.stock_times(t, r), **kwargs)
         finally:
             for embedder in embedders:
                 embedder.times = None
+            if head is not None:
+                head.mixture = None

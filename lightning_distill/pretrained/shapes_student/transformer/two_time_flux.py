@@ -8,15 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from .few_step import FewStepPipeline, pack_latents, unpack_latents
+from .policy import PolicyHead
 from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeFluxTransformer2DModel(TwoTimeModel, FluxTransformer2DModel):
     """FLUX transformer with a second time input; image tokens and prompts go in as in the stock one."""
 
+    output_layer: ClassVar[str | None] = "proj_out"
+    policy_head_class: ClassVar[type[nn.Module] | None] = PolicyHead
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out")
 
 

@@ -1,0 +1,106 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.path import expand
+from lightning_distill.methods import PiFlow
+from lightning_distill.methods.pi_flow import mixture
+from lightning_distill.models.base import Condition, StudentOptions
+from lightning_distill.models.policy import jump_weights
+from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
+from tests.methods.gaussian_runs import built
+from tests.methods.test_meanflow import VALIDATION, loader, trainer
+
+POINTS = 65
+
+
+class ExactPolicy(nn.Module):
+    """Where the teacher's trajectory is to go at each of the times, off by a constant that starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        outputs = []
+        for share in torch.linspace(0, 1, POINTS):
+            tau = r + share * (t - r)
+            x_tau = GAUSSIAN.flow_map(x, t, tau)
+            x0 = x_tau - expand(tau, x) * GAUSSIAN.velocity(x_tau, tau)
+            outputs.append((x - x0) / expand(t, x))
+        return torch.stack(outputs, 1) + self.bias
+
+
+class PolicyAdapter(GaussianAdapter):
+    """Students that know the teacher's policy."""
+
+    def check_student(self, options: StudentOptions) -> None: ...
+
+    def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, None]:
+        return ExactPolicy(), None
+
+    def policy(  # type: ignore[override]
+        self, student: nn.Module, x_t: Tensor, r: Tensor, t: Tensor, condition: Condition, guidance_scale: Any = None
+    ) -> Tensor:
+        return student(x_t, r, t)
+
+    def average_velocity(self, student, x_t, r, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
+        return mixture(student(x_t, r, t), jump_weights(r, t, POINTS))
+
+
+def method(**settings: Any) -> PiFlow:
+    options = {"nfe": (1, 2, 4), "student": StudentOptions(policy_points=POINTS)}
+    return PiFlow(PolicyAdapter(), validation=VALIDATION, **(options | settings))
+
+
+def test_the_teachers_own_policy_feels_nothing() -> None:
+    x0 = GAUSSIAN.mean + GAUSSIAN.std * torch.randn(256, 3, 4, 4)
+    losses, gradients = [], []
+    for bias in (0.0, 0.3):
+        module = built(method(states=2))
+        module.student.bias.data += bias
+        torch.manual_seed(0)
+        loss = module.objective(x0, {"caption": torch.zeros(256)}).loss.mean()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(module.student.bias.grad.abs().item())
+    assert losses[0] < 1e-4 * losses[1]
+    assert gradients[0] < 1e-2 * gradients[1]
+
+
+def test_it_arrives_where_the_teachers_trajectory_does() -> None:
+    module = built(method())
+    noise = torch.randn(64, 3, 4, 4)
+    for nfe in (1, 3):
+        x0 = module.sample_latents(noise, {"caption": torch.zeros(64)}, nfe, "student")
+        torch.testing.assert_close(x0, GAUSSIAN.flow_map(noise, torch.ones(64), torch.zeros(64)), atol=2e-3, rtol=0)
+
+
+def test_a_policy_that_is_off_is_brought_back(tmp_path: Path) -> None:
+    module = built(method(nfe=(2,), optimizer=lambda p: torch.optim.Adam(p, lr=0.05)))
+    module.student.bias.data += 0.5
+    trainer(tmp_path, max_steps=30, max_epochs=-1, limit_val_batches=0).fit(module, loader())
+    assert abs(module.student.bias.item()) < 0.05
+
+
+def test_prompts_alone_will_do_on_its_own_states() -> None:
+    assert method().needs_images
+    assert not method(trajectory_fraction=1.0).needs_images
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"nfe": ()}, r"model\.nfe"),
+        ({"nfe": (0,)}, r"model\.nfe"),
+        ({"states": 0}, r"model\.states"),
+        ({"student": StudentOptions()}, r"student\.policy_points is 1, and PiFlow trains policies"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: Any, names: str) -> None:
+    with pytest.raises(ConfigurationError, match=names):
+        method(**settings).setup("fit")
