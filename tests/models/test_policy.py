@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, export_student
+from lightning_distill.flow.derivative import finite_difference, value_and_time_derivative
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.policy import PolicyHead, jump_weights, position_weights, velocity_weights
@@ -136,6 +137,22 @@ def test_its_average_velocity_is_the_mixture_of_its_outputs(adapter: DiffusersAd
     torch.testing.assert_close(u, torch.einsum("bn,bnchw->bchw", jump_weights(r, t, 4), outputs), atol=1e-5, rtol=1e-5)
     u.square().mean().backward()
     assert grid.grad.abs().max() > 0
+
+
+def test_its_time_derivative_is_exact(adapter: DiffusersAdapter) -> None:
+    student = policy_student(adapter)
+    nn.init.normal_(student.policy_head.grid.weight, std=0.3)
+    condition, x, v = adapter.encode_prompt(PROMPTS), noise(len(PROMPTS)), noise(len(PROMPTS), 10)
+    r, t = torch.tensor([0.0, 0.3, 0.5]), torch.tensor([1.0, 0.9, 0.6])
+
+    def u(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        return adapter.average_velocity(student, x, r, t, condition)
+
+    student.double()
+    x, v, r, t = (each.double() for each in (x, v, r, t))
+    _, derivative = value_and_time_derivative(u, x, r, t, v)
+    expected = finite_difference(u, x, r, t, v, 1e-4)
+    assert (derivative - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("lora", [None, "unmerged"])
