@@ -22,7 +22,7 @@ from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_
 
 CARD = ModelCard("MeanFlow", "shapes-teacher", (1, 2, 4), 32, 32, guidance_scale=2.0)
 
-CODE = ("few_step.py", "two_time.py", "two_time_flux.py")
+CODE = ("few_step.py", "policy.py", "two_time.py", "two_time_flux.py")
 
 # Runs in a process that has never seen this package.
 LOAD_AND_DRAW = """

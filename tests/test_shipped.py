@@ -90,7 +90,8 @@ def test_student_draws_in_few_steps_what_its_card_says() -> None:
 
 def test_student_brings_this_packages_code() -> None:
     files = list(STUDENT.rglob("*.py"))
-    assert {file.name for file in files} == {"average_velocity_scheduler.py", "few_step.py", "two_time.py", "two_time_flux.py"}
+    travels = {"average_velocity_scheduler.py", "few_step.py", "policy.py", "two_time.py", "two_time_flux.py"}
+    assert {file.name for file in files} == travels
     assert all(is_own_code(file) for file in files)
 
 

@@ -50,7 +50,7 @@ class ShardedNetworks(LightningModule):
         Raises:
             ConfigurationError: If the trainer's precision is 16-mixed.
         """
-        if (sides := self.side_networks) and self._trainer is not None and self._trainer.precision == "16-mixed":
+        if (sides := self.side_networks) and getattr(self._trainer, "precision", None) == "16-mixed":
             raise ConfigurationError(
                 f"trainer.precision is 16-mixed, which scales the student's loss alone, not that of {', '.join(sides)}; set it "
                 "to bf16-mixed"
