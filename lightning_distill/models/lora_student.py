@@ -30,13 +30,13 @@ SETTINGS = "student.json"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 """LoRA weights there, under the names that diffusers gives them."""
 TIME_WEIGHTS = "time_embedders.safetensors"
-"""The time embedders' weights there."""
+"""The weights there of what is the student's own: time embedders, and a policy's grid."""
 PREFIX = "transformer."
 """What diffusers puts before the names of a transformer's LoRA weights."""
 
 
 def build_over(base: nn.Module, network_class: type[TwoTimeModel], config: dict[str, Any]) -> TwoTimeModel:
-    """A network whose parameters are those of another, the very same objects, but for time embedders of its own.
+    """A network whose parameters are those of another, the very same objects, but for its own parts: time embedders, and a policy's grid.
 
     Args:
         base: A network with parameters of the same names, two-time or stock. Buffers are shared as well.
@@ -44,7 +44,7 @@ def build_over(base: nn.Module, network_class: type[TwoTimeModel], config: dict[
         config: Its settings.
 
     Returns:
-        The network, on the base's device, with time embedders in float32 that are drawn anew.
+        The network, on the base's device, with own parts in float32 that are drawn anew.
 
     Raises:
         ValueError: If the base lacks a parameter or a buffer, or has one of another shape.
@@ -103,7 +103,7 @@ def lora_modules(network: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def add_lora(network: TwoTimeModel, config: LoraConfig) -> TwoTimeModel:
-    """Give layers of a network low-rank updates, in float32, that start without effect; they and time embedders train alone."""
+    """Give layers of a network low-rank updates, in float32, that start without effect; they and own parts train alone."""
     inject_adapter_in_model(config, network, ADAPTER)
     # peft takes the base's precision, in which an update of a bfloat16 weight would mostly be rounded away.
     cast_training_params(network, torch.float32)
