@@ -36,7 +36,9 @@ PREFIX = "transformer."
 
 
 def build_over(base: nn.Module, network_class: type[TwoTimeModel], config: dict[str, Any]) -> TwoTimeModel:
-    """A network whose parameters are those of another, the very same objects, but for its own parts: time embedders, and a policy's grid.
+    """A network whose parameters are those of another, the very same objects, but for its own parts.
+
+    Those are time embedders and, of a student with a policy, its grid.
 
     Args:
         base: A network with parameters of the same names, two-time or stock. Buffers are shared as well.
