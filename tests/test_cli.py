@@ -10,7 +10,8 @@ import yaml
 from lightning.pytorch import Trainer
 
 from lightning_distill.callbacks.random_state import RandomState
-from lightning_distill.cli import ALWAYS, DistillCLI, main, warn_of_busy_threads
+from lightning_distill.cli import main
+from lightning_distill.training_cli import ALWAYS, DistillCLI, warn_of_busy_threads
 from tests.toy import read_losses
 
 ROOT = Path(__file__).parents[1]
