@@ -28,8 +28,8 @@ from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.embedded import build_flux_pipeline
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.planning.machine import STRATEGIES, plan_for
 from lightning_distill.planning.step import Batch, measure_step
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_distill import __version__
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.adapter import two_time
-from lightning_distill.models.base import DIFFUSERS_CODE, ExportCode, ModelAdapter
+from lightning_distill.models.base import ModelAdapter
+from lightning_distill.models.export_code import DIFFUSERS_CODE, ExportCode
+from lightning_distill.models.families import two_time
 from lightning_distill.models.lora_student import PREFIX, lora_layers, lora_weights, time_weights
 
 MARK = "export.json"

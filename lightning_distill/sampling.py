@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 import lightning_distill.models
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.adapter import FAMILIES, DiffusersAdapter, stock_options
+from lightning_distill.models.adapter import DiffusersAdapter
+from lightning_distill.models.families import FAMILIES, stock_options
 from lightning_distill.models.few_step import FewStepPipeline, tokenizer_within
 from lightning_distill.models.hunyuan_image3_directory import is_hunyuan_image3, published_class, read_config
 from lightning_distill.models.hunyuan_image3_directory import is_student as is_student_config

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import MARK, ModelCard, check_export_directory, export_student, export_teacher, render_card
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.lora_student import load_lora_student
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
 from tests.models.families import save_family
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_tiny_pipeline, train_a_little

@@ -17,8 +17,8 @@ from lightning_distill import cli, sampling
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, export_student
 from lightning_distill.models import registry
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.few_step import pack_latents
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.sampling import GAP, main, write_grid
 from tests.models.families import save_family
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, load_adapter, noise, save_tiny_pipeline, train_a_little

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.distribution_matching import DistributionMatching, TrajectoryState, roll_out
 from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.models.base import LoraOptions
+from lightning_distill.models.student_options import LoraOptions
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import TeacherStudentBase

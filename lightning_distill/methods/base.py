@@ -26,9 +26,10 @@ from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.saved_state import SavedState
 from lightning_distill.methods.shared_base import StudentAverage, check_sharing
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.base import Condition, ModelAdapter
 from lightning_distill.models.sharded_networks import check_lending
 from lightning_distill.models.smooth_time import SmoothTimeReport
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.optimizers import let_clip, split_parameters
 
 TIME_BINS = 4

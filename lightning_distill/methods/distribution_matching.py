@@ -16,7 +16,8 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
 from lightning_distill.methods.side_training import SideTraining
-from lightning_distill.models.base import LoraOptions, ModelAdapter, StudentOptions
+from lightning_distill.models.base import ModelAdapter
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from lightning_distill.methods.distribution_matching import CriticMethod, Trajec
 from lightning_distill.methods.divergence import DivergenceWeight
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.side_training import SideTraining
-from lightning_distill.models.base import Condition, LoraOptions
+from lightning_distill.models.base import Condition
+from lightning_distill.models.student_options import LoraOptions
 
 
 @dataclass(frozen=True)

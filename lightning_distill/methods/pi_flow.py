@@ -11,8 +11,9 @@ from lightning_distill.flow.losses import Loss, PowerLoss
 from lightning_distill.flow.path import expand
 from lightning_distill.methods.base import Objective
 from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition, StudentOptions
+from lightning_distill.models.base import Condition
 from lightning_distill.models.policy import position_weights, velocity_weights
+from lightning_distill.models.student_options import StudentOptions
 
 SMALLEST_TIME = 1e-3
 """Of the states along a policy: its velocity there is a difference of predictions of x0, divided by the time."""

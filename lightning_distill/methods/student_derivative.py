@@ -14,7 +14,7 @@ from lightning_distill.flow.derivative import (
 )
 from lightning_distill.methods.derivative_check import check_derivative, precision
 from lightning_distill.methods.guided_networks import GuidedNetworks
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.student_options import StudentOptions
 
 Derivative = Literal["exact", "finite_difference"]
 

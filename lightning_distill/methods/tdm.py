@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_distill.methods.base import Objective
 from lightning_distill.methods.distribution_matching import CriticMethod, TrajectoryState
 from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.models.base import Condition, LoraOptions
+from lightning_distill.models.base import Condition
+from lightning_distill.models.student_options import LoraOptions
 
 
 class TDM(CriticMethod):

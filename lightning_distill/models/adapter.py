@@ -1,6 +1,5 @@
 """Every family of diffusers pipelines that students are known for, from a directory or a hub id."""
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,18 +8,18 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import Condition, ModelAdapter, StudentOptions
+from lightning_distill.models.base import Condition, ModelAdapter
+from lightning_distill.models.families import FAMILIES, stock_options, two_time
 from lightning_distill.models.features import entering, spread_layers, trunk, trunk_width
 from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.fingerprint import fingerprint
 from lightning_distill.models.lora_directory import save_lora_student
 from lightning_distill.models.lora_student import ADAPTER, add_lora, lora_layers, merged
 from lightning_distill.models.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
-from lightning_distill.models.registry import SHIPPED, resolve_pretrained
+from lightning_distill.models.registry import check_location, resolve_pretrained
 from lightning_distill.models.sharded_networks import (
     build_sharded_lora,
     build_sharded_student,
@@ -31,30 +30,10 @@ from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_encoders import empty_encoder
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.student import build_student, check_pretrained, lora_config, student_config
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time import TwoTimeModel
-from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
-from lightning_distill.models.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
-from lightning_distill.models.two_time_hunyuan_image import TwoTimeHunyuanImagePipeline
-from lightning_distill.models.two_time_qwen_image import TwoTimeQwenImagePipeline
-from lightning_distill.models.two_time_sana import TwoTimeSanaPipeline
-from lightning_distill.models.two_time_sd3 import TwoTimeStableDiffusion3Pipeline
-from lightning_distill.models.two_time_z_image import TwoTimeZImagePipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES: dict[str, type[FewStepPipeline]] = {
-    family.stock_class.__name__: family
-    for family in (
-        TwoTimeFlux2KleinPipeline,
-        TwoTimeFlux2Pipeline,
-        TwoTimeFluxPipeline,
-        TwoTimeHunyuanImagePipeline,
-        TwoTimeQwenImagePipeline,
-        TwoTimeSanaPipeline,
-        TwoTimeStableDiffusion3Pipeline,
-        TwoTimeZImagePipeline,
-    )
-}
-"""By the name of the stock pipeline."""
 
 
 class DiffusersAdapter(ModelAdapter):
@@ -97,19 +76,7 @@ class DiffusersAdapter(ModelAdapter):
             raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
         self._check_attention_backend()
         name = self.pretrained
-        directory = Path(resolve_pretrained(name))
-        if directory.is_dir():
-            if not (directory / "model_index.json").is_file():
-                raise ConfigurationError(
-                    f"adapter.pretrained is {name!r}, which has no model_index.json; give a diffusers pipeline directory"
-                )
-        elif name in SHIPPED or name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise ConfigurationError(
-                f"adapter.pretrained is {name!r}, which is neither a pipeline directory nor a hub id like "
-                "'black-forest-labs/FLUX.1-dev'; correct the path, or use 'shapes-teacher', which ships with the package"
-            )
-        elif not isinstance(try_to_load_from_cache(name, "model_index.json", revision=self.revision), str):
-            self._reach_hub(name)
+        check_location(name, self.revision)
         index = self._read(DiffusionPipeline, "model_index.json")
         kind = index.get("_class_name")
         kind = kind[-1] if isinstance(kind, list) else kind  # a class that the directory brings along, as students do
@@ -158,17 +125,6 @@ class DiffusersAdapter(ModelAdapter):
         # diffusers would make it the default of all models in the process; the context takes that back.
         with attention_backend(self.attention_backend):
             network.set_attention_backend(self.attention_backend)
-
-    def _reach_hub(self, name: str) -> None:
-        from huggingface_hub import HfApi
-
-        try:
-            HfApi().model_info(name, revision=self.revision, timeout=5)
-        except Exception as error:  # whatever the hub's client of the day raises, the remedy is the same
-            raise ConfigurationError(
-                f"adapter.pretrained is {name!r}, which is not in the local cache and cannot be fetched from the hub "
-                f"({type(error).__name__}); download it first, log in if it is gated, or give a pipeline directory"
-            ) from error
 
     def load(self, encoders: bool = True) -> None:
         """Load the text encoders and the autoencoder, frozen and in evaluation mode; without encoders the latter alone."""
@@ -451,17 +407,3 @@ class DiffusersAdapter(ModelAdapter):
 
 def _is_text_encoder(component: str) -> bool:
     return component.startswith("text_encoder")
-
-
-def two_time(network: nn.Module) -> TwoTimeModel:
-    """The network itself, which must be one that an adapter made."""
-    if not isinstance(network, TwoTimeModel):
-        raise TypeError(f"DiffusersAdapter works with its own transformers, not with {type(network).__name__}")
-    return network
-
-
-def stock_options(kind: type[DiffusionPipeline], max_sequence_length: int) -> dict[str, Any]:
-    """Arguments by which a stock pipeline pads its prompts as training does, and draws in the size that is asked for."""
-    options = {"max_sequence_length": max_sequence_length, "use_resolution_binning": False}
-    known = inspect.signature(kind.__call__).parameters
-    return {name: value for name, value in options.items() if name in known}

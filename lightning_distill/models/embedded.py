@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast,
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import ModelAdapter, StudentOptions
+from lightning_distill.models.base import ModelAdapter
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline, TwoTimeFluxTransformer2DModel
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"

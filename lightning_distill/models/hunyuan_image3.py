@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models import few_step_hunyuan_image3 as family
 from lightning_distill.models.adapter import DTYPES
-from lightning_distill.models.base import Condition, ExportCode, ModelAdapter, StudentOptions
+from lightning_distill.models.base import Condition, ModelAdapter
 from lightning_distill.models.expert_routing import Routing
+from lightning_distill.models.export_code import ExportCode
 from lightning_distill.models.fingerprint import fingerprint
 from lightning_distill.models.hunyuan_image3_directory import (
     is_hunyuan_image3,
@@ -33,6 +34,7 @@ from lightning_distill.models.hunyuan_image3_networks import (
     without_weights,
 )
 from lightning_distill.models.smooth_time import SmoothTimeReport
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 
 _LOAD = """from transformers import AutoModelForCausalLM

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.hunyuan_image3_directory import published_class, two_time_class
 from lightning_distill.models.sharded_networks import fill_small_parts
 from lightning_distill.models.sharding import Sharding
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.student import start_from
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time import TwoTimeEmbedding
 from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 

@@ -9,12 +9,12 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.lora_student import add_lora, build_over, own_parts
 from lightning_distill.models.sharding import Lending, Sharding
 from lightning_distill.models.smooth_time import SmoothTimeReport
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.models.student import let_train, lora_config, start_from, student_config
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time import TwoTimeModel
 
 

@@ -8,10 +8,10 @@ from peft import LoraConfig
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.lora_student import add_lora, build_over, lora_modules, own_prefixes
 from lightning_distill.models.registry import resolve_pretrained
 from lightning_distill.models.smooth_time import SmoothTimeReport, refit_embedders
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 
 

@@ -19,11 +19,11 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.models import expert_routing
 from lightning_distill.models.adapter import DTYPES
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
 from lightning_distill.models.hunyuan_image3_directory import read_config, two_time_class
 from lightning_distill.models.hunyuan_image3_layout import PictureTokens, TokenLayout
 from lightning_distill.models.hunyuan_image3_networks import student_config, without_memory
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.planning import description
 from lightning_distill.planning.hunyuan_image3_network import DescribedHunyuanImage3

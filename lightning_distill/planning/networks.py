@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.distribution_matching import DistributionMatching
 from lightning_distill.models.adapter import DTYPES, DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.lora_student import add_lora, own_prefixes
 from lightning_distill.models.student import let_train, lora_config, student_config
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.planning.description import without_memory
 from lightning_distill.strategies.blocks import blocks, experts

@@ -21,7 +21,7 @@ from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GaussianAdapter, SmallNetwork
 from tests.tiny import save_tiny_pipeline
 

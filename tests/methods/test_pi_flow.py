@@ -9,8 +9,9 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand
 from lightning_distill.methods import PiFlow
 from lightning_distill.methods.pi_flow import mixture
-from lightning_distill.models.base import Condition, StudentOptions
+from lightning_distill.models.base import Condition
 from lightning_distill.models.policy import jump_weights
+from lightning_distill.models.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.gaussian_runs import built
 from tests.methods.test_meanflow import VALIDATION, loader, trainer

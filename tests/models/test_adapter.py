@@ -11,8 +11,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import jump
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.few_step import pack_latents, unpack_latents
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_flux import image_ids
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise, save_tiny_pipeline
 

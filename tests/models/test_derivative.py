@@ -5,8 +5,8 @@ import torch
 
 from lightning_distill.flow.derivative import time_derivative
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.smooth_time import SmoothTimeReport
+from lightning_distill.models.student_options import StudentOptions
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 

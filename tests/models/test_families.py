@@ -24,8 +24,9 @@ from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import DiffusersAdapter, load_lora_student
-from lightning_distill.models.adapter import FAMILIES as KNOWN
-from lightning_distill.models.base import Condition, LoraOptions, ModelAdapter, StudentOptions
+from lightning_distill.models.base import Condition, ModelAdapter
+from lightning_distill.models.families import FAMILIES as KNOWN
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.models.two_time import TwoTimeEmbedding, TwoTimeModel
 from tests.models.families import FAMILIES, load_family, make_adapter, save_family
 from tests.tiny import PROMPTS, draw, load_adapter, noise, train_a_little

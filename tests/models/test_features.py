@@ -5,8 +5,8 @@ import torch
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.features import spread_layers, trunk
+from lightning_distill.models.student_options import StudentOptions
 from tests.models.families import FAMILIES, load_family, save_family
 from tests.tiny import PROMPTS, load_adapter, save_tiny_pipeline
 

@@ -5,7 +5,7 @@ from diffusers import FluxPipeline
 
 from lightning_distill.models.adapter import DiffusersAdapter
 from lightning_distill.models.average_velocity_scheduler import AverageVelocityScheduler
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_flux import TwoTimeFluxPipeline
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, noise, train_a_little
 

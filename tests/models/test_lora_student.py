@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from lightning_distill.flow.derivative import time_derivative
 from lightning_distill.flow.dual_rules import RULES
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.lora_student import build_over, lora_layers, lora_modules
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
 from tests.tiny import PROMPTS, noise
 

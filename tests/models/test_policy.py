@@ -13,8 +13,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.export import ModelCard, export_student
 from lightning_distill.flow.derivative import finite_difference, value_and_time_derivative
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.policy import PolicyHead, jump_weights, position_weights, velocity_weights
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.models.two_time import TwoTimeModel
 from lightning_distill.sampling import load_pipeline, sample
 from tests.models.families import save_family

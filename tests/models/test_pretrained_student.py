@@ -14,8 +14,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import FlowMatching, MeanFlow
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.embedded import EmbeddedFluxAdapter
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from tests.tiny import PROMPTS
 
 

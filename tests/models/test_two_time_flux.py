@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_distill.flow.derivative import time_derivative
 from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
 from tests.tiny import PROMPTS, noise, train_a_little
 

@@ -12,8 +12,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import MeanFlow, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.models import HunyuanImage3Adapter
-from lightning_distill.models.base import StudentOptions
 from lightning_distill.models.hunyuan_image3_networks import student_config, without_memory
+from lightning_distill.models.student_options import StudentOptions
 from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.step import Batch, StepCost, measure_step

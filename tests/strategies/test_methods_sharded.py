@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import lightning_distill.strategies
 from lightning_distill import methods
 from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.student_options import StudentOptions
 from tests.strategies.train_tiny import data
 
 name, pretrained, strategy = sys.argv[1:]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.base import StudentOptions
+from lightning_distill.models.student_options import StudentOptions
 from tests.tiny import save_tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.adapter import FAMILIES
+from lightning_distill.models.families import FAMILIES
 from lightning_distill.models.few_step import FewStepPipeline
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.optimizers import MuonWithAdamW

@@ -18,8 +18,8 @@ from lightning_distill.methods import DMD2, TDM, MeanFlow, Objective, TeacherStu
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.models import Condition
-from lightning_distill.models.base import LoraOptions, StudentOptions
 from lightning_distill.models.sharding import local_part
+from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.strategies.lent_weights import LentUnit
 from tests.models.families import make_adapter
 from tests.tiny import PROMPTS
