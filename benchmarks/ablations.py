@@ -108,7 +108,7 @@ def variant_config(
         if name == "SwitchSolution":
             callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
         elif name == "FinalReport":
-            callback["init_args"]["diversity_seeds"] = 4
+            callback["init_args"] |= {"diversity_seeds": 4, "teacher": not changes}  # who is the same in all of them
     return on_one_core(settings)
 
 
@@ -191,12 +191,14 @@ def write(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], machine: str,
         group: {name: merge(records) for name, records in variants.items() if records} for group, variants in found.items()
     }
     groups = {group: variants for group, variants in groups.items() if variants}
-    first = next(records[0] for variants in found.values() for records in variants.values() if records)
+    teachers = [record["teacher"] for variants in found.values() for records in variants.values() for record in records]
+    measured = next((teacher for teacher in teachers if teacher), {})
     date = datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat()
-    result = {"date": date, "machine": machine, "steps": steps, "teacher": first["teacher"], "groups": groups}
+    result = {"date": date, "machine": machine, "steps": steps, "teacher": measured, "groups": groups}
     (RESULTS / "ablations.json").write_text(json.dumps(result, indent=2) + "\n")
-    teacher = ", ".join(f"{100 * value:.1f} at {n}" for n, value in first["teacher"].items())
-    text = f"{date}, {machine}; {steps} steps a run\n\n{table(groups)}\n\nTeacher: {teacher}.\n"
+    text = f"{date}, {machine}; {steps} steps a run\n\n{table(groups)}\n"
+    if measured:
+        text += f"\nTeacher: {', '.join(f'{100 * value:.1f} at {n}' for n, value in measured.items())}.\n"
     (RESULTS / "ablations.md").write_text(text)
 
 

@@ -45,6 +45,8 @@ def test_a_variant_is_the_recipe_but_for_its_setting(group, name, demo, tmp_path
     assert settings["trainer"]["max_steps"] == 600
     switches = [each["init_args"] for each in settings["trainer"]["callbacks"] if each["class_path"].endswith("SwitchSolution")]
     at = round(600 * changes.get("switch", ablations.SWITCH_AT))
+    (report,) = [each["init_args"] for each in settings["trainer"]["callbacks"] if each["class_path"].endswith("FinalReport")]
+    assert report["teacher"] == (name == "as it is")
     assert [switch["latest_step"] for switch in switches] == ([at] if at < 600 else [])
 
 
@@ -62,7 +64,7 @@ def test_results_are_those_of_the_runs_on_record(tmp_path: Path, monkeypatch: py
             "steps": 9,
             "accuracy": dict.fromkeys(ablations.STEPS, accuracy),
             "diversity": {"1": 0.3},
-            "teacher": {"32": 0.9},
+            "teacher": {"32": 0.9} if seed else {},
             "minutes": 2.0,
             "error": 0.2,
             "gradient_norm": {"median": 1.0, "largest": 5.0},

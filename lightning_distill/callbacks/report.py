@@ -81,6 +81,8 @@ class FinalReport(Callback):
         columns: Different prompts in the grid of pictures, at least 1.
         diversity_prompts: Different prompts of which diversity is measured; 0 leaves it out.
         diversity_seeds: Pictures of each of these, at least 2.
+        teacher: Whether the teacher is measured as well, which takes longest, and is the same after every run with the same
+            validation. It is in `pictures.png` in any case.
 
     Attributes:
         summary: What was measured, once training has ended; None before, and where nothing was.
@@ -97,6 +99,7 @@ class FinalReport(Callback):
         columns: int = 12,
         diversity_prompts: int = 12,
         diversity_seeds: int = 8,
+        teacher: bool = True,
     ) -> None:
         if noises < 1:
             raise ConfigurationError(f"FinalReport.noises is {noises}; each prompt needs at least 1")
@@ -112,6 +115,7 @@ class FinalReport(Callback):
         self.columns = columns
         self.diversity_prompts = diversity_prompts
         self.diversity_seeds = diversity_seeds
+        self.teacher = teacher
         self.summary: Summary | None = None
         self._seconds = 0.0
         self._started: float | None = None
@@ -165,8 +169,9 @@ class FinalReport(Callback):
     def _measure(self, module: TeacherStudentBase, batches: Sequence[PromptBatch], prompts: Sequence[str]) -> Summary:
         summary = Summary(minutes=round(self._seconds / 60, 6))
         nfe, teacher_nfe = module.validation.nfe, module.validation.teacher_nfe
+        with_teacher = module.has_teacher and self.teacher
         steps: dict[Network, list[int]] = {"student": list(nfe)}
-        if module.has_teacher:
+        if with_teacher:
             steps["teacher"] = sorted({*nfe, teacher_nfe})
         if module.metrics:
             for network, counts in steps.items():
@@ -177,7 +182,7 @@ class FinalReport(Callback):
         if self.diversity_prompts:
             prompts = different_prompts(prompts, self.diversity_prompts)
             summary.diversity["student"] = {str(n): self._diversity(module, prompts, n, "student") for n in nfe}
-            if module.has_teacher:
+            if with_teacher:
                 summary.diversity["teacher"] = {str(teacher_nfe): self._diversity(module, prompts, teacher_nfe, "teacher")}
         return summary
 

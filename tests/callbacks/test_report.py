@@ -139,6 +139,22 @@ def test_without_a_teacher(tmp_path, capsys):
     assert "teacher 1" not in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_teacher_is_measured_only_if_it_is_wanted(tmp_path, monkeypatch):
+    module = PictureDistillation(strength=1.0)
+    sample, measured = module.sample, []
+
+    def spy(prompts, nfe, seeds, network="student"):
+        measured.append((network, len(prompts)))
+        return sample(prompts, nfe, seeds, network)
+
+    monkeypatch.setattr(module, "sample", spy)
+    fit(tmp_path, module, FinalReport(teacher=False, columns=3))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["teacher"] == {}
+    assert list(summary["diversity"]) == list(summary["categories"]) == ["student"]
+    assert [count for network, count in measured if network == "teacher"] == [3]  # the row of pictures
+
+
 def test_without_validation_there_is_a_line(tmp_path, capsys):
     fit(tmp_path, PictureDistillation(), FinalReport(), limit_val_batches=0)
     assert "no validation prompts" in capsys.readouterr().out
