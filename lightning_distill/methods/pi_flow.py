@@ -1,6 +1,7 @@
 """pi-Flow: a student that says once what a whole step does, and imitates its teacher all along it."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PowerLoss
-from lightning_distill.flow.path import expand
+from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods.base import Objective
+from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.trajectory_states import TrajectoryStates
 from lightning_distill.models.base import Condition
 from lightning_distill.models.policy import position_weights, velocity_weights
@@ -30,15 +32,16 @@ class PiFlow(TrajectoryStates):
 
     at the policy's own states, so that errors are not added up. The end of the step is where the policy leads.
 
-    Steps are those of the few-step grids of sampling; their starts are noised data or, by `trajectory_fraction`, states of the
-    student's own sampling (the paper's data-free variant). The paper's mix of teacher and policy on the way to
-    :math:`x_\tau`, at the beginning of training, and its GMFlow policy are left out; the student is told where its step ends.
+    Steps are those of the few-step grids of sampling; their starts are noised data or, by `trajectory_fraction`, where the
+    student has come to by the steps before on the same grid (the paper's data-free variant). The paper's mix of teacher and
+    policy on the way to :math:`x_\tau`, at the beginning of training, and its GMFlow policy are left out; the student is told
+    where its step ends.
 
     Args:
         nfe: Numbers of steps of the grid, each at least 1; one of these is drawn for each batch.
         states: States of each step at which the teacher is asked, at least 1; the paper's code takes 4 for FLUX.1-dev.
         loss: Of the policy's velocities.
-        **kwargs: Of `TrajectoryStates`.
+        **kwargs: Of `TrajectoryStates`. The student's trajectories are of its grid, `trajectory_jumps` of the teacher's only.
 
     Raises:
         ConfigurationError: If settings are out of range, or the student has no policy.
@@ -72,7 +75,7 @@ class PiFlow(TrajectoryStates):
         step = torch.randint(nfe, (len(x0),), device=x0.device)
         t, r = grid[step], grid[step + 1]
         guided = self.guided_condition(condition, len(x0))
-        x_t = self.training_states(x0, torch.randn_like(x0), t, guided)
+        x_t = self.starts(x0, grid, step, guided)
         outputs = self.adapter.policy(self.student, x_t, r, t, guided.prompts, guided.scale)
         points = outputs.shape[1]
         losses = []
@@ -84,7 +87,33 @@ class PiFlow(TrajectoryStates):
             losses.append(self.loss(mixture(outputs, velocity_weights(tau, r, t, points)), target))
         return Objective(torch.stack(losses).mean(0), t)
 
+    @torch.no_grad()
+    def starts(self, x0: Tensor, grid: Tensor, step: Tensor, condition: GuidedCondition) -> Tensor:
+        """States (B, C, h, w) at which steps of a grid start: noised data, or where the steps before have led from noise.
+
+        Args:
+            x0: Latents of the pictures, (B, C, h, w).
+            grid: Times (nfe + 1,), from 1 down to 0.
+            step: Of each sample (B,), 0 to nfe - 1.
+            condition: Of the batch.
+        """
+        noise = torch.randn_like(x0)
+        if self.trajectory_source == "teacher" or self.trajectory_fraction == 0:
+            return self.training_states(x0, noise, grid[step], condition)
+        own = torch.rand(len(x0), device=x0.device) < self.trajectory_fraction
+        x = noise.clone()
+        for place, (t, r) in enumerate(pairwise(grid[:-1])):
+            rows, count = self.rows_where(own & (step > place))
+            if len(rows):
+                moved = self.student_jump(x[rows], r.expand(len(rows)), t.expand(len(rows)), condition[rows])
+                x[rows[:count]] = moved[:count]
+        return torch.where(expand(own, x), x, interpolate(x0, noise, grid[step]))
+
 
 def mixture(outputs: Tensor, weights: Tensor) -> Tensor:
-    """Of outputs (B, N, C, h, w) by weights (B, N): (B, C, h, w)."""
-    return torch.einsum("bn,bnchw->bchw", weights.to(outputs.dtype), outputs)
+    """Of outputs (B, N, C, h, w) by weights (B, N): (B, C, h, w), float32.
+
+    Weights may be large and cancel, so that they are not rounded to the lower of mixed precisions.
+    """
+    with torch.autocast(outputs.device.type, enabled=False):
+        return torch.einsum("bn,bnchw->bchw", weights, outputs.float())

@@ -108,10 +108,13 @@ class PolicyHead(nn.Linear):
         self.mixture = each if all_points else jump_weights(r, t, self.points)[:, None]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Mixtures (B M, L, out) of tokens (B, L, in) by `mixture` (B, M, N), which `TwoTimeModel` has set."""
+        """Mixtures (B M, L, out) of tokens (B, L, in) by `mixture` (B, M, N), that `TwoTimeModel` sets; float32 if M > 1."""
         if self.mixture is None:
             raise RuntimeError("no times are set; call the transformer, not its last layer")
         own = super().forward(input)
         further = self.grid(input.to(self.grid.weight.dtype)).unflatten(-1, (self.points, -1))
-        mixed = torch.einsum("bmn,blno->bmlo", self.mixture.to(further.dtype), further)
-        return (own[:, None] + mixed.to(own.dtype)).flatten(0, 1)
+        with torch.autocast(input.device.type, enabled=False):
+            mixed = torch.einsum("bmn,blno->bmlo", self.mixture, further.float())
+            result = (own.float()[:, None] + mixed).flatten(0, 1)
+        # Outputs one by one keep their precision: who mixes them takes differences of them.
+        return result.to(own.dtype) if self.mixture.shape[1] == 1 else result

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.path import expand
+from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods import PiFlow
 from lightning_distill.methods.pi_flow import mixture
 from lightning_distill.models.base import Condition
-from lightning_distill.models.policy import jump_weights
+from lightning_distill.models.policy import jump_weights, velocity_weights
 from lightning_distill.models.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
-from tests.methods.gaussian_runs import built
+from tests.methods.gaussian_runs import built, nothing_said
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
 
 POINTS = 65
@@ -105,3 +105,43 @@ def test_prompts_alone_will_do_on_its_own_states() -> None:
 def test_settings_that_cannot_work_are_refused(settings: Any, names: str) -> None:
     with pytest.raises(ConfigurationError, match=names):
         method(**settings).setup("fit")
+
+
+def test_its_own_states_are_those_of_the_steps_that_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = built(method(trajectory_fraction=1.0, trajectory_jumps=3))
+    asked, answer = set(), module.adapter.average_velocity
+
+    def spy(student: nn.Module, x_t: Tensor, r: Tensor, t: Tensor, *told: Any) -> Tensor:
+        asked.update(zip(t.tolist(), r.tolist(), strict=True))
+        return answer(student, x_t, r, t, *told)
+
+    monkeypatch.setattr(module.adapter, "average_velocity", spy)
+    step = torch.tensor([0, 1, 2, 3] * 4)
+    grid = module.adapter.time_grid(4, (3, 4, 4))
+    torch.manual_seed(0)
+    x_t = module.starts(torch.full((16, 3, 4, 4), torch.nan), grid, step, nothing_said(16))
+    torch.manual_seed(0)
+    noise = torch.randn(16, 3, 4, 4)
+    assert asked == set(zip(grid[:3].tolist(), grid[1:4].tolist(), strict=True))
+    torch.testing.assert_close(x_t, GAUSSIAN.flow_map(noise, torch.ones(16), grid[step]), atol=2e-3, rtol=0)
+
+
+def test_some_starts_are_its_own_and_the_others_noised_data() -> None:
+    module = built(method(trajectory_fraction=0.5))
+    grid, step, x0 = module.adapter.time_grid(2, (3, 4, 4)), torch.ones(64, dtype=torch.long), torch.full((64, 3, 4, 4), 9.0)
+    torch.manual_seed(0)
+    x_t = module.starts(x0, grid, step, nothing_said(64))
+    torch.manual_seed(0)
+    noise = torch.randn(64, 3, 4, 4)
+    of_data = (x_t - interpolate(x0, noise, grid[step])).abs().amax((1, 2, 3)) < 1e-5
+    assert 20 < of_data.sum() < 44
+    reached = GAUSSIAN.flow_map(noise, torch.ones(64), grid[step])
+    torch.testing.assert_close(x_t[~of_data], reached[~of_data], atol=2e-3, rtol=0)
+
+
+def test_mixtures_are_not_rounded_under_mixed_precision() -> None:
+    outputs = torch.randn(8, 1, 3, 4, 4).expand(-1, 10, -1, -1, -1)
+    tau, r, t = torch.full((8,), 2e-3), torch.zeros(8), torch.full((8,), 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = mixture(outputs, velocity_weights(tau, r, t, 10))
+    torch.testing.assert_close(v, outputs[:, 0], atol=1e-4, rtol=1e-4)

@@ -98,6 +98,12 @@ def test_a_new_head_is_the_layer_that_it_replaces_and_mixes_what_it_learns() -> 
     weights = torch.rand(2, 1, 4).softmax(-1)
     head.mixture = weights
     torch.testing.assert_close(head(x), torch.einsum("bmn,bnlo->blo", weights, each))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(x).dtype == torch.bfloat16
+        head.mixture = torch.eye(4).expand(2, -1, -1)
+        outputs = head(x)  # whose differences count
+    assert outputs.dtype == torch.float32
+    assert not torch.equal(outputs, outputs.bfloat16().float())
 
 
 # Students of the FLUX pipeline
