@@ -44,10 +44,12 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._to_restore: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
+        self._fresh = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the states of all processes, in the order of their ranks."""
-        state = self._before_validation or random_state()
+        # A resumed run may begin with a validation, before what it is to go on with is in place.
+        state = self._to_restore or self._before_validation or random_state()
         states: list[Any] = [None] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, state)
@@ -64,16 +66,17 @@ class RandomState(Callback):
                 f"the checkpoint was saved {saved} and is resumed by {trainer.world_size}; "
                 "the run goes on with fresh randomness and will not repeat the interrupted one"
             )
+            self._fresh = True
             return
         self._to_restore = states[trainer.global_rank]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore where the checkpoint was saved between epochs."""
-        self._restore()
+        self._restore(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore where the checkpoint was saved within an epoch."""
-        self._restore()
+        self._restore(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the training's states."""
@@ -86,7 +89,10 @@ class RandomState(Callback):
             set_random_state(self._before_validation)
             self._before_validation = None
 
-    def _restore(self) -> None:
+    def _restore(self, trainer: Trainer) -> None:
         if self._to_restore is not None:
             set_random_state(self._to_restore)
             self._to_restore = None
+        if self._fresh:  # the seed alone would draw again what the first steps have drawn
+            torch.manual_seed((torch.initial_seed() + 1_000_003 * trainer.global_step) % 2**63)
+            self._fresh = False

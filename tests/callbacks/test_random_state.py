@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ def test_the_state_loads_without_pickles(tmp_path):
 class FakeTrainer:
     world_size = 1
     global_rank = 0
+    global_step = 7
+    state = SimpleNamespace(fn="fit")
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,25 @@ def test_other_checkpoints_are_resumed_with_a_warning(checkpoint, reason):
     before = draw()
     callback.on_train_batch_start(FakeTrainer(), None, None, 0)
     assert draw() != before
+
+
+def test_fresh_randomness_is_not_that_of_the_first_steps():
+    callback = RandomState()
+    with pytest.warns(UserWarning, match="fresh randomness"):
+        callback.on_load_checkpoint(FakeTrainer(), None, {})
+    torch.manual_seed(3)
+    first = torch.randn(3).tolist()
+    torch.manual_seed(3)
+    callback.on_train_batch_start(FakeTrainer(), None, None, 0)
+    assert torch.randn(3).tolist() != first
+
+
+def test_a_checkpoint_before_training_goes_on_has_what_it_is_to_go_on_with():
+    saved, again = {}, {}
+    RandomState().on_save_checkpoint(FakeTrainer(), None, saved)
+    draw()
+    callback = RandomState()
+    callback.on_load_checkpoint(FakeTrainer(), None, saved)
+    callback.on_validation_start(FakeTrainer(), None)
+    callback.on_save_checkpoint(FakeTrainer(), None, again)
+    assert torch.equal(again["random_state"][0]["torch"], saved["random_state"][0]["torch"])
