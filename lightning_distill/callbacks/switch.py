@@ -224,6 +224,7 @@ class SwitchSolution(Callback):
                     module.load_state_dict({**module.state_dict(), **self._weights[name]})  # those of a shared base never left
                 self._weights = None
             for optimizer in trainer.optimizers:
+                optimizer.zero_grad(set_to_none=True)  # what has accumulated is of the weights that are given up
                 _forget_moments(optimizer, kept_in_place=sharding is not None)
 
     def _return(self, trainer: Trainer, pl_module: LightningModule, value: float) -> None:

@@ -146,6 +146,24 @@ def test_the_guard_starts_the_optimizer_afresh(tmp_path):
     assert moments.steps == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
+def test_the_guard_drops_gradients_of_the_weights_that_it_gives_up(tmp_path):
+    class Gradients(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.there = [*getattr(self, "there", []), pl_module.student.weight.grad is not None]
+
+    class InTurn(Scripted):
+        errors = iter((0.5, 0.2, 0.9, 0.9))  # it returns in the midst of the second epoch, of four batches as all
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/average_velocity_error", next(self.errors))
+
+    gradients, switch = Gradients(), SwitchSolution(threshold=0.3)
+    settings = {"epochs": 2, "accumulate_grad_batches": 3, "num_sanity_val_steps": 0}
+    fit(tmp_path, InTurn({}), switch, gradients, **settings)
+    assert switch.state.returned_at == 2
+    assert gradients.there[5:7] == [True, False]  # before and after
+
+
 def test_the_guard_reaches_the_optimizers_inside_an_optimizer(tmp_path):
     class Composed(Scripted):
         def configure_optimizers(self):
