@@ -45,12 +45,18 @@ class ShardedNetworks(LightningModule):
             )
 
     def check_precision(self) -> None:
-        """Refuse scaled losses where networks train on losses of their own, which nothing scales.
+        """Refuse weights in 16 bits, and scaled losses where networks train on losses of their own, which nothing scales.
 
         Raises:
-            ConfigurationError: If the trainer's precision is 16-mixed.
+            ConfigurationError: If that is the trainer's precision.
         """
-        if (sides := self.side_networks) and getattr(self._trainer, "precision", None) == "16-mixed":
+        precision = getattr(self._trainer, "precision", None)
+        if precision in ("bf16-true", "16-true"):
+            raise ConfigurationError(
+                f"trainer.precision is {precision}, in which small updates of weights are lost; set it to bf16-mixed, and "
+                "adapter.torch_dtype to bfloat16 for what is frozen"
+            )
+        if (sides := self.side_networks) and precision == "16-mixed":
             raise ConfigurationError(
                 f"trainer.precision is 16-mixed, which scales the student's loss alone, not that of {', '.join(sides)}; set it "
                 "to bf16-mixed"

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_distill.models.sharding import Sharding, SideOptimizer
+from lightning_distill.models.sharding import Sharding, SideOptimizer, clip_finite
 
 
 class SideTraining:
@@ -83,6 +83,6 @@ class ReplicatedOptimizer:
             gradients = (whole / dist.get_world_size()).split([parameter.numel() for parameter in parameters])
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        nn.utils.clip_grad_norm_(parameters, self._clip)
+        clip_finite(parameters, self._clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_distill.errors import NonFiniteError
 from lightning_distill.models.stored_weights import StoredWeights
 
 
@@ -79,7 +80,7 @@ class SideOptimizer(Protocol):
         """Whose settings and state they are."""
 
     def step(self, loss: Tensor) -> None:
-        """Update the network by the gradients of a loss."""
+        """Update the network by the gradients of a loss; `NonFiniteError` if they are not finite, before it is changed."""
 
 
 def shared_places(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
@@ -113,3 +114,22 @@ def forget_gathered(parameters: Iterator[nn.Parameter]) -> None:
         status: Any = getattr(parameter, "ds_status", None)
         if status is not None and status.name == "AVAILABLE":
             parameter.partition()  # type: ignore[attr-defined]
+
+
+def clip_finite(parameters: Sequence[nn.Parameter], clip: float) -> None:
+    """Clip gradients, of whose loss nobody else would see that it is not finite: the student's may not depend on it yet.
+
+    Raises:
+        NonFiniteError: If they are not finite.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else norm):
+        raise side_error()
+
+
+def side_error() -> NonFiniteError:
+    """What is said of gradients of a network that trains on a loss of its own."""
+    return NonFiniteError(
+        "gradients of a critic or discriminator are not finite; the weights and checkpoints are as they were before: lower its "
+        "learning rate, and resume with --ckpt_path"
+    )

@@ -14,7 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBa
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_distill.models.sharding import SideOptimizer, share_again, shared_places
+from lightning_distill.models.sharding import SideOptimizer, clip_finite, share_again, shared_places
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.strategies.blocks import blocks, named_blocks, units
 from lightning_distill.strategies.lent_weights import lend
@@ -149,7 +149,7 @@ class _Side:
 
     def step(self, loss: Tensor) -> None:
         loss.backward()
-        nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self._clip)
+        clip_finite([p for group in self.optimizer.param_groups for p in group["params"]], self._clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

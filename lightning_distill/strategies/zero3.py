@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.sharding import SideOptimizer, forget_gathered, local_part, share_again, shared_places
+from lightning_distill.models.sharding import SideOptimizer, forget_gathered, local_part, share_again, shared_places, side_error
 from lightning_distill.models.stored_weights import StoredWeights
 from lightning_distill.optimizers import keeps_blocks
 from lightning_distill.strategies.sharded_checkpoint import ShardedCheckpoints, State, refuse_matrix_optimizers
@@ -321,8 +321,11 @@ class _Side:
         self.optimizer = optimizer
 
     def step(self, loss: Tensor) -> None:
+        skipped = self.engine.skipped_steps
         self.engine.backward(loss)
         self.engine.step()
+        if self.engine.skipped_steps > skipped:
+            raise side_error()
 
 
 def _refuse_blocks(optimizer: torch.optim.Optimizer | None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.methods import DMD2, IMM, LADD, SCM, KnowledgeDistillation, TeacherStudentBase
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.discriminator import Discriminator
@@ -47,6 +47,26 @@ def test_scaled_losses_are_refused_where_networks_have_losses_of_their_own(tmp_p
     run.strategy.precision_plugin.precision = "16-mixed"
     with pytest.raises(ConfigurationError, match=r"trainer\.precision is 16-mixed.* alignment\.critic"):
         run.fit(aligned(TrajectoryAlignment()), loader())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_weights_in_16_bits_are_refused(precision: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.strategy.precision_plugin.precision = precision
+    with pytest.raises(ConfigurationError, match=rf"trainer\.precision is {precision}.* bf16-mixed"):
+        run.fit(aligned(None), loader())
+
+
+def test_a_critic_that_breaks_down_before_the_student_feels_it_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alignment = TrajectoryAlignment(critic_warmup_steps=100)
+    monkeypatch.setattr(
+        alignment, "critic_loss", lambda *args: sum(p.square().sum() for p in alignment.critic.parameters()) * torch.nan
+    )
+    with pytest.raises(NonFiniteError, match="critic or discriminator are not finite"):
+        trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(aligned(alignment), loader())
+    assert all(torch.isfinite(parameter).all() for parameter in alignment.critic.parameters())
 
 
 def test_heads_are_the_same_in_all_processes_and_leave_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
