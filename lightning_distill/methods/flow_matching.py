@@ -58,6 +58,10 @@ class FlowMatching(TeacherStudentBase):
             raise ConfigurationError(
                 "student.pretrained is set, and FlowMatching trains the network of adapter.pretrained; set it to null"
             )
+        if self.student_options.policy_points > 1:
+            raise ConfigurationError(
+                f"student.policy_points is {self.student_options.policy_points}, and FlowMatching has no policy; set it to 1"
+            )
         if train_text_encoders and self.ema_decay is not None:
             raise ConfigurationError(
                 "model.ema_decay averages the network and not the text encoders that train beside it; set ema_decay to null, "
@@ -69,6 +73,9 @@ class FlowMatching(TeacherStudentBase):
     def build_networks(self) -> None:
         """The adapter's network, trainable, and the text encoders beside it if they train along."""
         self.student = let_train(self.adapter.load_teacher())
+        checkpointing = getattr(self.student, "enable_gradient_checkpointing", None)
+        if self.student_options.gradient_checkpointing and checkpointing is not None:
+            checkpointing()
         self.networks = nn.ModuleDict({"transformer": self.student})
         if self.train_text_encoders:
             self.networks.update({name: let_train(part) for name, part in self.adapter.text_encoders().items()})

@@ -11,7 +11,8 @@ from lightning_distill.flow.times import Uniform
 from lightning_distill.methods.base import Objective
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
-from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
+from lightning_distill.models.student_options import StudentOptions
+from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter, SmallNetwork
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
 
 
@@ -147,3 +148,17 @@ def test_caption_dropout_out_of_range_is_refused() -> None:
 def test_an_average_of_half_of_what_trains_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"model\.ema_decay"):
         method(train_text_encoders=True, ema_decay=0.9)
+
+
+def test_blocks_are_run_again_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(SmallNetwork, "enable_gradient_checkpointing", lambda network: asked.append(network), raising=False)
+    method()
+    assert asked == []
+    module = method(student=StudentOptions(gradient_checkpointing=True))
+    assert asked == [module.student]
+
+
+def test_policies_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"student\.policy_points is 4"):
+        method(student=StudentOptions(policy_points=4))
