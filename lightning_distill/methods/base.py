@@ -155,6 +155,7 @@ class TeacherStudentBase(BatchEncoding, SavedState):
         """Refuse settings that cannot work, before anything large is loaded."""
         if stage == "fit":
             self.check_optimizer()
+        self.forget_data()
         self.adapter.check()
         self.check_student(self.student_options)
         self.guidance.check(self.adapter.embeds_guidance)

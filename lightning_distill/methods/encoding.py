@@ -43,6 +43,11 @@ class BatchEncoding(SamplingModule, GuidedNetworks):
             )
         data.check_encodings(self.adapter.encoding_settings())
 
+    def forget_data(self) -> None:
+        """Start afresh, for data that may be others."""
+        self._latent_cache.clear()
+        self._null_condition = self._reference = None
+
     @torch.no_grad()
     def encode_images(self, batch: Batch) -> Tensor:
         """Latents (B, C, h, w) of a batch's pictures, from memory where they are kept."""

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import MeanFlow
+from lightning_distill.methods.validation import AverageVelocityReference
 from lightning_distill.optimizers import MuonWithAdamW, WarmupCosine
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
@@ -66,3 +67,15 @@ def test_optimizers_are_checked_before_anything_loads(settings: Any, message: st
     with pytest.raises(ConfigurationError, match=message):
         module.setup("fit")
     assert not hasattr(module, "student")
+
+
+def test_a_second_run_looks_at_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen, counts = method(cache_latents=True), [], []
+    measure = AverageVelocityReference.measure
+    monkeypatch.setattr(AverageVelocityReference, "measure", lambda *told: seen.append("measured") or measure(*told))
+    monkeypatch.setattr(module.adapter, "encode_images", lambda images: seen.append("encoded") or images)
+    for _ in range(2):
+        trainer(tmp_path, max_steps=1, max_epochs=1).fit(module, loader(), loader())
+        counts.append((seen.count("measured"), seen.count("encoded")))
+    assert counts[0] == (1, 2)  # pictures of the first step, and of validation
+    assert counts[1] == (2, 4)
