@@ -144,7 +144,10 @@ class SamplingModule(LightningModule, ABC):
 
     @property
     def measured_intervals(self) -> list[tuple[float, float]]:
-        """The (r, t) at which the average velocity's error is measured: those that a student is asked for."""
+        """The (r, t) at which the average velocity's error is measured; to 0 alone where a student is asked for nothing else.
+
+        Where students learn the steps of grids alone, others are measured as well.
+        """
         return [(r, t) for r, t in self.validation.intervals if r == 0 or not self.stochastic_sampling]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
