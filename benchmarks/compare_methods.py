@@ -246,7 +246,7 @@ def plot_minutes(records: Mapping[str, list[dict[str, Any]]], minutes: float, pa
         axes.set(xlabel="minutes", title=f"{n} step{'' if n == '1' else 's'}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("prompt accuracy")
-    panels[0].legend(fontsize=8)
+    panels[2].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
