@@ -1,5 +1,6 @@
 """What a teacher family implements: everything a method needs to know about a model, and nothing about objectives."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -50,7 +51,10 @@ class ModelAdapter(nn.Module, ABC):
         """Of the student's features of t, in rad per unit of t: what a difference in time must resolve."""
         if options.time_embedding == "smooth":
             return options.frequency_bound
-        return self.teacher_time_frequency / (1000 if options.time_embedding == "rescaled" else 1)
+        if options.time_embedding == "rescaled":
+            # A network that has learned to make do with features this slow depends on t more sharply than they do.
+            return max(self.teacher_time_frequency / 1000, math.tau)
+        return self.teacher_time_frequency
 
     @abstractmethod
     def check(self) -> None:

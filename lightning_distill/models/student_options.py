@@ -50,7 +50,8 @@ class StudentOptions:
         derivative_penalty: Weight of the squared derivative along t in the refit; larger is smoother and further from the
             teacher.
         gradient_checkpointing: Whether blocks are run again in the backward pass instead of keeping their activations.
-        max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch.
+        max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch; not looked at
+            where the interval input starts as a clone, which changes them by itself.
         policy_points: Outputs of a policy for a whole step (`models.policy`), which `PiFlow` trains, and other methods that go
             on from its students; 1 is none.
         lora: None: every weight trains, in a copy of the teacher in float32. Else the student's weights are the teacher's own,

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_families_without_rescaled_times_refuse_them() -> None:
         module.setup("fit")
 
 
-def test_its_own_features_of_time_are_slow(pretrained: str) -> None:
+def test_differences_resolve_what_a_network_makes_of_slow_features(pretrained: str) -> None:
     adapter = DiffusersAdapter(pretrained)
-    assert adapter.time_frequency(RESCALED) == 1.0
+    assert adapter.time_frequency(RESCALED) == pytest.approx(2 * math.pi)
     assert adapter.time_frequency(StudentOptions(time_embedding="original")) == 1000.0
