@@ -261,8 +261,9 @@ class _Run:
             module.nfe = (1,)
         if matching is not None:
             matching.critic_updates = 1
-            side = _SideStep(matching.critic, ledger, self.gpu)
-            matching.critic_training._optimizer = side  # type: ignore[assignment]
+        for path, training in module.side_trainings().items():
+            side = _SideStep(module.get_submodule(path), ledger, self.gpu)
+            training._optimizer = side  # type: ignore[assignment]
         handles = [network.register_forward_pre_hook(_counting(name, counter)) for name, network in networks.items()]
         trained = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
         # Those of the step before are there until the backward pass begins, or are added to.
@@ -337,7 +338,7 @@ def _counting(name: str, counter: Counter[str]) -> Any:
 
 
 class _SideStep:
-    """In the place of a critic's optimizer: its backward pass, and AdamW's step, with the student's graph alive."""
+    """In the place of the optimizer of a network beside the student: its backward pass and AdamW's step, the graph alive."""
 
     def __init__(self, network: nn.Module, ledger: Ledger, gpu: bool) -> None:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
