@@ -73,9 +73,9 @@ class FlowMatching(TeacherStudentBase):
     def build_networks(self) -> None:
         """The adapter's network, trainable, and the text encoders beside it if they train along."""
         self.student = let_train(self.adapter.load_teacher())
-        checkpointing = getattr(self.student, "enable_gradient_checkpointing", None)
-        if self.student_options.gradient_checkpointing and checkpointing is not None:
-            checkpointing()
+        if self.student_options.gradient_checkpointing:
+            network: Any = self.student
+            network.enable_gradient_checkpointing()
         self.networks = nn.ModuleDict({"transformer": self.student})
         if self.train_text_encoders:
             self.networks.update({name: let_train(part) for name, part in self.adapter.text_encoders().items()})
