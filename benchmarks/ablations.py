@@ -205,8 +205,8 @@ def write(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], machine: str,
 def main() -> None:
     """Run what is missing, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps of each run")
-    parser.add_argument("--seeds", type=int, default=2, help="seeds of each variant")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each run")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each variant")
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), help="what to compare")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where runs go")
