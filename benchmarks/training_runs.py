@@ -15,6 +15,7 @@ STEP_SETTINGS = {
     "max_steps",
     "total_steps",
     "warmup_steps",
+    "hold_steps",
     "val_check_interval",
     "earliest_step",
     "latest_step",

@@ -162,24 +162,37 @@ class WarmupCosine(LambdaLR):
         total_steps: Steps of the whole schedule.
         warmup_steps: Steps of the linear part.
         last_fraction: Fraction of the learning rate at the end, in [0, 1].
+        hold_steps: Steps before the warm-up, at a rate of 0: networks beside the student, such as a critic, learn alone.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
     """
 
-    def __init__(self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, last_fraction: float = 0.0) -> None:
-        if not 0 <= warmup_steps < total_steps:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_steps: int = 0,
+        last_fraction: float = 0.0,
+        hold_steps: int = 0,
+    ) -> None:
+        if min(warmup_steps, hold_steps) < 0 or not hold_steps + warmup_steps < total_steps:
+            held = f" and lr_scheduler.hold_steps {hold_steps}" if hold_steps else ""
             raise ConfigurationError(
-                f"lr_scheduler.warmup_steps is {warmup_steps}; keep it below total_steps, which is {total_steps}"
+                f"lr_scheduler.warmup_steps is {warmup_steps}{held}; set them to 0 or more and, together, below total_steps, "
+                f"which is {total_steps}"
             )
 
         if not 0 <= last_fraction <= 1:
             raise ConfigurationError(f"lr_scheduler.last_fraction is {last_fraction}; choose a fraction in [0, 1]")
 
         def factor(step: int) -> float:
-            if step < warmup_steps:
-                return (step + 1) / warmup_steps
-            progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+            since = step - hold_steps
+            if since < 0:
+                return 0.0
+            if since < warmup_steps:
+                return (since + 1) / warmup_steps
+            progress = min(1.0, (since - warmup_steps) / (total_steps - hold_steps - warmup_steps))
             return last_fraction + (1 - last_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
         super().__init__(optimizer, factor)

@@ -3,11 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import DMD2, CriticGan
 from lightning_distill.methods.distribution_matching import TrajectoryState
 from lightning_distill.models.base import ModelAdapter
+from lightning_distill.optimizers import WarmupCosine
 from lightning_distill.strategies import FSDP2Strategy
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.gaussian_runs import adam, assert_it_learns_the_data, assert_restores, built, nothing_said
@@ -77,6 +79,21 @@ def test_training_with_the_discriminator_takes_on_the_mean_and_the_spread_of_the
     torch.manual_seed(0)
     settings = {"nfe": (1,), "critic_lr": 1e-2, "critic_clip": 1.0, "critic_updates": 2, "optimizer": adam(1e-2)}
     assert_it_learns_the_data(built(method(gan=GAN, **settings)), tmp_path, steps=150)
+
+
+def test_critic_and_heads_learn_alone_while_the_rate_is_held(tmp_path: Path) -> None:
+    module = built(
+        method(gan=GAN, critic_lr=1e-2, optimizer=adam(1e-2), lr_scheduler=lambda o: WarmupCosine(o, 100, hold_steps=3))
+    )
+    parts = {"student": module.student, "critic": module.matching.critic, "heads": module.heads}
+
+    def moved(steps: int) -> set[str]:
+        before = {name: parameters_to_vector(part.parameters()).detach().clone() for name, part in parts.items()}
+        trainer(tmp_path, max_steps=steps).fit(module, loader())
+        return {name for name, part in parts.items() if not parameters_to_vector(part.parameters()).equal(before[name])}
+
+    assert moved(3) == {"critic", "heads"}
+    assert moved(4) == {"student", "critic", "heads"}
 
 
 def test_another_divergence_weighs_what_the_student_makes_too_rarely() -> None:

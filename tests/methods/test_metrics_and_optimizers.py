@@ -54,7 +54,15 @@ def test_a_metric_of_several_numbers_says_which_is_the_overall_one(tmp_path: Pat
         ({"optimizer": lambda p: torch.optim.AdamW(p, weight_decay=-1)}, r"model\.optimizer .*weight_decay.*correct its init"),
         ({"optimizer": lambda p: torch.optim.AdamW(p, betas=(2.0, 0.9))}, r"model\.optimizer does not take its settings"),
         ({"optimizer": lambda p: MuonWithAdamW(p, adamw_lr=-1)}, r"model\.optimizer does not take its settings"),
-        ({"lr_scheduler": lambda o: WarmupCosine(o, 10, 10)}, r"lr_scheduler\.warmup_steps is 10; keep it below total_steps"),
+        (
+            {"lr_scheduler": lambda o: WarmupCosine(o, 10, 10)},
+            r"lr_scheduler\.warmup_steps is 10; set .* below total_steps, which is 10",
+        ),
+        ({"lr_scheduler": lambda o: WarmupCosine(o, 10, -1)}, r"lr_scheduler\.warmup_steps is -1; set them to 0 or more"),
+        (
+            {"lr_scheduler": lambda o: WarmupCosine(o, 10, 5, hold_steps=5)},
+            r"lr_scheduler\.warmup_steps is 5 and lr_scheduler\.hold_steps 5; set .* below total_steps",
+        ),
         ({"lr_scheduler": lambda o: WarmupCosine(o, 10, last_fraction=2)}, r"lr_scheduler\.last_fraction is 2"),
         (
             {"lr_scheduler": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2, mode="up")},
@@ -67,6 +75,19 @@ def test_optimizers_are_checked_before_anything_loads(settings: Any, message: st
     with pytest.raises(ConfigurationError, match=message):
         module.setup("fit")
     assert not hasattr(module, "student")
+
+
+def test_warmup_cosine_holds_then_warms_up_then_follows_a_cosine() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = WarmupCosine(optimizer, 11, 4, last_fraction=0.1, hold_steps=3)
+    rates = []
+    for _ in range(13):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:8] == [0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert rates[9] == pytest.approx(2 * (0.1 + 0.9 / 2))  # half of the way from the warm-up's end to the last step
+    assert rates[11:] == pytest.approx([0.2, 0.2])
 
 
 def test_a_second_run_looks_at_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
