@@ -46,15 +46,14 @@ def diffusion_std(s: Tensor, tau: Tensor) -> Tensor:
     return ((tau - s) * (tau + s - 2 * tau * s)).sqrt() / (1 - s)
 
 
-def diffuse(x_s: Tensor, s: Tensor, end: Tensor | float = 1.0) -> DiffusedState:
-    """Diffuse states on to random times, uniform between s and an end, but for 2 % at both sides.
+def diffuse(x_s: Tensor, s: Tensor, tau: Tensor) -> DiffusedState:
+    """Diffuse states on to later times.
 
     Args:
         x_s: (B, ...).
         s: Their times (B,), below 1.
-        end: Latest time, (B,) or a number, above s and at most 1.
+        tau: (B,), between s and 1.
     """
-    tau = s + (end - s) * (0.02 + 0.96 * torch.rand(len(s), device=s.device))
     noise = torch.randn_like(x_s)
     return DiffusedState(renoise(x_s, s, tau, noise), tau, noise)
 

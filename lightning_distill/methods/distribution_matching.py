@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.distribution_matching import DiffusedState, critic_loss, diffuse, matching_gradient, matching_loss
 from lightning_distill.flow.path import expand, interpolate, jump, predict_x0
+from lightning_distill.flow.times import TimeSampler, Uniform
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.shared_base import check_sharing
 from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.models.base import ModelAdapter
 from lightning_distill.models.student_options import LoraOptions, StudentOptions
+
+EDGE = 0.02
+"""Share of the way from s on at both of its sides that states are not diffused to: targets are infinite there."""
+EVENLY = Uniform(EDGE, 1 - EDGE)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class DistributionMatching(nn.Module):
         critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
             trains as a whole.
         settings: What the settings are called in sentences about them.
+        time_sampler: Distribution of tau, as a share of the way from s to where states are diffused to at most; what is within
+            2 % of either end is moved there.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -96,6 +103,7 @@ class DistributionMatching(nn.Module):
         critic_clip: float,
         critic_lora: LoraOptions | Literal["student"] | None,
         settings: str,
+        time_sampler: TimeSampler = EVENLY,
     ) -> None:
         super().__init__()
         if guidance_scale is not None and not guidance_scale >= 0:
@@ -114,6 +122,7 @@ class DistributionMatching(nn.Module):
         self.guidance_scale = guidance_scale
         self.critic_updates = critic_updates
         self.critic_lora = critic_lora
+        self.time_sampler = time_sampler
         self.critic_training = SideTraining(critic_lr, clip=critic_clip)
 
     critic: nn.Module
@@ -126,6 +135,11 @@ class DistributionMatching(nn.Module):
     def build(self, adapter: ModelAdapter, teacher: nn.Module, student: StudentOptions) -> None:
         """The critic starts as the teacher, whatever s: at first both scores agree on the teacher's own samples."""
         self.critic, _ = adapter.build_student(teacher, self.critic_options(student))
+
+    def diffuse(self, state: TrajectoryState) -> DiffusedState:
+        """States, without their gradient, at the times at which they are compared."""
+        share = self.time_sampler(len(state.s), state.s.device).clamp(EDGE, 1 - EDGE)
+        return diffuse(state.x_s.detach(), state.s, state.s + (state.end - state.s) * share)
 
     def student_loss(
         self,
@@ -144,7 +158,7 @@ class DistributionMatching(nn.Module):
         """
         with torch.no_grad():
             x_s = state.x_s.detach()
-            diffused = diffuse(x_s, state.s, state.end)
+            diffused = self.diffuse(state)
             x_tau, tau = diffused.x_tau, diffused.tau
             prompts, scale = condition.prompts, condition.scale
             v_student = module.adapter.average_velocity(self.critic, x_tau, state.s, tau, prompts, scale)
@@ -162,7 +176,7 @@ class DistributionMatching(nn.Module):
     def critic_loss(self, module: TeacherStudentBase, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
         """Flow matching of the critic on the student's states, their mean (`flow.critic_loss`)."""
         x_s = state.x_s.detach()
-        diffused = diffuse(x_s, state.s, state.end)
+        diffused = self.diffuse(state)
         v = module.adapter.average_velocity(
             self.critic, diffused.x_tau, state.s, diffused.tau, condition.prompts, condition.scale
         )
@@ -205,6 +219,7 @@ class CriticMethod(TeacherStudentBase):
         critic_lr: Likewise.
         critic_clip: Likewise.
         critic_lora: Likewise.
+        time_sampler: Likewise.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:
@@ -222,13 +237,16 @@ class CriticMethod(TeacherStudentBase):
         critic_lr: float,
         critic_clip: float,
         critic_lora: LoraOptions | Literal["student"] | None,
+        time_sampler: TimeSampler = EVENLY,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if not nfe or min(nfe) < 1:
             raise ConfigurationError(f"model.nfe is {list(nfe)}; give numbers of steps of at least 1")
         self.nfe = tuple(nfe)
-        self.matching = DistributionMatching(guidance_scale, critic_updates, critic_lr, critic_clip, critic_lora, "model")
+        self.matching = DistributionMatching(
+            guidance_scale, critic_updates, critic_lr, critic_clip, critic_lora, "model", time_sampler
+        )
 
     @property
     def needs_images(self) -> bool:

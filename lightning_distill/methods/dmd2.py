@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import logistic_discriminator, logistic_generator
 from lightning_distill.flow.distribution_matching import DIVERGENCES, DiffusedState, Divergence, diffuse
-from lightning_distill.flow.path import interpolate
+from lightning_distill.flow.times import TimeSampler
 from lightning_distill.methods.base import Objective
 from lightning_distill.methods.discriminator import Discriminator, check_sharding_of_heads, discriminator_update, judged_loss
-from lightning_distill.methods.distribution_matching import CriticMethod, TrajectoryState
+from lightning_distill.methods.distribution_matching import EVENLY, CriticMethod, TrajectoryState
 from lightning_distill.methods.divergence import DivergenceWeight
 from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.side_training import SideTraining
@@ -31,6 +31,7 @@ class CriticGan:
         layers: Places of the critic's transformer blocks, from 0; None is four, the last and others evenly before it.
         hidden: Width of the heads.
         lr: Learning rate of the heads; None is the critic's.
+        time_sampler: Distribution of the noise levels at which it judges.
         divergence: What matching is to lessen (f-distill, arXiv 2502.15681): others than "reverse_kl", which is DMD2's, weigh
             samples by the density ratio that the discriminator sees, at the cost of another forward of the critic. All but
             "softened_reverse_kl" seek modes less.
@@ -44,6 +45,7 @@ class CriticGan:
     layers: tuple[int, ...] | None = None
     hidden: int = 256
     lr: float | None = None
+    time_sampler: TimeSampler = EVENLY
     divergence: Divergence = "reverse_kl"
 
     def __post_init__(self) -> None:
@@ -85,6 +87,8 @@ class DMD2(CriticMethod):
         critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
             trains as a whole.
         gan: The discriminator, or None.
+        time_sampler: Distribution of tau, in [0.02, 0.98]. Low noise levels tell what is wrong with a sample, and high ones
+            whether samples are as many of each kind as the teacher's.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:
@@ -103,6 +107,7 @@ class DMD2(CriticMethod):
         critic_clip: float = 10.0,
         critic_lora: LoraOptions | Literal["student"] | None = "student",
         gan: CriticGan | None = None,
+        time_sampler: TimeSampler = EVENLY,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -113,6 +118,7 @@ class DMD2(CriticMethod):
             critic_lr=critic_lr,
             critic_clip=critic_clip,
             critic_lora=critic_lora,
+            time_sampler=time_sampler,
             **kwargs,
         )
         self.gan = gan
@@ -158,9 +164,8 @@ class DMD2(CriticMethod):
         Samples and data are noised to the same tau.
         """
         assert self.gan is not None
-        fake = diffuse(state.x_s.detach(), state.s)
-        noise = torch.randn_like(x0)
-        real = DiffusedState(interpolate(x0, noise, fake.tau), fake.tau, noise)
+        fake = self._noised(state.x_s.detach())
+        real = diffuse(x0, torch.zeros_like(fake.tau), fake.tau)
         with torch.set_grad_enabled(self.gan.critic_weight > 0):
             seen, judged = self._features(real, condition), self._features(fake, condition)
         optimizer = self.heads_training.optimizer(self.heads)
@@ -172,10 +177,16 @@ class DMD2(CriticMethod):
         """The student's loss (B,) before the discriminator, not yet weighted."""
 
         def judge(x: Tensor) -> Tensor:
-            noised = diffuse(x, state.s)
+            noised = self._noised(x)
             return logistic_generator(self.heads(self._features(noised, condition), noised.tau))
 
         return judged_loss(state.x_s, judge)
+
+    def _noised(self, x: Tensor) -> DiffusedState:
+        """Samples (B, C, h, w) at noise levels at which they are judged."""
+        assert self.gan is not None
+        s = torch.zeros(len(x), device=x.device)
+        return diffuse(x, s, self.gan.time_sampler(len(x), x.device))
 
     def _weight(self, divergence: DivergenceWeight, condition: GuidedCondition) -> Callable[[DiffusedState], Tensor]:
         return lambda state: divergence(self.heads(self._features(state, condition), state.tau), state.tau)

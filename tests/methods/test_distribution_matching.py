@@ -8,8 +8,10 @@ import torch
 from lightning import Callback
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow import LogitNormal, TimeSampler, Uniform
+from lightning_distill.flow.path import renoise
 from lightning_distill.methods import DMD2, TDM, Guidance, MeanFlow, TrajectoryAlignment
-from lightning_distill.methods.distribution_matching import CriticMethod
+from lightning_distill.methods.distribution_matching import EDGE, EVENLY, CriticMethod, DistributionMatching, TrajectoryState
 from tests.methods.gaussian_adapter import ExactTeacher, GaussianAdapter
 from tests.methods.gaussian_runs import adam, assert_it_learns_the_data, assert_restores, built, nothing_said
 from tests.methods.test_meanflow import VALIDATION, Captions, loader, trainer
@@ -117,3 +119,17 @@ def test_prompts_alone_will_do(kind: type[CriticMethod], tmp_path: Path) -> None
 def test_settings_that_cannot_work_are_refused_by_name(kind: type[CriticMethod], settings: Any, names: str) -> None:
     with pytest.raises(ConfigurationError, match=names):
         method(kind, **settings)
+
+
+@pytest.mark.parametrize("sampler", [EVENLY, Uniform(0.2, 0.5), LogitNormal(0.0, 30.0)])
+def test_states_are_compared_at_the_times_that_are_asked_for_between_theirs_and_their_end(sampler: TimeSampler) -> None:
+    matching = DistributionMatching(None, 1, 1e-3, 1.0, None, "model", sampler)
+    s, end = torch.linspace(0, 0.7, 256), torch.linspace(0.2, 1.0, 256)
+    x_s = torch.randn(256, 3, requires_grad=True)
+    diffused = matching.diffuse(TrajectoryState(x_s, s, end))
+    share = (diffused.tau - s) / (end - s)
+    low, high = (sampler.low, sampler.high) if isinstance(sampler, Uniform) else (EDGE, 1 - EDGE)
+    assert low - 1e-4 < share.min() < low + 0.02
+    assert high - 0.02 < share.max() < high + 1e-4
+    torch.testing.assert_close(diffused.x_tau, renoise(x_s.detach(), s, diffused.tau, diffused.noise))
+    assert not diffused.x_tau.requires_grad

@@ -3,9 +3,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow import Uniform
 from lightning_distill.methods import DMD2, CriticGan
 from lightning_distill.methods.distribution_matching import TrajectoryState
 from lightning_distill.models.base import ModelAdapter
@@ -73,6 +75,28 @@ def test_the_critic_learns_from_the_discriminator_as_well(monkeypatch: pytest.Mo
     gradients = torch.autograd.grad(losses[-1], list(module.matching.critic.parameters()), allow_unused=True)
     assert any(gradient is not None and gradient.any() for gradient in gradients)
     assert objective.logs["adversarial_loss"] > 0
+
+
+def test_samples_are_compared_and_judged_at_noise_levels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, judged = Uniform(0.1, 0.2), Uniform(0.7, 0.8)
+    module = built(method(gan=CriticGan(hidden=16, time_sampler=judged), time_sampler=compared))
+    asked: dict[str, list[Tensor]] = {"critic": [], "teacher": [], "features": []}
+    velocity, of_student, features = (getattr(GaussianAdapter, name) for name in ("velocity", "average_velocity", "features"))
+
+    def note(name: str, of: Any, place: int) -> Any:
+        return lambda *told, **named: asked[name].append(told[place]) or of(*told, **named)
+
+    monkeypatch.setattr(GaussianAdapter, "velocity", note("teacher", velocity, 3))
+    monkeypatch.setattr(GaussianAdapter, "features", note("features", features, 4))
+    monkeypatch.setattr(
+        GaussianAdapter,
+        "average_velocity",
+        lambda *told: (asked["critic"].append(told[4]) if told[1] is module.matching.critic else None) or of_student(*told),
+    )
+    module.objective(torch.randn(64, 3, 4, 4), {"caption": torch.zeros(64)})
+    for name, sampler in (("critic", compared), ("teacher", compared), ("features", judged)):
+        tau = torch.cat(asked[name])
+        assert sampler.low <= tau.min() < tau.max() <= sampler.high
 
 
 def test_training_with_the_discriminator_takes_on_the_mean_and_the_spread_of_the_data(tmp_path: Path) -> None:
