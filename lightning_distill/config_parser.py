@@ -6,8 +6,11 @@ from typing import Any, NoReturn
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_distill.configuration import config_chain, without_base
+from lightning_distill.configuration import BASE, config_chain, without_keys
 from lightning_distill.errors import ConfigurationError
+
+OF_A_RUN = ("ckpt_path", "weights_only")
+"""What `--print_config` prints besides settings: arguments of the command that it was given to."""
 
 
 class NamedConfig(ActionConfigFile):
@@ -26,8 +29,9 @@ class DistillParser(LightningArgumentParser):
     """Parser of configs with a `base`, whose errors leave out the usage, which is pages long here."""
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        """Parse the settings of one file."""
-        return super().parse_string(without_base(content), *args, **kwargs)
+        """Parse the settings of one file, which may be printed for another command than this parser's."""
+        own = {action.dest for action in self._actions}
+        return super().parse_string(without_keys(content, {BASE, *OF_A_RUN} - own), *args, **kwargs)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse the arguments.

@@ -1,7 +1,7 @@
 """Where configuration files are found, and what is refused in them before anything is built."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,17 @@ def config_chain(name: str) -> list[Path]:
     return _chain(find_config(name), ())
 
 
-def without_base(text: str) -> str:
-    """The text of a config with its `base` taken out, which is not a setting."""
+def without_keys(text: str, names: Collection[str]) -> str:
+    """The text of a config without what it has under some names at its top."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     items = _items(root)
     for i, (key, value) in enumerate(items):
-        if key.value == BASE:
+        if key.value in names:
             start, end = key.start_mark.index, value.end_mark.index
             if getattr(root, "flow_style", False):  # with the comma between it and its neighbour
                 end = items[i + 1][0].start_mark.index if i + 1 < len(items) else end
                 start = items[i - 1][1].end_mark.index if i and i + 1 == len(items) else start
-            return text[:start] + text[end:]
+            return without_keys(text[:start] + text[end:], names)
     return text
 
 

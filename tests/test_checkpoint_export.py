@@ -66,6 +66,16 @@ def test_it_is_what_the_run_exports(run: Path, tmp_path: Path) -> None:
     assert [name for name in differing if "tokenizer" not in str(name)] == [Path("README.md")]
 
 
+def test_a_config_that_fit_has_printed_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(run / "run.yaml"), "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert {"ckpt_path", "weights_only"} < yaml.safe_load((tmp_path / "run.yaml").read_text()).keys()
+    (tmp_path / "last.ckpt").symlink_to(run / "last.ckpt")
+    printed, written = export(tmp_path, tmp_path / "printed"), export(run, tmp_path / "written")
+    assert all(printed[name].equal(written[name]) for name in printed.keys() | written.keys())
+
+
 def test_large_students_go_into_several_files(run: Path, tmp_path: Path) -> None:
     expected = load_file(next((run / "student" / "transformer").glob("*.safetensors")))
     found = export(run, tmp_path / "student", "--max_shard_size", "200KB")

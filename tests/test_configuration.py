@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_distill import configuration
 from lightning_distill.configuration import (
@@ -10,7 +11,7 @@ from lightning_distill.configuration import (
     flatten,
     refuse_bad_learning_rates,
     shipped_configs,
-    without_base,
+    without_keys,
 )
 from lightning_distill.errors import ConfigurationError
 
@@ -72,7 +73,12 @@ def test_bases_come_before_what_builds_on_them(shipped):
     ],
 )
 def test_base_is_taken_out(text, rest):
-    assert without_base(text) == rest
+    assert without_keys(text, ["base"]) == rest
+
+
+def test_several_keys_are_taken_out_of_the_top_alone():
+    text = "a: 1\nmodel:\n  a: 2\nb:\n  c: 3\nd: 4\n"
+    assert yaml.safe_load(without_keys(text, ["a", "b"])) == {"model": {"a": 2}, "d": 4}
 
 
 def test_a_config_cannot_build_on_itself(shipped):
