@@ -56,7 +56,7 @@ def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
     half = script.run_config(script.stretched(demo, 0.5), 3, tmp_path, keep=lambda name: name == "SwitchSolution")
     model = half["model"]["init_args"]
     assert half["trainer"]["max_steps"] == 750
-    assert model["lr_scheduler"]["init_args"] == {"total_steps": 750, "warmup_steps": 10, "last_fraction": 0.0}
+    assert model["lr_scheduler"]["init_args"] == {"total_steps": 750, "warmup_steps": 10, "last_fraction": 0.0, "hold_steps": 0}
     assert model["alignment"]["init_args"]["start_step"] == 300
     assert model["alignment"]["init_args"]["critic_updates"] == 2
     (switch,) = half["trainer"]["callbacks"]
