@@ -88,7 +88,7 @@ class DMD2(CriticMethod):
             trains as a whole.
         gan: The discriminator, or None.
         time_sampler: Distribution of tau, in [0.02, 0.98]. Low noise levels tell what is wrong with a sample, and high ones
-            whether samples are as many of each kind as the teacher's.
+            whether there are as many of each kind as of the teacher's; low ones alone lose modes.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:
