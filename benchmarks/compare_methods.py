@@ -27,11 +27,11 @@ from diffusers import AutoencoderKL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import events, full_config, on_one_core, run_config, stretched, train
 
+from lightning_distill.commands.sample import load_pipeline
 from lightning_distill.data.shapes import CATEGORIES, render, sample_scene
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import AutoencoderFeatures, FrechetDistance
-from lightning_distill.models import resolve_pretrained
-from lightning_distill.sampling import load_pipeline
+from lightning_distill.teachers import resolve_pretrained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -102,7 +102,7 @@ def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: s
     record = RECORDS / f"{name}-{seed}.json"
     if not record.is_file():
         factor = steps / config["trainer"]["max_steps"]
-        unwanted = ("AtomicCheckpoint", "LogPictures", "DistillProgressBar")
+        unwanted = ("AtomicCheckpoint", "LogImages", "DistillProgressBar")
         settings = stretched(config, factor)
         settings = on_one_core(run_config(settings, seed, directory, keep=lambda callback: callback not in unwanted))
         settings["model"]["init_args"]["validation"] |= {"nfe": [int(n) for n in STEPS]}

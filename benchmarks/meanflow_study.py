@@ -69,7 +69,7 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     callbacks = []
     for callback in trainer["callbacks"]:
         name = callback["class_path"].rsplit(".", 1)[-1]
-        if name in ("ExportPipeline", "AtomicCheckpoint", "LogPictures", "DistillProgressBar"):
+        if name in ("ExportPipeline", "AtomicCheckpoint", "LogImages", "DistillProgressBar"):
             continue  # of no use to the study
         if name == "SwitchSolution" and choice["switch_at"] is not None:
             # The ablations have no way back: a collapse is to be seen.

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
+from lightning_distill.commands.sample import guidance_arguments, load_pipeline
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import PromptAccuracy, prompt_diversity
-from lightning_distill.sampling import guidance_arguments, load_pipeline
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCH = 60

@@ -23,15 +23,15 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-import lightning_distill.strategies  # noqa: F401  # makes their names known
+import lightning_distill.sharding  # noqa: F401  # makes their names known
 from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.embedded import build_flux_pipeline
-from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.planning.machine import STRATEGIES, plan_for
 from lightning_distill.planning.step import Batch, measure_step
+from lightning_distill.teachers import DiffusersAdapter
+from lightning_distill.teachers.embedded import build_flux_pipeline
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BOUND = 0.15

@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_distill.flow.derivative import value_and_time_derivative
-from lightning_distill.models.two_time_flux import TwoTimeFluxTransformer2DModel
+from lightning_distill.students.two_time_flux import TwoTimeFluxTransformer2DModel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

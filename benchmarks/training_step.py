@@ -21,8 +21,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 from lightning_distill.methods import FlowMatching, Guidance, MeanFlow, ValidationOptions
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.embedded import build_flux_pipeline
+from lightning_distill.teachers import DiffusersAdapter
+from lightning_distill.teachers.embedded import build_flux_pipeline
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPE = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8, "attention_head_dim": 64}

@@ -1,6 +1,6 @@
 """`python -m lightning_distill`."""
 
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -78,7 +78,7 @@ class MuonWithAdamW(Optimizer):
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
 
-def keeps_blocks(optimizer: Optimizer) -> bool:
+def has_block_state(optimizer: Optimizer) -> bool:
     """Whether an optimizer keeps its state in blocks of a few bits a number and a scale: those of torchao do."""
     return type(optimizer).__module__.startswith("torchao.") and hasattr(optimizer, "block_size")
 
@@ -118,7 +118,7 @@ def unpacked(state: Any) -> Any:
     return kind.__tensor_unflatten__(state["parts"], state["attributes"])
 
 
-def let_clip(optimizer: Optimizer, scaled: bool, clip: float | None) -> None:
+def allow_clipping(optimizer: Optimizer, scaled: bool, clip: float | None) -> None:
     """Let gradients be clipped before a fused step, which can undo a scale of gradients itself, so that Lightning refuses to.
 
     Args:

@@ -7,8 +7,8 @@ import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
 
+from lightning_distill.commands.precompute import PrecomputeOptions, precompute
 from lightning_distill.data import Precomputed
-from lightning_distill.precompute import PrecomputeOptions, precompute
 from tests.callbacks.distillation import PictureDistillation
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from training_runs import full_config
 
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 
 VARIANTS = [(group, name) for group, variants in ablations.GROUPS.items() for name in variants]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_distill.configuration import shipped_configs
+from lightning_distill.commands.config_files import shipped_configs
 from lightning_distill.data.shapes import CATEGORIES
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_methods.py"

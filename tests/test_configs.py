@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from lightning_distill.cli import main
-from lightning_distill.configuration import config_directory, flatten, shipped_configs
-from tests.models.hunyuan_image3 import save_stand_in
+from lightning_distill.commands.config_files import config_directory, flatten, shipped_configs
+from lightning_distill.commands.main import main
+from tests.teachers.hunyuan_image3.tiny_pipeline import save_stand_in
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, save_tiny_pipeline
 
 FLUX = "flux_meanflow.yaml"
@@ -195,7 +195,7 @@ def test_two_steps_on_the_cpu(tmp_path, pictures):
     assert checkpoint["global_step"] == 2
     assert checkpoint["meanflow"]["solution"] == "discrete"
     assert not [name for name in checkpoint["state_dict"] if name.startswith(("teacher.", "adapter."))]
-    assert (run / "pictures.png").is_file()
+    assert (run / "images.png").is_file()
     assert json.loads((run / "summary.json").read_text())["diversity"].keys() == {"student", "teacher"}
 
     (weights,) = (run / "student" / "transformer").glob("*.safetensors")
@@ -236,7 +236,7 @@ def assert_trained(run: Path, parts: set[str]) -> None:
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == parts
-    assert all(side["state"] for side in checkpoint["side_optimizers"].values())
+    assert all(side["state"] for side in checkpoint["auxiliary_optimizers"].values())
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
     pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
     assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 from tests.tiny import tiny_pipeline
 
 TEXT = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()

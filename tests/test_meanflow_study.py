@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "meanflow_study.py"
 

@@ -11,11 +11,11 @@ import matplotlib
 import pytest
 import yaml
 
-from lightning_distill.cli import main
-from lightning_distill.configuration import config_directory
+from lightning_distill.commands.config_files import config_directory
+from lightning_distill.commands.main import main
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import Guidance
-from lightning_distill.models import DiffusersAdapter
+from lightning_distill.teachers import DiffusersAdapter
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -93,7 +93,7 @@ def test_distil_and_compare(elsewhere: Path) -> None:
     directory = elsewhere / values["RUN"]
     assert [path.name for path in elsewhere.iterdir()] == ["runs"]
     assert [path.name for path in (elsewhere / "runs").iterdir()] == [directory.name]
-    assert {"logs", "pictures.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
+    assert {"logs", "images.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
 
     summary = values["summary"]
     assert summary["student"].keys() == STUDENT
@@ -131,7 +131,7 @@ def test_a_method_of_your_own(elsewhere: Path, capsys: pytest.CaptureFixture[str
         assert loss[t < 0.5].mean() < 0.5 * loss[t > 0.8].mean()
 
         directory = elsewhere / values["RUN"]
-        assert {"logs", "pictures.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
+        assert {"logs", "images.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
         assert values["summary"]["student"].keys() == STUDENT
         assert values["summary"]["teacher"].keys() == TEACHER
         assert falls(values["curve"]("train/loss"))

@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from lightning_distill.callbacks.optimizer_settings import _apply, _settings
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.optimizers import BLOCKS, keeps_blocks, let_clip, packed, unpacked
+from lightning_distill.optimizers import BLOCKS, allow_clipping, has_block_state, packed, unpacked
 
 
 def fused() -> torch.optim.Optimizer:
@@ -20,11 +20,11 @@ def fused() -> torch.optim.Optimizer:
 def test_gradients_are_clipped_before_fused_steps_but_not_under_a_scale() -> None:
     optimizer = fused()
     assert optimizer._step_supports_amp_scaling
-    let_clip(optimizer, scaled=True, clip=None)
+    allow_clipping(optimizer, scaled=True, clip=None)
     assert optimizer._step_supports_amp_scaling
     with pytest.raises(ConfigurationError, match=r"a fused AdamW, whose gradients trainer\.precision 16-mixed cannot clip"):
-        let_clip(optimizer, scaled=True, clip=1.0)
-    let_clip(optimizer, scaled=False, clip=1.0)
+        allow_clipping(optimizer, scaled=True, clip=1.0)
+    allow_clipping(optimizer, scaled=False, clip=1.0)
     assert not optimizer._step_supports_amp_scaling
 
 
@@ -52,8 +52,8 @@ def test_a_config_names_them_by_path(adamw_8bit: Any, capsys: pytest.CaptureFixt
 
 
 def test_optimizers_of_torchao_keep_blocks(adamw_8bit: Any) -> None:
-    assert keeps_blocks(adamw_8bit([torch.nn.Parameter(torch.zeros(2))]))
-    assert not keeps_blocks(fused())
+    assert has_block_state(adamw_8bit([torch.nn.Parameter(torch.zeros(2))]))
+    assert not has_block_state(fused())
 
 
 def test_blocks_are_taken_apart_and_put_together(adamw_8bit: Any, tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 from lightning_distill.data import Precomputed
 from lightning_distill.data.shapes import prompts
-from lightning_distill.models import DiffusersAdapter
+from lightning_distill.teachers import DiffusersAdapter
 from tests.precomputing import write_config
 from tests.tiny import load_adapter, save_tiny_pipeline
 
@@ -128,7 +128,7 @@ def test_validation_pictures_and_the_export_are_those_of_training_from_pictures(
     summaries = [json.loads(Path(name, "summary.json").read_text()) for name in ("pictures", "files")]
     assert all(summary.pop("minutes") >= 0 for summary in summaries)
     assert summaries[0] == summaries[1]
-    assert Path("pictures/pictures.png").read_bytes() == Path("files/pictures.png").read_bytes()
+    assert Path("pictures/images.png").read_bytes() == Path("files/images.png").read_bytes()
     written, expected = (
         {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*.safetensors")}
         for name in ("student", "expected")

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.random_state import RandomState
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 from lightning_distill.data import ShapesData
 from tests.toy import ManualToyModule, ToyModule, read_losses
 

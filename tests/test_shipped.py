@@ -9,13 +9,13 @@ import yaml
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file
 
-from lightning_distill.cli import main
-from lightning_distill.configuration import shipped_configs
+from lightning_distill.commands.config_files import shipped_configs
+from lightning_distill.commands.main import main
+from lightning_distill.commands.sample import is_own_code
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import prompt_accuracy
-from lightning_distill.models import resolve_pretrained
-from lightning_distill.sampling import is_own_code
+from lightning_distill.teachers import resolve_pretrained
 
 TEACHER, STUDENT = Path(resolve_pretrained("shapes-teacher")), Path(resolve_pretrained("shapes-student"))
 FEW = [
@@ -103,7 +103,7 @@ def test_students_train(name: str) -> None:
     summary = yaml.safe_load(Path("run/summary.json").read_text())
     assert set(summary["teacher"]) == {"1", "2", "4", "8", "32"}
     assert set(summary["student"]) == {"1", "2", "4", "8"}
-    assert Path("run/pictures.png").is_file()
+    assert Path("run/images.png").is_file()
 
 
 @pytest.mark.parametrize("name", LATER_STAGES)

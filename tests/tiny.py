@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from lightning_distill.flow.path import interpolate, jump
-from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import ModelAdapter
-from lightning_distill.models.embedded import build_flux_pipeline
+from lightning_distill.flow.path import flow_step, interpolate
+from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
+from lightning_distill.teachers.embedded import build_flux_pipeline
+from lightning_distill.teachers.model_adapter import ModelAdapter
 
 WORDS = ["a", "red", "green", "circle", "square"]
 PROMPTS = ["a red circle", "a green square", "a circle"]
@@ -85,7 +85,7 @@ def draw(
     grid = adapter.time_grid(nfe, shape)
     for t, r in itertools.pairwise(grid):
         start, end = t.expand(len(x)), (0 * r if adapter.stochastic_sampling else r).expand(len(x))
-        x = jump(x, adapter.average_velocity(student, x, end, start, condition, guidance_scale), end, start)
+        x = flow_step(x, adapter.average_velocity(student, x, end, start, condition, guidance_scale), end, start)
         if adapter.stochastic_sampling and r > 0:
             x = interpolate(x, fresh_noise(), r.expand(len(x)))
     return (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_distill.callbacks.report import FinalReport
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.export import ModelCard, check_export_directory, export_student, export_teacher
+from lightning_distill.export.directory import ModelCard, check_export_directory, export_student, export_teacher
 from lightning_distill.methods.base import TeacherStudentBase
 
 
@@ -83,7 +83,7 @@ class ExportPipeline(Callback):
             return
         assert isinstance(pl_module, TeacherStudentBase), "setup has refused others"
         trained = pl_module.sampling_student
-        network = pl_module.adapter.whole_copy(trained if pl_module.has_teacher else trained.get_submodule("transformer"))
+        network = pl_module.adapter.unsharded_copy(trained if pl_module.has_teacher else trained.get_submodule("transformer"))
         if not trainer.is_global_zero:
             return
         card = self.model_card(trainer, pl_module)

@@ -17,18 +17,18 @@ from rich import box
 from rich.table import Table
 from torchmetrics import Metric
 
-from lightning_distill.callbacks.pictures import (
+from lightning_distill.callbacks.images import (
     different_prompts,
-    drawing_method,
     evaluating,
-    picture_grid,
+    image_grid,
     prompts_in_order,
+    sampling_method,
     student_rows,
     teacher_row,
 )
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.sampling import computed, metric_name
+from lightning_distill.methods.evaluation import computed, metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
 
 Network = Literal["student", "teacher"]
@@ -69,7 +69,7 @@ class Summary:
 class FinalReport(Callback):
     """Measures student and teacher on the validation prompts once training has ended, and reports.
 
-    A table is printed; `summary.json` (see `Summary`) and `pictures.png` are written. The student is measured at the validated
+    A table is printed; `summary.json` (see `Summary`) and `images.png` are written. The student is measured at the validated
     numbers of steps, the teacher at those and at `teacher_nfe`, from the same noise, which is not that of the validations: what
     was tuned by them is reported on fresh noise. Processes share the work. A run that ends by an exception, or a
     `fast_dev_run`, is not reported.
@@ -82,7 +82,7 @@ class FinalReport(Callback):
         diversity_prompts: Different prompts of which diversity is measured; 0 leaves it out.
         diversity_seeds: Pictures of each of these, at least 2.
         teacher: Whether the teacher is measured as well, which takes longest, and is the same after every run with the same
-            validation. It is in `pictures.png` in any case.
+            validation. It is in `images.png` in any case.
 
     Attributes:
         summary: What was measured, once training has ended; None before, and where nothing was.
@@ -122,7 +122,7 @@ class FinalReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a method without pictures."""
-        drawing_method(self, pl_module)
+        sampling_method(self, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -133,7 +133,7 @@ class FinalReport(Callback):
         self._seconds, self._started = self._elapsed(), None
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
             return
-        module = drawing_method(self, pl_module)
+        module = sampling_method(self, pl_module)
         directory = Path(self.directory or trainer.default_root_dir)
         batches = list(validation_prompts(trainer))
         prompts = prompts_in_order(pair for batch in batches for pair in zip(*batch, strict=True))
@@ -148,12 +148,12 @@ class FinalReport(Callback):
         if trainer.is_global_zero:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-            picture_grid(rows, columns).save(directory / "pictures.png")
+            image_grid(rows, columns).save(directory / "images.png")
         if module.metrics:
             self._print(trainer, report_table(summary, _title(module)))
         else:
             self._print(trainer, "Final report: model.metric is not set, so there are pictures and no accuracy.")
-        self._print(trainer, f"Trained for {summary.minutes:.1f} minutes. See {directory}/pictures.png and summary.json.")
+        self._print(trainer, f"Trained for {summary.minutes:.1f} minutes. See {directory}/images.png and summary.json.")
 
     def state_dict(self) -> dict[str, Any]:
         """The training time so far."""

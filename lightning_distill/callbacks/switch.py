@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.meanflow import PHASES
-from lightning_distill.methods.shared_base import own_state_dict
-from lightning_distill.models.sharding import Sharding
+from lightning_distill.sharding.protocols import Sharding
+from lightning_distill.sharding.shared_weights import own_state_dict
 
 Weights = dict[str, dict[str, Tensor]]
 
@@ -216,7 +216,7 @@ class SwitchSolution(Callback):
     def _take_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad():
             if (sharding := _sharding(trainer)) is not None:
-                sharding.take_back()
+                sharding.restore_snapshot()
                 sharding.keep(())
             else:
                 assert self._weights is not None

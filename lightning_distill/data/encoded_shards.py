@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import Condition
+from lightning_distill.teachers.model_adapter import Condition
 
 FORMAT = 1
 INDEX = "index.json"
@@ -59,7 +59,7 @@ class EncodedShard:
         last: Last one.
         broken: Places whose pictures could not be read, and what is told of them.
         buckets: Of the samples that are there, where training takes batches of one bucket.
-        picture_sizes: Heights and widths of its pictures in pixels.
+        image_sizes: Heights and widths of its pictures in pixels.
     """
 
     file: str
@@ -69,7 +69,7 @@ class EncodedShard:
     last: int
     broken: list[tuple[int, str]]
     buckets: list[int] | None
-    picture_sizes: list[tuple[int, int]]
+    image_sizes: list[tuple[int, int]]
 
     @property
     def places(self) -> list[int]:
@@ -203,17 +203,17 @@ class EncodedIndex:
         return bool(self.shards)
 
     @property
-    def has_pictures(self) -> bool:
+    def has_images(self) -> bool:
         """Whether there are latents, and not conditions alone."""
-        return any(shard.picture_sizes for shards in self.shards.values() for shard in shards)
+        return any(shard.image_sizes for shards in self.shards.values() for shard in shards)
 
     def write(self, directory: Path) -> None:
         """Write it."""
         content: dict[str, Any] = {"format": FORMAT, "complete": self.complete, "settings": self.settings}
         if self.complete:
-            sizes = sorted({size for shards in self.shards.values() for shard in shards for size in shard.picture_sizes})
+            sizes = sorted({size for shards in self.shards.values() for shard in shards for size in shard.image_sizes})
             content |= {
-                "picture_sizes": sizes,
+                "image_sizes": sizes,
                 "samples": {split: sum(len(shard.places) for shard in shards) for split, shards in self.shards.items()},
                 "broken": {split: sum(len(shard.broken) for shard in shards) for split, shards in self.shards.items()},
                 "null": {"file": NULL, "sha256": self.null[0], "size": self.null[1]},
@@ -284,5 +284,5 @@ def _damaged(path: Path) -> ConfigurationError:
 
 def read_entry(entry: Mapping[str, Any]) -> EncodedShard:
     """What was written of a shard."""
-    pairs = {name: [tuple(pair) for pair in entry[name]] for name in ("broken", "picture_sizes")}
+    pairs = {name: [tuple(pair) for pair in entry[name]] for name in ("broken", "image_sizes")}
     return EncodedShard(**{**entry, **pairs})

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from lightning_distill.data.encoded_shards import NULL, SPLITS, EncodedIndex, EncodedSample, EncodedShard, ShardReader
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import Condition
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class PrecomputedDataset(Dataset[dict[str, Any]]):
@@ -117,7 +117,7 @@ class Precomputed(ResumableData):
             train, validation = (PrecomputedDataset(self.directory, index.shards[split]) for split in SPLITS)
             buckets = [shard.buckets for shard in train.shards if shard.buckets is not None]
             self._buckets = [bucket for found in buckets for bucket in found] if buckets else None
-            self.has_images = index.has_pictures
+            self.has_images = index.has_images
             self._null = train.reader.read(NULL, 0).condition
             for row, prompt in enumerate(validation.prompts()):
                 self._rows.setdefault(prompt, row)
@@ -166,14 +166,14 @@ class Precomputed(ResumableData):
         Raises:
             ConfigurationError: If there is another.
         """
-        self.refuse_unknown_prompts(prompts)
+        self.check_known_prompts(prompts)
         validation, null = self.ready(self._validation), self._null
         assert null is not None
         rows: dict[str, Condition] = {"": null}
         rows |= {prompt: validation.sample(self._rows[prompt]).condition for prompt in dict.fromkeys(prompts) if prompt}
         return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in null}
 
-    def refuse_unknown_prompts(self, prompts: Sequence[str]) -> None:
+    def check_known_prompts(self, prompts: Sequence[str]) -> None:
         """Raise `ConfigurationError` where pictures are asked for of a prompt that is not among the validation samples'."""
         unknown = [prompt for prompt in prompts if prompt and prompt not in self._rows]
         if unknown:

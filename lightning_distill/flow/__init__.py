@@ -32,7 +32,7 @@ from lightning_distill.flow.moment_matching import (
     discrepancy,
     time_weight,
 )
-from lightning_distill.flow.path import conditional_velocity, expand, interpolate, jump, predict_noise, predict_x0, renoise
+from lightning_distill.flow.path import conditional_velocity, expand, flow_step, interpolate, predict_noise, predict_x0, renoise
 from lightning_distill.flow.solvers import (
     SOLVERS,
     Solver,
@@ -91,6 +91,7 @@ __all__ = [
     "evaluations",
     "expand",
     "finite_difference",
+    "flow_step",
     "heun_step",
     "hinge_discriminator",
     "hinge_generator",
@@ -98,7 +99,6 @@ __all__ = [
     "inside_interval",
     "integrate",
     "interpolate",
-    "jump",
     "linear_state",
     "linear_time",
     "linear_velocity",

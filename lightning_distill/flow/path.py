@@ -42,7 +42,7 @@ def predict_noise(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t + (1 - expand(t, x_t)) * v
 
 
-def jump(x_t: Tensor, u: Tensor, r: Tensor, t: Tensor) -> Tensor:
+def flow_step(x_t: Tensor, u: Tensor, r: Tensor, t: Tensor) -> Tensor:
     """State at r reached from t with average velocity u, `x_r = x_t - (t - r) u` (MeanFlow, arXiv 2505.13447, Eq. 12).
 
     Args:

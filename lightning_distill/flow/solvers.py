@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.times import substeps
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ def euler_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     Returns:
         State at s, (B, ...).
     """
-    return jump(x, velocity(x, t), s, t)
+    return flow_step(x, velocity(x, t), s, t)
 
 
 def heun_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def heun_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     Arguments and result as in `euler_step`. The field is asked at s, which may be 0.
     """
     v = velocity(x, t)
-    return jump(x, (v + velocity(jump(x, v, s, t), s)) / 2, s, t)
+    return flow_step(x, (v + velocity(flow_step(x, v, s, t), s)) / 2, s, t)
 
 
 def midpoint_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def midpoint_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tens
     Arguments and result as in `euler_step`. The field is never asked at s.
     """
     middle = (t + s) / 2
-    return jump(x, velocity(euler_step(velocity, x, t, middle), middle), s, t)
+    return flow_step(x, velocity(euler_step(velocity, x, t, middle), middle), s, t)
 
 
 @dataclass(frozen=True)

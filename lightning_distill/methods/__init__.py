@@ -5,6 +5,7 @@ from lightning_distill.methods.autoencoder import Autoencoder
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
 from lightning_distill.methods.dmd2 import DMD2, CriticGan
+from lightning_distill.methods.evaluation import Batch
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.imm import IMM
@@ -12,7 +13,6 @@ from lightning_distill.methods.knowledge_distillation import KnowledgeDistillati
 from lightning_distill.methods.ladd import LADD
 from lightning_distill.methods.meanflow import MeanFlow
 from lightning_distill.methods.pi_flow import PiFlow
-from lightning_distill.methods.sampling import Batch
 from lightning_distill.methods.scm import SCM
 from lightning_distill.methods.split_meanflow import SplitMeanFlow
 from lightning_distill.methods.tdm import TDM

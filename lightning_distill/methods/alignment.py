@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods.distribution_matching import DistributionMatching, TrajectoryState, roll_out
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.models.student_options import LoraOptions
+from lightning_distill.methods.critic import DistributionMatching, TrajectoryState, roll_out
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.teachers.student_options import LoraOptions
 
 if TYPE_CHECKING:
     from lightning_distill.methods.base import TeacherStudentBase

@@ -17,20 +17,20 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.path import jump
-from lightning_distill.methods.average import ShardedAverage
+from lightning_distill.flow.path import flow_step
+from lightning_distill.methods.checkpoint_state import SavedState
 from lightning_distill.methods.condition import encoded_data
-from lightning_distill.methods.encoding import BatchEncoding
+from lightning_distill.methods.encoder import BatchEncoding
+from lightning_distill.methods.evaluation import Batch
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.methods.sampling import Batch
-from lightning_distill.methods.saved_state import SavedState
-from lightning_distill.methods.shared_base import StudentAverage, check_sharing
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models.base import Condition, ModelAdapter
-from lightning_distill.models.sharded_networks import check_lending
-from lightning_distill.models.smooth_time import SmoothTimeReport
-from lightning_distill.models.student_options import StudentOptions
-from lightning_distill.optimizers import let_clip, split_parameters
+from lightning_distill.optimizers import allow_clipping, split_parameters
+from lightning_distill.sharding.ema import ShardedEMA
+from lightning_distill.sharding.shared_weights import StudentEMA, check_sharing
+from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+from lightning_distill.teachers.sharded_loading import check_base_sharing
+from lightning_distill.teachers.smooth_time import SmoothTimeReport
+from lightning_distill.teachers.student_options import StudentOptions
 
 TIME_BINS = 4
 
@@ -126,7 +126,7 @@ class TeacherStudentBase(BatchEncoding, SavedState):
         self.validation = validation
         self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
         self.strict_loading = False  # checkpoints leave the frozen parts out
-        self.ema: StudentAverage | ShardedAverage | None = None
+        self.ema: StudentEMA | ShardedEMA | None = None
         self.smooth_time_report: SmoothTimeReport | None = None
         self._reference = None
         self._clock = (0.0, 0)
@@ -155,7 +155,7 @@ class TeacherStudentBase(BatchEncoding, SavedState):
         """Refuse settings that cannot work, before anything large is loaded."""
         if stage == "fit":
             self.check_optimizer()
-        self.forget_data()
+        self.reset_data()
         self.adapter.check()
         self.check_student(self.student_options)
         self.guidance.check(self.adapter.embeds_guidance)
@@ -186,7 +186,7 @@ class TeacherStudentBase(BatchEncoding, SavedState):
                 "by TimestepRescaling first and name its export in student.pretrained"
             )
         if options.lora is not None:
-            check_lending(self.sharding)
+            check_base_sharing(self.sharding)
 
     def configure_model(self) -> None:
         """Load the teacher and build the student."""
@@ -198,19 +198,19 @@ class TeacherStudentBase(BatchEncoding, SavedState):
         # Networks of the side have optimizers of their own, which average their gradients.
         self._ddp_params_and_buffers_to_ignore = [
             f"{path}.{name}"
-            for path in self.side_networks
+            for path in self.auxiliary_networks
             for name, parameter in self.get_submodule(path).named_parameters()
             if parameter.requires_grad
         ]
         if self.ema_decay is not None:
-            self.ema = self.build_average(self.ema_decay)
+            self.ema = self.build_ema(self.ema_decay)
             self.ema.requires_grad_(False)
 
-    def build_average(self, decay: float) -> StudentAverage | ShardedAverage:
+    def build_ema(self, decay: float) -> StudentEMA | ShardedEMA:
         """The average of what is trained, which starts like it."""
         if self.sharding is None:
-            return StudentAverage(self.trained, get_ema_multi_avg_fn(decay))
-        average = ShardedAverage(self.build_trained(), decay)
+            return StudentEMA(self.trained, get_ema_multi_avg_fn(decay))
+        average = ShardedEMA(self.build_trained(), decay)
         average.start_from(self.trained)
         return average
 
@@ -256,7 +256,7 @@ class TeacherStudentBase(BatchEncoding, SavedState):
         """The student's optimizer, with its scheduler stepping once a batch."""
         optimizer = self.optimizer(split_parameters(self.trained.named_parameters()))
         if (trainer := self._trainer) is not None:
-            let_clip(optimizer, getattr(trainer.precision_plugin, "scaler", None) is not None, trainer.gradient_clip_val)
+            allow_clipping(optimizer, getattr(trainer.precision_plugin, "scaler", None) is not None, trainer.gradient_clip_val)
         if self.lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}}
@@ -317,14 +317,14 @@ class TeacherStudentBase(BatchEncoding, SavedState):
             u = self.adapter.average_velocity(self.student, x, times, times, null, self.guidance.scale)
             change += (u - v).square().sum().item()
             size += v.square().sum().item()
-            x = jump(x, v, ends, times)
+            x = flow_step(x, v, ends, times)
         return float((change / size) ** 0.5)
 
     def on_train_start(self) -> None:
         """Give each process draws of its own, and start the clock of the throughput."""
         if self.global_rank > 0:  # all were seeded alike, which the networks' first weights need and times and noise must not
             torch.manual_seed((torch.initial_seed() + self.global_rank) % 2**63)
-        self.apply_side_settings()
+        self.apply_auxiliary_settings()
         self._clock = (time.perf_counter(), 0)
 
     @property

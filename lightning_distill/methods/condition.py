@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_distill.models.base import Condition
+from lightning_distill.teachers.model_adapter import Condition
 
 
 def select(rows: Tensor, condition: Condition) -> Condition:
@@ -39,7 +39,7 @@ class EncodedData(Protocol):
     def encoded_prompts(self, prompts: Sequence[str]) -> Condition:
         """Conditions (B, ...) of B of its validation prompts, or of the empty one, on the CPU."""
 
-    def refuse_unknown_prompts(self, prompts: Sequence[str]) -> None:
+    def check_known_prompts(self, prompts: Sequence[str]) -> None:
         """Raise `ConfigurationError` where there is a prompt that it cannot give the condition of."""
 
 

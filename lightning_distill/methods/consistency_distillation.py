@@ -7,13 +7,13 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PseudoHuberLoss
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import TimeSampler, Uniform, move_on_grid
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class ConsistencyDistillation(TrajectoryStates):
@@ -80,5 +80,5 @@ class ConsistencyDistillation(TrajectoryStates):
         x_r = self.integrate_teacher(x_t, r, t, 1, condition, self.solver)
         end = torch.zeros_like(t)
         network = self.student if self.target == "online" else self.sampling_student
-        target = self.student_jump(x_r, end, r, condition, network)
-        return jump(x_t, self.average_velocity(x_t, end, t, condition), end, t), target
+        target = self.student_step(x_r, end, r, condition, network)
+        return flow_step(x_t, self.average_velocity(x_t, end, t, condition), end, t), target

@@ -86,7 +86,7 @@ def check_derivative(module: StudentDerivative) -> DerivativeReport:
         training = student.training
         student.eval()  # dropout would differ from pass to pass
         try:
-            with module.adapter.held_routing():
+            with module.adapter.frozen_routing():
                 found, reference, seen = _measure(module)
         finally:
             student.train(training)

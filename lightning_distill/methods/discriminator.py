@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import r1_penalty
 from lightning_distill.methods.sharded_networks import ShardedNetworks
-from lightning_distill.models.sharding import SideOptimizer
+from lightning_distill.sharding.protocols import AuxiliaryOptimizer
 
 TIME_FREQUENCIES = 8
 
@@ -89,7 +89,7 @@ def check_sharding_of_heads(module: ShardedNetworks, remedy: str) -> None:
 
 def discriminator_update(
     discriminator: Discriminator,
-    optimizer: SideOptimizer,
+    optimizer: AuxiliaryOptimizer,
     real: Sequence[Tensor],
     fake: Sequence[Tensor],
     tau: Tensor,
@@ -126,7 +126,7 @@ def discriminator_update(
     return {name: value.detach().mean() for name, value in logs.items()}
 
 
-def judged_loss(x: Tensor, judge: Callable[[Tensor], Tensor]) -> Tensor:
+def sample_gradient_loss(x: Tensor, judge: Callable[[Tensor], Tensor]) -> Tensor:
     """The loss (B,) that `judge` makes of samples, with the gradient in them alone.
 
     The gradient is taken here, so that the judge's networks keep no graph and get no gradients in the backward pass.

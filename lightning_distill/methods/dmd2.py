@@ -11,14 +11,19 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import logistic_discriminator, logistic_generator
 from lightning_distill.flow.distribution_matching import DIVERGENCES, DiffusedState, Divergence, diffuse
 from lightning_distill.flow.times import TimeSampler
+from lightning_distill.methods.auxiliary import AuxiliaryTraining
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.discriminator import Discriminator, check_sharding_of_heads, discriminator_update, judged_loss
-from lightning_distill.methods.distribution_matching import EVENLY, CriticMethod, TrajectoryState
+from lightning_distill.methods.critic import EVENLY, CriticMethod, TrajectoryState
+from lightning_distill.methods.discriminator import (
+    Discriminator,
+    check_sharding_of_heads,
+    discriminator_update,
+    sample_gradient_loss,
+)
 from lightning_distill.methods.divergence import DivergenceWeight
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.side_training import SideTraining
-from lightning_distill.models.base import Condition
-from lightning_distill.models.student_options import LoraOptions
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.student_options import LoraOptions
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class DMD2(CriticMethod):
         )
         self.gan = gan
         if gan is not None:
-            self.heads_training = SideTraining(critic_lr if gan.lr is None else gan.lr, clip=critic_clip)
+            self.heads_training = AuxiliaryTraining(critic_lr if gan.lr is None else gan.lr, clip=critic_clip)
         divergence = "reverse_kl" if gan is None else gan.divergence
         self.divergence_weight = None if divergence == "reverse_kl" else DivergenceWeight(divergence)
 
@@ -180,7 +185,7 @@ class DMD2(CriticMethod):
             noised = self._noised(x)
             return logistic_generator(self.heads(self._features(noised, condition), noised.tau))
 
-        return judged_loss(state.x_s, judge)
+        return sample_gradient_loss(state.x_s, judge)
 
     def _noised(self, x: Tensor) -> DiffusedState:
         """Samples (B, C, h, w) at noise levels at which they are judged."""
@@ -213,6 +218,6 @@ class DMD2(CriticMethod):
             self.feature_layers = tuple(widths)
             self.heads = Discriminator(list(widths.values()), self.gan.hidden)
 
-    def side_trainings(self) -> dict[str, SideTraining]:
+    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
         """The critic's and the heads'."""
-        return super().side_trainings() | ({} if self.gan is None else {"heads": self.heads_training})
+        return super().auxiliary_trainings() | ({} if self.gan is None else {"heads": self.heads_training})

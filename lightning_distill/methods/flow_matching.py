@@ -11,9 +11,9 @@ from lightning_distill.flow.path import conditional_velocity, interpolate
 from lightning_distill.flow.times import TimeSampler, Uniform
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.condition import replace_rows
-from lightning_distill.methods.sampling import Batch
-from lightning_distill.models.base import Condition
-from lightning_distill.models.student import let_train
+from lightning_distill.methods.evaluation import Batch
+from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.student import make_trainable
 
 
 class FlowMatching(TeacherStudentBase):
@@ -72,13 +72,13 @@ class FlowMatching(TeacherStudentBase):
 
     def build_networks(self) -> None:
         """The adapter's network, trainable, and the text encoders beside it if they train along."""
-        self.student = let_train(self.adapter.load_teacher())
+        self.student = make_trainable(self.adapter.load_teacher())
         if self.student_options.gradient_checkpointing:
             network: Any = self.student
             network.enable_gradient_checkpointing()
         self.networks = nn.ModuleDict({"transformer": self.student})
         if self.train_text_encoders:
-            self.networks.update({name: let_train(part) for name, part in self.adapter.text_encoders().items()})
+            self.networks.update({name: make_trainable(part) for name, part in self.adapter.text_encoders().items()})
 
     def build_trained(self) -> nn.Module:
         """A network like `trained` at its start."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.base import Condition, ModelAdapter
+from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.moment_matching import Kernel, LaplaceKernel, constant_decrement, discrepancy, time_weight
-from lightning_distill.flow.path import interpolate, jump
+from lightning_distill.flow.path import flow_step, interpolate
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import TimeSampler, Uniform
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class IMM(TrajectoryStates):
@@ -124,8 +124,8 @@ class IMM(TrajectoryStates):
             x_r = self.integrate_teacher(x_t, middle, start, 1, guided, self.solver)
         else:
             x_r = interpolate(x0, noise, middle)
-        y = jump(x_t, self.average_velocity(x_t, end, start, guided), end, start)
-        z = self.student_jump(x_r, end, middle, guided)
+        y = flow_step(x_t, self.average_velocity(x_t, end, start, guided), end, start)
+        z = self.student_step(x_r, end, middle, guided)
         loss = self.compare(y, z, s, t).repeat_interleave(self.particles)
         return Objective(loss, start)
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PowerLoss
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.methods.base import Objective, TeacherStudentBase
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class KnowledgeDistillation(TeacherStudentBase):
@@ -71,7 +71,7 @@ class KnowledgeDistillation(TeacherStudentBase):
         guided = self.guided_condition(condition, len(x0))
         x_t, x_r = self.teacher_segment(torch.randn_like(x0), grid, segment, guided)
         t, r = grid[segment], grid[segment + 1]
-        return Objective(self.loss(jump(x_t, self.average_velocity(x_t, r, t, guided), r, t), x_r), t)
+        return Objective(self.loss(flow_step(x_t, self.average_velocity(x_t, r, t, guided), r, t), x_r), t)
 
     @torch.no_grad()
     def teacher_segment(

@@ -8,13 +8,18 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import hinge_discriminator, hinge_generator
-from lightning_distill.flow.path import interpolate, jump
+from lightning_distill.flow.path import flow_step, interpolate
 from lightning_distill.flow.times import LogitNormal, TimeSampler
+from lightning_distill.methods.auxiliary import AuxiliaryTraining
 from lightning_distill.methods.base import Objective, TeacherStudentBase
-from lightning_distill.methods.discriminator import Discriminator, check_sharding_of_heads, discriminator_update, judged_loss
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.side_training import SideTraining
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.discriminator import (
+    Discriminator,
+    check_sharding_of_heads,
+    discriminator_update,
+    sample_gradient_loss,
+)
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class LADD(TeacherStudentBase):
@@ -99,7 +104,7 @@ class LADD(TeacherStudentBase):
         self.layers = layers
         self.hidden = hidden
         self.r1_weight = r1_weight
-        self.heads_training = SideTraining(discriminator_lr, clip=discriminator_clip)
+        self.heads_training = AuxiliaryTraining(discriminator_lr, clip=discriminator_clip)
 
     heads: Discriminator
     feature_layers: tuple[int, ...]
@@ -114,11 +119,11 @@ class LADD(TeacherStudentBase):
         guided = self.guided_condition(condition, len(x0))
         if self.real == "teacher":
             x0 = self.teacher_samples(x0, guided)
-        t = self.draw_steps(x0)
+        t = self.sample_steps(x0)
         x_t, r = interpolate(x0, torch.randn_like(x0), t), torch.zeros_like(t)
-        x = jump(x_t, self.average_velocity(x_t, r, t, guided), r, t)
+        x = flow_step(x_t, self.average_velocity(x_t, r, t, guided), r, t)
         logs = self.update_heads(x0, x.detach(), guided)
-        return Objective(judged_loss(x, lambda x: self.adversarial_loss(x, guided)), t, logs)
+        return Objective(sample_gradient_loss(x, lambda x: self.adversarial_loss(x, guided)), t, logs)
 
     @torch.no_grad()
     def teacher_samples(self, like: Tensor, condition: GuidedCondition) -> Tensor:
@@ -126,7 +131,7 @@ class LADD(TeacherStudentBase):
         start = torch.ones(len(like), device=like.device)
         return self.integrate_teacher(torch.randn_like(like), torch.zeros_like(start), start, self.teacher_steps, condition)
 
-    def draw_steps(self, like: Tensor) -> Tensor:
+    def sample_steps(self, like: Tensor) -> Tensor:
         """Times (B,) at which steps of the student begin."""
         grid = self.adapter.time_grid(self.nfe, tuple(like.shape[1:])).to(like.device)
         weights = torch.tensor(self.step_weights, device=like.device)
@@ -176,6 +181,6 @@ class LADD(TeacherStudentBase):
         if self.student_options.gradient_checkpointing and checkpointing is not None:
             checkpointing()  # the student's gradient comes through the teacher's blocks
 
-    def side_trainings(self) -> dict[str, SideTraining]:
+    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
         """The heads'."""
         return {"heads": self.heads_training}

@@ -12,13 +12,13 @@ from lightning_distill.flow.path import expand
 from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import LogitNormal, TimeSampler, move_on_grid, sample_interval
 from lightning_distill.methods.alignment import TrajectoryAlignment
+from lightning_distill.methods.auxiliary import AuxiliaryTraining
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.shared_base import check_sharing
-from lightning_distill.methods.side_training import SideTraining
+from lightning_distill.methods.networks import GuidedCondition
 from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
-from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.sharding.shared_weights import check_sharing
+from lightning_distill.teachers.model_adapter import Condition
 
 Solution = Literal["discrete", "bootstrapped", "differential"]
 PHASES: dict[str, int] = {"discrete": 0, "bootstrapped": 1, "differential": 2}
@@ -203,7 +203,7 @@ class MeanFlow(StudentDerivative, TrajectoryStates):
     def _bootstrapped(self, x_t: Tensor, r: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
         s = torch.maximum(move_on_grid(t, self.bootstrap_step, self.grid_shift(x_t)), r)
         x_s = self.integrate_teacher(x_t, s, t, 1, condition, self.solver)
-        return (x_t - self.student_jump(x_s, r, s, condition)) / expand(t - r, x_t)
+        return (x_t - self.student_step(x_s, r, s, condition)) / expand(t - r, x_t)
 
     # Networks and checkpoints
 
@@ -231,7 +231,7 @@ class MeanFlow(StudentDerivative, TrajectoryStates):
         if self.alignment is not None:
             self.alignment.build(self.adapter, self.teacher, self.student_options)
 
-    def side_trainings(self) -> dict[str, SideTraining]:
+    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
         """The critic's."""
         return {} if self.alignment is None else {"alignment.critic": self.alignment.critic_training}
 

@@ -11,11 +11,11 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PowerLoss
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition
-from lightning_distill.models.policy import position_weights, velocity_weights
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.students.policy import position_weights, velocity_weights
+from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.student_options import StudentOptions
 
 SMALLEST_TIME = 1e-3
 """Of the states along a policy: its velocity there is a difference of predictions of x0, divided by the time."""
@@ -41,7 +41,7 @@ class PiFlow(TrajectoryStates):
         nfe: Numbers of steps of the grid, each at least 1; one of these is drawn for each batch.
         states: States of each step at which the teacher is asked, at least 1; the paper's code takes 4 for FLUX.1-dev.
         loss: Of the policy's velocities.
-        **kwargs: Of `TrajectoryStates`. The student's trajectories are of its grid, `trajectory_jumps` of the teacher's only.
+        **kwargs: Of `TrajectoryStates`. The student's trajectories are of its grid, `trajectory_steps` of the teacher's only.
 
     Raises:
         ConfigurationError: If settings are out of range, or the student has no policy.
@@ -105,7 +105,7 @@ class PiFlow(TrajectoryStates):
         for place, (t, r) in enumerate(pairwise(grid[:-1])):
             rows, count = self.rows_where(own & (step > place))
             if len(rows):
-                moved = self.student_jump(x[rows], r.expand(len(rows)), t.expand(len(rows)), condition[rows])
+                moved = self.student_step(x[rows], r.expand(len(rows)), t.expand(len(rows)), condition[rows])
                 x[rows[:count]] = moved[:count]
         return torch.where(expand(own, x), x, interpolate(x0, noise, grid[step]))
 

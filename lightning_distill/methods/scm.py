@@ -17,11 +17,11 @@ from lightning_distill.flow.trigflow import (
     trig_time,
     trig_velocity,
 )
+from lightning_distill.methods.auxiliary import AuxiliaryTraining
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.side_training import SideTraining
 from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
-from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class TimeWeight(nn.Module):
@@ -105,7 +105,7 @@ class SCM(StudentDerivative, TrajectoryStates):
         self.tangent_warmup_steps = tangent_warmup_steps
         self.tangent_norm = tangent_norm
         self.time_weight = TimeWeight() if time_weight else None
-        self._weight_training = SideTraining(time_weight_lr, betas=(0.9, 0.99))
+        self._weight_training = AuxiliaryTraining(time_weight_lr, betas=(0.9, 0.99))
 
     @property
     def tangent_weight(self) -> float:
@@ -155,6 +155,6 @@ class SCM(StudentDerivative, TrajectoryStates):
         if self.time_weight is not None and self.sharding is not None:
             self.sharding.shard(self.time_weight)
 
-    def side_trainings(self) -> dict[str, SideTraining]:
+    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
         """That of the weight."""
         return {} if self.time_weight is None else {"time_weight": self._weight_training}

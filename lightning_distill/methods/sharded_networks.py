@@ -7,9 +7,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods.side_training import SideTraining
-from lightning_distill.models.base import ModelAdapter
-from lightning_distill.models.sharding import Sharding, SideOptimizer
+from lightning_distill.methods.auxiliary import AuxiliaryTraining
+from lightning_distill.sharding.protocols import AuxiliaryOptimizer, Sharding
+from lightning_distill.teachers.model_adapter import ModelAdapter
 
 
 class ShardedNetworks(LightningModule):
@@ -56,7 +56,7 @@ class ShardedNetworks(LightningModule):
                 f"trainer.precision is {precision}, in which small updates of weights are lost; set it to bf16-mixed, and "
                 "adapter.torch_dtype to bfloat16 for what is frozen"
             )
-        if (sides := self.side_networks) and precision == "16-mixed":
+        if (sides := self.auxiliary_networks) and precision == "16-mixed":
             raise ConfigurationError(
                 f"trainer.precision is 16-mixed, which scales the student's loss alone, not that of {', '.join(sides)}; set it "
                 "to bf16-mixed"
@@ -83,16 +83,16 @@ class ShardedNetworks(LightningModule):
             return rows.new_zeros(1), 0
         return rows, len(rows)
 
-    def side_trainings(self) -> dict[str, SideTraining]:
+    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
         """Of networks that train on losses of their own, by their paths within this module."""
         return {}
 
     @property
-    def side_networks(self) -> tuple[str, ...]:
+    def auxiliary_networks(self) -> tuple[str, ...]:
         """Paths of those networks."""
-        return tuple(self.side_trainings())
+        return tuple(self.auxiliary_trainings())
 
-    def side_optimizers(self, spread: bool = True) -> dict[str, SideOptimizer]:
+    def auxiliary_optimizers(self, spread: bool = True) -> dict[str, AuxiliaryOptimizer]:
         """Their optimizers, made when first asked for.
 
         Args:
@@ -102,12 +102,12 @@ class ShardedNetworks(LightningModule):
             return {}
         return {
             path: training.optimizer(self.get_submodule(path), self.sharding)
-            for path, training in self.side_trainings().items()
+            for path, training in self.auxiliary_trainings().items()
         }
 
-    def apply_side_settings(self) -> None:
+    def apply_auxiliary_settings(self) -> None:
         """Put the settings of those optimizers in force where a checkpoint had others, and warn of it."""
-        trainings = self.side_trainings()
-        self.side_optimizers(spread=self.sharding is not None)  # which takes up what the checkpoint had
+        trainings = self.auxiliary_trainings()
+        self.auxiliary_optimizers(spread=self.sharding is not None)  # which takes up what the checkpoint had
         if changes := [f"{path} {change}" for path in trainings for change in trainings[path].apply_settings()]:
             rank_zero_warn(f"training goes on with changed settings: {', '.join(changes)}")

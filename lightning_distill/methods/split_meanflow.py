@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PowerLoss
-from lightning_distill.flow.path import expand, jump
+from lightning_distill.flow.path import expand, flow_step
 from lightning_distill.flow.times import LogitNormal, TimeSampler, sample_interval
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.methods.trajectory_states import TrajectoryStates
-from lightning_distill.models.base import Condition
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class SplitMeanFlow(TrajectoryStates):
@@ -81,7 +81,7 @@ class SplitMeanFlow(TrajectoryStates):
         if len(wide):
             start, end, split = t[wide], r[wide], torch.lerp(t[wide], r[wide], share[wide])
             first = self.evaluated(x_t[wide], split, start, condition[wide])
-            x_s = jump(x_t[wide], first, split, start)
+            x_s = flow_step(x_t[wide], first, split, start)
             second = self.evaluated(x_s, end, split, condition[wide])
             target[wide[:count]] = torch.lerp(second, first, expand(share[wide], first))[:count]
         return target

@@ -13,8 +13,8 @@ from lightning_distill.flow.derivative import (
     value_and_time_derivative,
 )
 from lightning_distill.methods.derivative_check import check_derivative, precision
-from lightning_distill.methods.guided_networks import GuidedNetworks
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.methods.networks import GuidedNetworks
+from lightning_distill.teachers.student_options import StudentOptions
 
 Derivative = Literal["exact", "finite_difference"]
 
@@ -54,7 +54,7 @@ class StudentDerivative(GuidedNetworks):
             t: Start (B,).
             tangent: Velocity of x (B, C, h, w).
         """
-        with self.adapter.held_routing():
+        with self.adapter.frozen_routing():
             if self.derivative == "exact":
                 return value_and_time_derivative(fn, x, r, t, tangent)
             return fn(x, r, t), self.difference(fn, x, r, t, tangent)

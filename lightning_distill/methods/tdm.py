@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_distill.methods.base import Objective
-from lightning_distill.methods.distribution_matching import CriticMethod, TrajectoryState
-from lightning_distill.methods.guided_networks import GuidedCondition
-from lightning_distill.models.base import Condition
-from lightning_distill.models.student_options import LoraOptions
+from lightning_distill.methods.critic import CriticMethod, TrajectoryState
+from lightning_distill.methods.networks import GuidedCondition
+from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.student_options import LoraOptions
 
 
 class TDM(CriticMethod):

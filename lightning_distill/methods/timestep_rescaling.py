@@ -10,8 +10,8 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.times import TimeSampler, Uniform
 from lightning_distill.methods.base import Objective, TeacherStudentBase
-from lightning_distill.models.base import Condition
-from lightning_distill.models.two_time import TwoTimeEmbedding
+from lightning_distill.students.two_time import TwoTimeEmbedding
+from lightning_distill.teachers.model_adapter import Condition
 
 
 class TimestepRescaling(TeacherStudentBase):

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.solvers import integrate
-from lightning_distill.models.base import Condition
+from lightning_distill.teachers.model_adapter import Condition
 
 if TYPE_CHECKING:
-    from lightning_distill.methods.sampling import SamplingModule
+    from lightning_distill.methods.evaluation import SamplingModule
 
 
 @dataclass(frozen=True)

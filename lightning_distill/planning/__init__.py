@@ -1,7 +1,7 @@
 """What a training would take of a machine, before anything loads."""
 
-from lightning_distill.planning.command import PlanOptions, plan
 from lightning_distill.planning.machine import Machine, Plan, Strategy
+from lightning_distill.planning.plan import PlanOptions, plan
 from lightning_distill.planning.step import StepCost, measure_step
 
 __all__ = ["Machine", "Plan", "PlanOptions", "StepCost", "Strategy", "measure_step", "plan"]

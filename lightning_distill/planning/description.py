@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.models.adapter import DTYPES, DiffusersAdapter
-from lightning_distill.models.few_step import FewStepPipeline
-from lightning_distill.models.registry import resolve_pretrained
+from lightning_distill.students.few_step import FewStepPipeline
+from lightning_distill.teachers.diffusers_adapter import DTYPES, DiffusersAdapter
+from lightning_distill.teachers.registry import resolve_pretrained
 
 _BUILT_IN = Path(__file__).resolve().parent / "pipelines"
 KNOWN = {"black-forest-labs/FLUX.1-dev": "FLUX.1-dev"}
@@ -69,7 +69,7 @@ def attach_description(adapter: DiffusersAdapter, directory: Path, mode: FakeTen
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             # Past diffusers' own, which warns of embedders of time: they stay in float32 by themselves.
-            without_memory(nn.Module.to(component, DTYPES[adapter.torch_dtype]), mode)
+            to_fake(nn.Module.to(component, DTYPES[adapter.torch_dtype]), mode)
     adapter.attach(pipeline)
 
 
@@ -133,7 +133,7 @@ class FixedLengthTokenizer:
 
 
 @torch.no_grad()
-def without_memory(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def to_fake(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Replace a module's parameters, buffers and tables, on whatever device, by ones on the CPU that have no memory."""
     known: dict[int, nn.Parameter] = {}
     for part in module.modules():

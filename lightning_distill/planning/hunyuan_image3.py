@@ -17,17 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.models import expert_routing
-from lightning_distill.models.adapter import DTYPES
-from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
-from lightning_distill.models.hunyuan_image3_directory import read_config, two_time_class
-from lightning_distill.models.hunyuan_image3_layout import PictureTokens, TokenLayout
-from lightning_distill.models.hunyuan_image3_networks import student_config, without_memory
-from lightning_distill.models.student_options import StudentOptions
-from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.planning import description
 from lightning_distill.planning.hunyuan_image3_network import DescribedHunyuanImage3
 from lightning_distill.planning.networks import matching_of
+from lightning_distill.students import expert_routing
+from lightning_distill.students.hunyuan_image3_layout import ImageTokens, TokenLayout
+from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
+from lightning_distill.teachers.diffusers_adapter import DTYPES
+from lightning_distill.teachers.hunyuan_image3.adapter import HunyuanImage3Adapter
+from lightning_distill.teachers.hunyuan_image3.directory import read_config, two_time_class
+from lightning_distill.teachers.hunyuan_image3.networks import student_config, to_fake
+from lightning_distill.teachers.student_options import StudentOptions
 
 SHIPPED = Path(__file__).resolve().parent / "pipelines" / "HunyuanImage-3.0"
 """The published sizes, as public reimplementations of the model state them; the published file itself was not at hand."""
@@ -76,13 +76,13 @@ class SettingsLayout(TokenLayout):
         ids = torch.zeros(len(prompts), self.max_sequence_length, dtype=torch.long)
         return {"prompt_ids": ids, "null_ids": ids, "prompt_length": torch.full((len(prompts),), self.max_sequence_length)}
 
-    def picture(self, height: int, width: int) -> PictureTokens:
+    def picture(self, height: int, width: int) -> ImageTokens:
         """Of a picture of height x width pixels, which is not looked up among the checkpoint's sizes."""
         vertical, horizontal = (factor * self.config.patch_size for factor in self.config.vae_downsample_factor)
         rows, columns = height // vertical, width // horizontal
         guided, two_times = (bool(getattr(self.config, flag, False)) for flag in ("cfg_distilled", "use_meanflow"))
         start = 4 + guided + two_times  # behind <boi> <size> <ratio> <timestep>
-        return PictureTokens(
+        return ImageTokens(
             ids=torch.zeros(start + rows * columns + 1, dtype=torch.long),
             image=slice(start, start + rows * columns),
             shape=(rows, columns),
@@ -112,7 +112,7 @@ def attach(adapter: HunyuanImage3Adapter, directory: Path, mode: FakeTensorMode)
     with torch.device("meta"):
         vae = DescribedAutoencoder(**sizes)
     nn.Module.to(vae, DTYPES[adapter.torch_dtype]).requires_grad_(False).eval()
-    adapter._vae = [description.without_memory(vae, mode)]
+    adapter._vae = [description.to_fake(vae, mode)]
     adapter.add_module("vae", vae)
     adapter._layout = SettingsLayout(config, adapter.max_sequence_length)
     adapter._generation = SimpleNamespace(flow_shift=FLOW_SHIFT)
@@ -167,8 +167,8 @@ def _student(config: Any, options: StudentOptions, mode: FakeTensorMode) -> TwoT
 
 
 def _network(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> TwoTimeHunyuanImage3:
-    network = without_memory(two_time_class(DescribedHunyuanImage3, TwoTimeHunyuanImage3), config, dtype)
-    description.without_memory(network, mode)
+    network = to_fake(two_time_class(DescribedHunyuanImage3, TwoTimeHunyuanImage3), config, dtype)
+    description.to_fake(network, mode)
     return network
 
 

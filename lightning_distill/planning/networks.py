@@ -12,14 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.distribution_matching import DistributionMatching
-from lightning_distill.models.adapter import DTYPES, DiffusersAdapter
-from lightning_distill.models.lora_student import add_lora, own_prefixes
-from lightning_distill.models.student import let_train, lora_config, student_config
-from lightning_distill.models.student_options import StudentOptions
-from lightning_distill.models.two_time import TwoTimeModel
-from lightning_distill.planning.description import without_memory
-from lightning_distill.strategies.blocks import blocks, experts
+from lightning_distill.methods.critic import DistributionMatching
+from lightning_distill.planning.description import to_fake
+from lightning_distill.sharding.blocks import blocks, experts
+from lightning_distill.students.lora_student import add_lora, own_prefixes
+from lightning_distill.students.two_time import TwoTimeModel
+from lightning_distill.teachers.diffusers_adapter import DTYPES, DiffusersAdapter
+from lightning_distill.teachers.student import lora_config, make_trainable, student_config
+from lightning_distill.teachers.student_options import StudentOptions
 
 FEW = 2
 """Blocks of each kind that a step is measured with; a block more tells what each of the others adds."""
@@ -76,7 +76,7 @@ def build_networks(module: TeacherStudentBase, found: Stacks, depths: Mapping[st
     assert isinstance(adapter, DiffusersAdapter)
     teacher = found.of(depths)
     nn.Module.to(teacher, DTYPES[adapter.torch_dtype])  # diffusers' own warns of what stays in float32
-    adapter.adopt(without_memory(teacher, mode))
+    adapter.adopt(to_fake(teacher, mode))
     module.teacher = teacher
     module.student = _student(adapter, found, depths, teacher, module.student_options, mode)
     matching = matching_of(module)
@@ -102,11 +102,11 @@ def _student(
     """As `build_student` makes it, but for the values."""
     student = found.student(options).of(depths)
     if options.lora is None:
-        let_train(student)
+        make_trainable(student)
     else:
         _share(student, teacher)
         add_lora(student, lora_config(student, options.lora))
-    without_memory(student, mode)
+    to_fake(student, mode)
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     adapter._use_attention_backend(student)

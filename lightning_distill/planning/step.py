@@ -18,16 +18,16 @@ from lightning_distill.flow import dual_rules
 from lightning_distill.flow.solvers import SOLVERS, evaluations
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.distribution_matching import CriticMethod
+from lightning_distill.methods.critic import CriticMethod
 from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
-from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import ModelAdapter
-from lightning_distill.models.hunyuan_image3 import HunyuanImage3Adapter
-from lightning_distill.optimizers import keeps_blocks
+from lightning_distill.optimizers import has_block_state
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.description import attach_description
 from lightning_distill.planning.ledger import Ledger, cuda_autocast
 from lightning_distill.planning.networks import FEW, Stacks, build_networks, matching_of, sizes, stacks
+from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
+from lightning_distill.teachers.hunyuan_image3.adapter import HunyuanImage3Adapter
+from lightning_distill.teachers.model_adapter import ModelAdapter
 
 SHARES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of processes that a step is measured for."""
@@ -143,7 +143,7 @@ class _Run:
         self.inputs: dict[str, Any] = {}
         self.further = _further_calls(module)
         # All samples in one part of the batch, and no passes whose number is drawn: the step takes the same each time.
-        for name, value in {"cache_latents": False, "equal_fraction": 0.0, "trajectory_jumps": 1}.items():
+        for name, value in {"cache_latents": False, "equal_fraction": 0.0, "trajectory_steps": 1}.items():
             if hasattr(module, name):
                 setattr(module, name, value)
         if getattr(module, "trajectory_fraction", 0) > 0:
@@ -233,7 +233,7 @@ class _Run:
                     group["foreach"] = True  # torch's own choice there
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
-            with _no_memory(optimizer, self.mode), ledger:
+            with _fake_state(optimizer, self.mode), ledger:
                 optimizer.step()
                 kept = ledger.live
                 ledger.peaks[1] = kept
@@ -261,7 +261,7 @@ class _Run:
             module.nfe = (1,)
         if matching is not None:
             matching.critic_updates = 1
-        for path, training in module.side_trainings().items():
+        for path, training in module.auxiliary_trainings().items():
             side = _SideStep(module.get_submodule(path), ledger, self.gpu)
             training._optimizer = side  # type: ignore[assignment]
         handles = [network.register_forward_pre_hook(_counting(name, counter)) for name, network in networks.items()]
@@ -284,9 +284,9 @@ class _Run:
 
 
 @contextmanager
-def _no_memory(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> Iterator[None]:
+def _fake_state(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> Iterator[None]:
     """So that an optimizer's state takes none: torch's own make it like the weights, and those of blocks from shapes alone."""
-    if not keeps_blocks(optimizer):
+    if not has_block_state(optimizer):
         yield
         return
     with patch.object(torch, "compile", lambda function, **_: function):  # their steps are compiled
@@ -309,7 +309,7 @@ def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:
         if getattr(module, "equal_fraction", 0) > 0:
             counter.update({"student": 1, "student_backward": 1} if phase == "differential" else {"teacher": 1})
         if getattr(module, "trajectory_fraction", 0) > 0:
-            jumps = (module.trajectory_jumps + 1) / 2 - 1  # type: ignore[operator]
+            jumps = (module.trajectory_steps + 1) / 2 - 1  # type: ignore[operator]
             by_teacher = module.trajectory_source == "teacher"
             each = SOLVERS[str(module.solver)].evaluations if by_teacher else 1
             counter["teacher" if by_teacher else "student"] += jumps * each  # type: ignore[assignment]

@@ -15,8 +15,8 @@ from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.metrics import PromptAccuracy
-from lightning_distill.models.base import Condition, ModelAdapter
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+from lightning_distill.teachers.student_options import StudentOptions
 
 
 class Painter(nn.Module):

@@ -18,10 +18,10 @@ from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.metrics import PromptAccuracy
-from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.base import Condition
-from lightning_distill.models.lora_student import load_lora_student, lora_weights
-from lightning_distill.models.student_options import LoraOptions, StudentOptions
+from lightning_distill.students.lora_student import load_lora_student, lora_weights
+from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
+from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lightning_distill.callbacks.pictures import different_prompts, prompts_in_order
+from lightning_distill.callbacks.images import different_prompts, prompts_in_order
 from lightning_distill.callbacks.report import FinalReport, validation_prompts
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.data import ShapesData
@@ -110,12 +110,12 @@ def test_table(tmp_path, capsys):
     assert rows["student", "2"][:7] == ["0.0"] * 7
     header = printed[: printed.index("───")].split()
     assert all(word in header for name in (*CATEGORIES, "overall", "diversity") for word in name.split("_"))  # none is cut
-    assert f"{tmp_path}/pictures.png" in printed.replace("\n", "")
+    assert f"{tmp_path}/images.png" in printed.replace("\n", "")
 
 
 def test_pictures(tmp_path):
     fit(tmp_path, PictureDistillation(strength=0.0), FinalReport(str(tmp_path / "report"), columns=4))
-    grid = np.asarray(Image.open(tmp_path / "report" / "pictures.png"))
+    grid = np.asarray(Image.open(tmp_path / "report" / "images.png"))
     student, teacher = grid[-196:-104, -396:], grid[-96:, -396:]
     assert teacher.std() > student.std()  # the student has not learned and draws grey
     assert (tmp_path / "report" / "summary.json").exists()
@@ -125,7 +125,7 @@ def test_pictures(tmp_path):
 def test_without_a_metric_there_are_pictures_and_a_line(tmp_path, capsys):
     fit(tmp_path, PictureDistillation(with_metric=False), FinalReport())
     assert "model.metric is not set" in capsys.readouterr().out
-    assert (tmp_path / "pictures.png").exists()
+    assert (tmp_path / "images.png").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["teacher"] == summary["student"] == summary["categories"] == {}
     assert set(summary["diversity"]) == {"student", "teacher"}

@@ -116,12 +116,12 @@ def test_the_index_comes_back(tmp_path: Path, written: EncodedIndex) -> None:
     found = EncodedIndex.read(tmp_path, "data.directory")
     assert found == written
     assert found.complete
-    assert found.has_pictures
+    assert found.has_images
     (shard,) = found.shards["train"]
     assert shard.places == [8, 10, 11]
     content = json.loads((tmp_path / INDEX).read_text())
     assert content["format"] == FORMAT
-    assert content["picture_sizes"] == [[16, 64], [32, 32]]
+    assert content["image_sizes"] == [[16, 64], [32, 32]]
     assert content["samples"] == {"train": 3, "validation": 0}
     assert content["broken"] == {"train": 1, "validation": 0}
     assert read_entry(content["shards"]["train"][0]) == shard

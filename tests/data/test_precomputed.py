@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
-from lightning_distill.callbacks.pictures import LogPictures
+from lightning_distill.callbacks.images import LogImages
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText, Precomputed, Prompts, ShapesData
 from lightning_distill.data.encoded_shards import INDEX
@@ -94,7 +94,7 @@ def test_batches_are_of_one_bucket_as_the_pictures_are(pictures: ImageText, tmp_
     data = ready(encode(pictures, tmp_path / "precomputed"), batch_size=2)
     assert assert_same_batches(data.train_dataloader(), pictures.train_dataloader()) == 15
     assert len({batch["latents"].shape for batch in data.train_dataloader()}) == 3
-    assert json.loads((tmp_path / "precomputed" / INDEX).read_text())["picture_sizes"] == [[24, 40], [32, 32], [40, 24]]
+    assert json.loads((tmp_path / "precomputed" / INDEX).read_text())["image_sizes"] == [[24, 40], [32, 32], [40, 24]]
 
 
 @pytest.mark.usefixtures("_any_prompt")
@@ -186,7 +186,7 @@ def test_conditions_of_validation_prompts_and_of_none(directory: Path) -> None:
 def test_pictures_of_other_prompts_are_refused_before_anything_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[LogPictures(["a unicorn"])], enable_checkpointing=False)
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[LogImages(["a unicorn"])], enable_checkpointing=False)
     monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(ConfigurationError, match="'a unicorn' is not among the validation prompts"):
         trainer.fit(PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 from lightning_distill.data import Prompts
 from lightning_distill.errors import ConfigurationError
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distill.flow.derivative import time_derivative
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.solvers import integrate
 from tests.gaussian import GaussianTeacher
 
@@ -179,9 +179,9 @@ def gaussian() -> tuple[GaussianTeacher, Tensor, Tensor, Tensor]:
 def test_average_velocity_of_the_closed_form_is_its_displacement_over_time(gaussian):
     teacher, x_t, r, t = gaussian
     u = teacher.average_velocity(x_t, r, t)
-    torch.testing.assert_close(jump(x_t, u, r, t), teacher.flow_map(x_t, t, r))
+    torch.testing.assert_close(flow_step(x_t, u, r, t), teacher.flow_map(x_t, t, r))
     torch.testing.assert_close(teacher.average_velocity(x_t, t, t), teacher.velocity(x_t, t))
-    torch.testing.assert_close(integrate(teacher.velocity, x_t, t, r, 400, "heun"), jump(x_t, u, r, t), rtol=0, atol=1e-4)
+    torch.testing.assert_close(integrate(teacher.velocity, x_t, t, r, 400, "heun"), flow_step(x_t, u, r, t), rtol=0, atol=1e-4)
 
 
 def test_meanflow_identity_holds_for_the_closed_form_average_velocity(gaussian):

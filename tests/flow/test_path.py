@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_distill.flow.path import conditional_velocity, expand, interpolate, jump, predict_noise, predict_x0, renoise
+from lightning_distill.flow.path import conditional_velocity, expand, flow_step, interpolate, predict_noise, predict_x0, renoise
 from tests.gaussian import GaussianTeacher
 
 
@@ -44,13 +44,13 @@ def test_velocity_gives_back_both_ends(pair):
 def test_jump_along_one_pair_stays_on_its_path(pair):
     x0, noise, t = pair
     r = t * 0.3
-    x_r = jump(interpolate(x0, noise, t), conditional_velocity(x0, noise), r, t)
+    x_r = flow_step(interpolate(x0, noise, t), conditional_velocity(x0, noise), r, t)
     torch.testing.assert_close(x_r, interpolate(x0, noise, r))
 
 
 def test_jump_in_low_precision_keeps_small_steps():
     x_t, u = torch.full((1, 1, 1, 1), 1.0, dtype=torch.bfloat16), torch.full((1, 1, 1, 1), 0.01, dtype=torch.bfloat16)
-    x_r = jump(x_t, u, r=torch.tensor([0.4]), t=torch.tensor([0.5]))
+    x_r = flow_step(x_t, u, r=torch.tensor([0.4]), t=torch.tensor([0.5]))
     assert x_r.dtype == torch.float32
     assert x_r.item() == pytest.approx(0.999, abs=1e-5)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.path import jump
+from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.solvers import SOLVERS, VelocityFn, euler_step, evaluations, heun_step, integrate, midpoint_step
 from lightning_distill.flow.times import step_grid, substeps
 from tests.gaussian import GaussianTeacher
@@ -55,7 +55,7 @@ def test_solver_converges_to_the_closed_form_flow_of_gaussian_data(start, solver
 def test_every_step_is_exact_for_a_constant_velocity(start, step):
     x_t, t, r = start
     constant = torch.full_like(x_t, 1.5)
-    torch.testing.assert_close(step(lambda x, t: constant, x_t, t, r), jump(x_t, constant, r, t))
+    torch.testing.assert_close(step(lambda x, t: constant, x_t, t, r), flow_step(x_t, constant, r, t))
 
 
 @pytest.mark.parametrize("step", [heun_step, midpoint_step])
@@ -116,7 +116,7 @@ def test_a_shifted_grid_is_finer_where_the_flow_starts(start):
 
 def test_euler_in_one_step_is_a_jump_by_the_velocity(start):
     x_t, t, r = start
-    assert torch.equal(integrate(TEACHER.velocity, x_t, t, r, 1), jump(x_t, TEACHER.velocity(x_t, t), r, t))
+    assert torch.equal(integrate(TEACHER.velocity, x_t, t, r, 1), flow_step(x_t, TEACHER.velocity(x_t, t), r, t))
 
 
 def test_flow_goes_both_ways(start):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.models.base import Condition, ModelAdapter
-from lightning_distill.models.smooth_time import SmoothTimeReport
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+from lightning_distill.teachers.smooth_time import SmoothTimeReport
+from lightning_distill.teachers.student_options import StudentOptions
 from tests.gaussian import GaussianTeacher
 
 GAUSSIAN = GaussianTeacher()

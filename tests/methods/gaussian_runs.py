@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.methods import TeacherStudentBase
-from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.networks import GuidedCondition
 from tests.methods.gaussian_adapter import GAUSSIAN
 from tests.methods.test_meanflow import loader, trainer
 
@@ -70,12 +70,12 @@ def assert_restores(make: Callable[[], TeacherStudentBase], side: set[str], path
     torch.manual_seed(5)
     second = built(make())
     trainer(path, max_steps=2, limit_val_batches=0).fit(second, loader(), ckpt_path=path / "last.ckpt")
-    assert set(second.side_trainings()) == side
+    assert set(second.auxiliary_trainings()) == side
     for name, network in ((name, second.get_submodule(name)) for name in ("student", *side)):
         for one, other in zip(network.parameters(), first.get_submodule(name).parameters(), strict=True):
             assert torch.equal(one, other), name
-    for name, one in second.side_optimizers(spread=False).items():
-        state, other = one.optimizer.state_dict()["state"], first.side_optimizers(spread=False)[name].optimizer
+    for name, one in second.auxiliary_optimizers(spread=False).items():
+        state, other = one.optimizer.state_dict()["state"], first.auxiliary_optimizers(spread=False)[name].optimizer
         assert len(state) > 0
         for place, values in other.state_dict()["state"].items():
             assert all(torch.equal(value, state[place][key]) for key, value in values.items()), name

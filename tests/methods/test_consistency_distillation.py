@@ -8,7 +8,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import PowerLoss
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods import ConsistencyDistillation, Guidance, MeanFlow
-from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.networks import GuidedCondition
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
 

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from lightning_distill.callbacks import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.derivative_check import check_derivative
-from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.meanflow import MeanFlow
+from lightning_distill.methods.networks import GuidedCondition
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models.adapter import DiffusersAdapter
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
+from lightning_distill.teachers.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GaussianAdapter, SmallNetwork
 from tests.tiny import save_tiny_pipeline
 
@@ -179,7 +179,7 @@ class Choosing(GaussianAdapter):
         self._now: int | None = None
 
     @contextmanager
-    def held_routing(self) -> Iterator[None]:
+    def frozen_routing(self) -> Iterator[None]:
         self.contexts += 1
         self._now = self.contexts
         yield

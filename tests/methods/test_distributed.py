@@ -88,7 +88,7 @@ module.configure_model()
 start = sum(p.double().sum().item() for p in module.heads.parameters())
 torch.manual_seed(trainer.global_rank)
 trainer.fit(module, DataLoader(Pictures(), batch_size=8))
-networks = {name: module.get_submodule(name) for name in ("student", "ema", *module.side_trainings())}
+networks = {name: module.get_submodule(name) for name in ("student", "ema", *module.auxiliary_trainings())}
 sums = {name: sum(p.double().sum().item() for p in network.parameters()) for name, network in networks.items()}
 assert sums["heads"] != start
 sums["next"] = torch.rand(()).item()

@@ -9,10 +9,10 @@ from torch.nn.utils import parameters_to_vector
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow import Uniform
 from lightning_distill.methods import DMD2, CriticGan
-from lightning_distill.methods.distribution_matching import TrajectoryState
-from lightning_distill.models.base import ModelAdapter
+from lightning_distill.methods.critic import TrajectoryState
 from lightning_distill.optimizers import WarmupCosine
-from lightning_distill.strategies import FSDP2Strategy
+from lightning_distill.sharding import FSDP2Strategy
+from lightning_distill.teachers.model_adapter import ModelAdapter
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.gaussian_runs import adam, assert_it_learns_the_data, assert_restores, built, nothing_said
 from tests.methods.test_meanflow import VALIDATION, Captions, loader, trainer

@@ -6,8 +6,8 @@ import pytest
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import MeanFlow
-from lightning_distill.models.smooth_time import SmoothTimeReport
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.teachers.smooth_time import SmoothTimeReport
+from lightning_distill.teachers.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GaussianAdapter, SmallNetwork
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
 

@@ -11,7 +11,7 @@ from lightning_distill.flow.times import Uniform
 from lightning_distill.methods.base import Objective
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.teachers.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter, SmallNetwork
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
 

@@ -11,7 +11,7 @@ from lightning_distill.flow.moment_matching import RBFKernel
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.times import TimeSampler
 from lightning_distill.methods import IMM, ConsistencyDistillation, Guidance
-from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.networks import GuidedCondition
 from tests.flow.test_moment_matching import NegativeSquaredDistance
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.test_meanflow import VALIDATION, Pictures, loader, trainer
@@ -101,9 +101,9 @@ def test_time_1_is_trained(bridge) -> None:
 def test_the_bridge_of_the_data_keeps_the_noise_and_asks_no_teacher(monkeypatch) -> None:
     module, seen = method("small", bridge="data", decrement_exponent=6), []
     monkeypatch.setattr(module, "integrate_teacher", None)
-    own, others = module.average_velocity, module.student_jump
+    own, others = module.average_velocity, module.student_step
     monkeypatch.setattr(module, "average_velocity", lambda x, r, t, c: seen.append((x, t)) or own(x, r, t, c))
-    monkeypatch.setattr(module, "student_jump", lambda x, r, t, c: seen.append((x, t)) or others(x, r, t, c))
+    monkeypatch.setattr(module, "student_step", lambda x, r, t, c: seen.append((x, t)) or others(x, r, t, c))
     x0, condition = data()
     module.objective(x0, condition)
     (x_t, t), (x_r, r) = seen[:2]

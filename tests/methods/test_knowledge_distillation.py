@@ -5,7 +5,7 @@ import torch
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import Guidance, KnowledgeDistillation
-from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.networks import GuidedCondition
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.test_meanflow import VALIDATION, Captions, trainer
 

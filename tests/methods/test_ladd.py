@@ -7,8 +7,8 @@ import torch
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.times import Uniform
 from lightning_distill.methods import LADD, Guidance
-from lightning_distill.models.base import ModelAdapter
-from lightning_distill.strategies import FSDP2Strategy
+from lightning_distill.sharding import FSDP2Strategy
+from lightning_distill.teachers.model_adapter import ModelAdapter
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.gaussian_runs import adam, assert_it_learns_the_data, assert_restores, built, nothing_said
 from tests.methods.test_meanflow import VALIDATION, Captions, loader, trainer
@@ -66,9 +66,9 @@ def test_steps_are_drawn_from_the_grid_and_the_cleaner_half_first(tmp_path: Path
     module = built(method(warmup_steps=5))
     module.trainer = trainer(tmp_path)
     like = torch.zeros(4000, 3, 4, 4)
-    assert set(module.draw_steps(like).tolist()) == {0.5, 0.25}
+    assert set(module.sample_steps(like).tolist()) == {0.5, 0.25}
     module.warmup_steps = 0
-    drawn = module.draw_steps(like)
+    drawn = module.sample_steps(like)
     assert set(drawn.tolist()) == {1.0, 0.75, 0.5, 0.25}
     assert (drawn == 1).float().mean().item() == pytest.approx(0.7, abs=0.05)
 

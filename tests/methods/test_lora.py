@@ -17,9 +17,9 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import FlowMatching, MeanFlow, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.models import DiffusersAdapter, LoraOptions, StudentOptions
 from lightning_distill.optimizers import MuonWithAdamW
-from lightning_distill.strategies import ZeRO3Strategy
+from lightning_distill.sharding import ZeRO3Strategy
+from lightning_distill.teachers import DiffusersAdapter, LoraOptions, StudentOptions
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
@@ -123,7 +123,7 @@ def test_all_networks_are_in_one_memory(teacher: str) -> None:
     assert held == {id(parameter) for parameter in trained(module.student).values()}
     assert {id(p) for p in trained(module.alignment.critic).values()} == {
         id(p)
-        for group in module.side_optimizers(spread=False)["alignment.critic"].optimizer.param_groups
+        for group in module.auxiliary_optimizers(spread=False)["alignment.critic"].optimizer.param_groups
         for p in group["params"]
     }
     assert names

@@ -13,8 +13,8 @@ from lightning_distill.flow.losses import AdaptiveLoss, PowerLoss
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods.alignment import TrajectoryAlignment, TrajectoryState
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.methods.guided_networks import GuidedCondition
 from lightning_distill.methods.meanflow import MeanFlow
+from lightning_distill.methods.networks import GuidedCondition
 from lightning_distill.methods.validation import ValidationOptions
 from tests.gaussian import GaussianTeacher
 from tests.methods.gaussian_adapter import GAUSSIAN, ExactTeacher, GaussianAdapter
@@ -124,7 +124,7 @@ def test_differential_target_is_the_identity_with_the_derivative_along_the_teach
 @pytest.mark.parametrize(("source", "jumps", "tolerance"), [("student", 1, 1e-4), ("student", 3, 1e-4), ("teacher", 64, 0.05)])
 def test_states_of_a_trajectory_are_on_the_teachers(source, jumps, tolerance) -> None:
     """Where jumps of an exact student lead, and steps of the teacher, if they are many."""
-    module = method(trajectory_source=source, trajectory_jumps=jumps, solver="heun")
+    module = method(trajectory_source=source, trajectory_steps=jumps, solver="heun")
     noise, t, condition = torch.randn(16, 3, 4, 4), torch.linspace(0, 1, 16), {"caption": torch.zeros(16)}
     for seed in range(4):
         torch.manual_seed(seed)
@@ -165,7 +165,7 @@ def test_noised_pictures_need_pictures(tmp_path) -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_a_share_of_the_training_states_is_the_students_own(fraction, monkeypatch) -> None:
-    module = method("small", trajectory_fraction=fraction, trajectory_jumps=1)
+    module = method("small", trajectory_fraction=fraction, trajectory_steps=1)
     seen = {}
 
     def regression(x_t, r, t, condition):
@@ -268,7 +268,7 @@ def test_improved_guidance_takes_its_scale_from_omega_and_kappa() -> None:
         ({"solver_steps": 0}, "model.solver_steps"),
         ({"bootstrap_step": 0.0}, "model.bootstrap_step"),
         ({"trajectory_fraction": 1.1}, "model.trajectory_fraction"),
-        ({"trajectory_jumps": 0}, "model.trajectory_jumps"),
+        ({"trajectory_steps": 0}, "model.trajectory_steps"),
         ({"trajectory_source": "data"}, "model.trajectory_source"),
         ({"tangent_warmup_steps": -1}, "model.tangent_warmup_steps"),
         ({"caption_dropout": 1.0}, "model.caption_dropout"),

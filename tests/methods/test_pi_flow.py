@@ -9,9 +9,9 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods import PiFlow
 from lightning_distill.methods.pi_flow import mixture
-from lightning_distill.models.base import Condition
-from lightning_distill.models.policy import jump_weights, velocity_weights
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.students.policy import flow_step_weights, velocity_weights
+from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.gaussian_runs import built, nothing_said
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
@@ -50,7 +50,7 @@ class PolicyAdapter(GaussianAdapter):
         return student(x_t, r, t)
 
     def average_velocity(self, student, x_t, r, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
-        return mixture(student(x_t, r, t), jump_weights(r, t, POINTS))
+        return mixture(student(x_t, r, t), flow_step_weights(r, t, POINTS))
 
 
 def method(**settings: Any) -> PiFlow:
@@ -108,7 +108,7 @@ def test_settings_that_cannot_work_are_refused(settings: Any, names: str) -> Non
 
 
 def test_its_own_states_are_those_of_the_steps_that_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = built(method(trajectory_fraction=1.0, trajectory_jumps=3))
+    module = built(method(trajectory_fraction=1.0, trajectory_steps=3))
     asked, answer = set(), module.adapter.average_velocity
 
     def spy(student: nn.Module, x_t: Tensor, r: Tensor, t: Tensor, *told: Any) -> Tensor:

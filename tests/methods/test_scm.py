@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.derivative import value_and_time_derivative
-from lightning_distill.flow.path import interpolate, jump
+from lightning_distill.flow.path import flow_step, interpolate
 from lightning_distill.flow.times import LogitNormal, Uniform
 from lightning_distill.flow.trigflow import trig_time
 from lightning_distill.methods import SCM
@@ -59,7 +59,7 @@ def test_the_gradient_is_that_of_consistency_by_its_change_along_the_trajectory(
     x_t = interpolate(x0, torch.randn_like(x0), t)
 
     def prediction(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        return jump(x, module.student(x, r, t, torch.zeros(64)), r, t)
+        return flow_step(x, module.student(x, r, t, torch.zeros(64)), r, t)
 
     _, change = value_and_time_derivative(prediction, x_t, torch.zeros_like(t), t, GAUSSIAN.velocity(x_t, t))
     # A step against this gradient moves f = x_t - t u down its own change.
@@ -136,7 +136,7 @@ def test_resumes_with_its_weight(tmp_path) -> None:
     trainer(tmp_path, max_steps=3, limit_val_batches=0).fit(again, loader(), ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(again.time_weight.linear.bias, module.time_weight.linear.bias)
     assert again.time_weight.linear.bias != 0
-    state = again.side_optimizers(spread=False)["time_weight"].optimizer.state_dict()["state"]
+    state = again.auxiliary_optimizers(spread=False)["time_weight"].optimizer.state_dict()["state"]
     assert state[0]["step"] == 3
 
 

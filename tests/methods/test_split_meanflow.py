@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import expand, interpolate
 from lightning_distill.methods import SplitMeanFlow
-from lightning_distill.methods.guided_networks import GuidedCondition
+from lightning_distill.methods.networks import GuidedCondition
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
 from tests.methods.test_meanflow import VALIDATION, loader, trainer
 
@@ -38,8 +38,8 @@ def test_the_target_is_the_mean_of_two_jumps(points) -> None:
     module = method("small")
     s = 0.6 * t
     target = module.split_target(x_t, r, t, (t - s) / (t - r), condition)
-    x_s = module.student_jump(x_t, s, t, condition)
-    x_r = module.student_jump(x_s, r, s, condition)
+    x_s = module.student_step(x_t, s, t, condition)
+    x_r = module.student_step(x_s, r, s, condition)
     torch.testing.assert_close(x_t - expand(t - r, x_t) * target, x_r)
     assert not target.requires_grad
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
 from lightning_distill.methods import Guidance, MeanFlow, TimestepRescaling
-from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.student_options import StudentOptions
+from lightning_distill.teachers import DiffusersAdapter
+from lightning_distill.teachers.student_options import StudentOptions
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
 

@@ -7,20 +7,20 @@ import pytest
 import torch
 
 import lightning_distill.planning.step as step
-from lightning_distill.cli import main
+from lightning_distill.commands.main import main
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import MeanFlow, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.models import HunyuanImage3Adapter
-from lightning_distill.models.hunyuan_image3_networks import student_config, without_memory
-from lightning_distill.models.student_options import StudentOptions
-from lightning_distill.models.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.step import Batch, StepCost, measure_step
-from lightning_distill.strategies.blocks import blocks, experts, units
-from tests.models.families import load_family
-from tests.models.hunyuan_image3 import save_stand_in
-from tests.models.hunyuan_image3_stand_in.configuration_hunyuan_image_3 import HunyuanImage3Config
+from lightning_distill.sharding.blocks import blocks, experts, units
+from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
+from lightning_distill.teachers import HunyuanImage3Adapter
+from lightning_distill.teachers.hunyuan_image3.networks import student_config, to_fake
+from lightning_distill.teachers.student_options import StudentOptions
+from tests.teachers.hunyuan_image3.stand_in.configuration_hunyuan_image_3 import HunyuanImage3Config
+from tests.teachers.hunyuan_image3.tiny_pipeline import save_stand_in
+from tests.teachers.tiny_families import load_family
 
 
 def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
@@ -30,7 +30,7 @@ def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
 def described(directory: Path, options: StudentOptions) -> TwoTimeHunyuanImage3:
     config = hunyuan_image3.stacks(directory, 0).config
     kind = hunyuan_image3.two_time_class(hunyuan_image3.DescribedHunyuanImage3, TwoTimeHunyuanImage3)
-    return without_memory(kind, student_config(config, options))
+    return to_fake(kind, student_config(config, options))
 
 
 @pytest.mark.parametrize("form", ["newer", "newer_distilled"])

@@ -25,11 +25,11 @@ from lightning_distill.methods import (
     TrajectoryAlignment,
 )
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.models import DiffusersAdapter
-from lightning_distill.models.embedded import build_flux_pipeline
-from lightning_distill.models.student_options import LoraOptions, StudentOptions
 from lightning_distill.planning.ledger import Ledger
 from lightning_distill.planning.step import Batch, StepCost, measure_step
+from lightning_distill.teachers import DiffusersAdapter
+from lightning_distill.teachers.embedded import build_flux_pipeline
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from tests.tiny import WORDS, tiny_vae
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .two_time import OwnPart
 
 
-def jump_weights(r: Tensor, t: Tensor, points: int) -> Tensor:
+def flow_step_weights(r: Tensor, t: Tensor, points: int) -> Tensor:
     """Weights (B, N) of the outputs in the average velocity of a step from t (B,) down to r (B,)."""
     return position_weights(r, r, t, points)
 
@@ -105,7 +105,7 @@ class PolicyHead(nn.Linear):
     def mix_for(self, r: Tensor, t: Tensor, all_points: bool) -> None:
         """Be told of steps from t (B,) down to r (B,): mix to their average velocities, or give all outputs one by one."""
         each = torch.eye(self.points, device=t.device).expand(len(t), -1, -1)
-        self.mixture = each if all_points else jump_weights(r, t, self.points)[:, None]
+        self.mixture = each if all_points else flow_step_weights(r, t, self.points)[:, None]
 
     def forward(self, input: Tensor) -> Tensor:
         """Mixtures (B M, L, out) of tokens (B, L, in) by `mixture` (B, M, N), that `TwoTimeModel` sets; float32 if M > 1."""

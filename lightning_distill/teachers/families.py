@@ -1,0 +1,46 @@
+"""Families of diffusers pipelines that students are known for."""
+
+import inspect
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from lightning_distill.students.few_step import FewStepPipeline
+from lightning_distill.students.two_time import TwoTimeModel
+from lightning_distill.students.two_time_flux import TwoTimeFluxPipeline
+from lightning_distill.students.two_time_flux2 import TwoTimeFlux2KleinPipeline, TwoTimeFlux2Pipeline
+from lightning_distill.students.two_time_hunyuan_image import TwoTimeHunyuanImagePipeline
+from lightning_distill.students.two_time_qwen_image import TwoTimeQwenImagePipeline
+from lightning_distill.students.two_time_sana import TwoTimeSanaPipeline
+from lightning_distill.students.two_time_sd3 import TwoTimeStableDiffusion3Pipeline
+from lightning_distill.students.two_time_z_image import TwoTimeZImagePipeline
+
+FAMILIES: dict[str, type[FewStepPipeline]] = {
+    family.stock_class.__name__: family
+    for family in (
+        TwoTimeFlux2KleinPipeline,
+        TwoTimeFlux2Pipeline,
+        TwoTimeFluxPipeline,
+        TwoTimeHunyuanImagePipeline,
+        TwoTimeQwenImagePipeline,
+        TwoTimeSanaPipeline,
+        TwoTimeStableDiffusion3Pipeline,
+        TwoTimeZImagePipeline,
+    )
+}
+"""By the name of the stock pipeline."""
+
+
+def two_time(network: nn.Module) -> TwoTimeModel:
+    """The network itself, which must be one that an adapter made."""
+    if not isinstance(network, TwoTimeModel):
+        raise TypeError(f"DiffusersAdapter works with its own transformers, not with {type(network).__name__}")
+    return network
+
+
+def stock_options(kind: type[DiffusionPipeline], max_sequence_length: int) -> dict[str, Any]:
+    """Arguments by which a stock pipeline pads its prompts as training does, and draws in the size that is asked for."""
+    options = {"max_sequence_length": max_sequence_length, "use_resolution_binning": False}
+    known = inspect.signature(kind.__call__).parameters
+    return {name: value for name, value in options.items() if name in known}

@@ -1,0 +1,1 @@
+"""HunyuanImage 3.0, a teacher that is in neither diffusers nor transformers."""

@@ -1,0 +1,334 @@
+"""HunyuanImage 3.0, whose code comes with the checkpoint."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.students import few_step_hunyuan_image3 as family
+from lightning_distill.students.expert_routing import Routing
+from lightning_distill.students.hunyuan_image3_layout import TokenLayout
+from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
+from lightning_distill.teachers.diffusers_adapter import DTYPES
+from lightning_distill.teachers.fingerprint import fingerprint
+from lightning_distill.teachers.hunyuan_image3.directory import (
+    is_hunyuan_image3,
+    is_student,
+    missing_files,
+    published_class,
+    read_config,
+    read_weights,
+    save_model,
+    two_time_class,
+)
+from lightning_distill.teachers.hunyuan_image3.networks import (
+    IMPLEMENTATIONS,
+    build_student,
+    read_teacher,
+    to_fake,
+    without_weights,
+)
+from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+from lightning_distill.teachers.smooth_time import SmoothTimeReport
+from lightning_distill.teachers.student_options import StudentOptions
+from lightning_distill.teachers.usage import ExportCode
+
+_LOAD = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this/directory", trust_remote_code=True{options})
+model.load_tokenizer("this/directory")
+"""
+_STUDENT = """image = model.draw(
+{inputs}
+)[0]
+"""
+_TEACHER = """model.generation_config.diff_infer_steps = {steps}
+model.generation_config.diff_guidance_scale = {guidance_scale}
+image = model.generate_image(prompt="a prompt", image_size="{height}x{width}")
+"""
+
+
+class HunyuanImage3Adapter(ModelAdapter):
+    """HunyuanImage 3.0: a mixture of experts that reads prompts and draws pictures in one sequence of tokens.
+
+    Its code is part of the checkpoint, in an older and a newer form, and this adapter knows both. The newer one's flags decide
+    on guidance (`cfg_distilled`: an input; else two branches) and on a token for r of its own (`use_meanflow`). Prompts are
+    drawn as they are; the published model can also rewrite them, which is not done here.
+
+    Args:
+        pretrained: A directory as it is published, or a hub id ("tencent/HunyuanImage-3.0"), which is downloaded whole.
+        trust_remote_code: Whether to run the Python files of the checkpoint; without it nothing can be loaded.
+        revision: Revision of a hub id.
+        torch_dtype: Precision of the frozen parts: "float32", "bfloat16" or "float16". Time embeddings, and the weights
+            that train, are float32 in any case.
+        max_sequence_length: Tokens in front of a picture, template and system prompt included; longer prompts are cut.
+        system_prompt: Text in front of every prompt, or None.
+    """
+
+    shards: ClassVar[bool] = True
+    export_code: ClassVar[ExportCode] = ExportCode(
+        library="transformers",
+        student=_LOAD.format(options="") + _STUDENT,
+        teacher=_LOAD.format(options=', attn_implementation="sdpa", moe_impl="eager"') + _TEACHER,
+    )
+
+    def __init__(
+        self,
+        pretrained: str,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        torch_dtype: str = "bfloat16",
+        max_sequence_length: int = 256,
+        system_prompt: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.trust_remote_code = trust_remote_code
+        self.revision = revision
+        self.torch_dtype = torch_dtype
+        self.max_sequence_length = max_sequence_length
+        self.system_prompt = system_prompt
+        self.embeds_guidance = False
+        self._layout: TokenLayout | None = None
+        self._generation: Any = None
+        self._vae: list[Any] = []  # a list, since what is a part of this module moves to the GPU with it
+        self._encoders = True
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` where the settings cannot work."""
+        if self.torch_dtype not in DTYPES:
+            raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.max_sequence_length < 1:
+            raise ConfigurationError(
+                f"adapter.max_sequence_length is {self.max_sequence_length}; give the tokens of the longest prompts, as 256"
+            )
+        config = self._read_config()
+        if is_student(config):
+            raise ConfigurationError(
+                f"adapter.pretrained is {self.pretrained!r}, an exported student; give the checkpoint that it was made from"
+            )
+        if not is_hunyuan_image3(config):
+            raise ConfigurationError(
+                f"adapter.pretrained is {self.pretrained!r}, which is not HunyuanImage 3.0 with its code; give a directory "
+                "whose config.json has the model_type hunyuan_image_3_moe and an auto_map"
+            )
+        if Path(self.pretrained).is_dir() and (missing := missing_files(Path(self.pretrained))):
+            raise ConfigurationError(
+                f"adapter.pretrained is {self.pretrained!r}, which lacks {', '.join(missing)}; download the whole checkpoint"
+            )
+        if not self.trust_remote_code:
+            raise ConfigurationError(
+                f"adapter.pretrained is {self.pretrained!r}, which brings code of its own; read its Python files, and set "
+                "adapter.trust_remote_code to true to run them"
+            )
+        self.embeds_guidance = bool(config.get("cfg_distilled", False))
+
+    def _read_config(self) -> dict[str, Any]:
+        name = self.pretrained
+        if Path(name).is_dir():
+            return read_config(Path(name))
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise ConfigurationError(
+                f"adapter.pretrained is {name!r}, which is neither a directory nor a hub id like 'tencent/HunyuanImage-3.0'; "
+                "correct the path"
+            )
+        try:
+            return read_config(Path(hf_hub_download(name, "config.json", revision=self.revision)).parent)
+        except Exception as error:  # whatever the hub's client of the day raises, the remedy is the same
+            raise ConfigurationError(
+                f"adapter.pretrained is {name!r}, which is not in the local cache and cannot be fetched from the hub "
+                f"({type(error).__name__}); download it first, or give a directory"
+            ) from error
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoint lies; a hub id is downloaded."""
+        local = Path(self.pretrained)
+        return local if local.is_dir() else Path(snapshot_download(self.pretrained, revision=self.revision))
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """What latents and conditions depend on: the checkpoint, by its files or its hub id, and what it is asked."""
+        pretrained, directory = self.pretrained, Path(self.pretrained)
+        return {
+            "pretrained": f"sha256:{fingerprint(directory, ['.'])}" if directory.is_dir() else pretrained,
+            "revision": self.revision,
+            "torch_dtype": self.torch_dtype,
+            "max_sequence_length": self.max_sequence_length,
+            "system_prompt": self.system_prompt,
+        }
+
+    def load(self, encoders: bool = True) -> None:
+        """Load the tokenizer and the autoencoder, frozen and in evaluation mode; there are no text encoders."""
+        self.check()  # nothing of the checkpoint runs unless it is trusted
+        directory = self.directory
+        published: Any = published_class(directory)
+        config = published.config_class.from_pretrained(directory, **IMPLEMENTATIONS)
+        with torch.device("meta"):
+            described = published(config)
+        described.generation_config = GenerationConfig.from_pretrained(directory)
+        family.load_tokenizer(described, published, str(directory))
+        self._layout = family.layout_of(described, self.system_prompt, self.max_sequence_length)
+        self._generation = described.generation_config
+        vae = type(described.vae).from_config(config.vae)
+        vae.load_state_dict(
+            {
+                name.removeprefix("vae."): weight
+                for name, weight in read_weights(directory, {f"vae.{name}" for name in vae.state_dict()}).items()
+            }
+        )
+        # Not by diffusers' own `to`, which warns of parts in float32 that this autoencoder has not.
+        self._vae = [nn.Module.to(vae, DTYPES[self.torch_dtype]).requires_grad_(False).eval()]
+        self._encoders = encoders
+        if encoders:
+            self.add_module("vae", self._vae[0])
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How prompts and pictures become tokens."""
+        if self._layout is None:
+            raise RuntimeError("the adapter is not loaded yet; call load() first")
+        return self._layout
+
+    def load_teacher(self) -> nn.Module:
+        """Load the part of the model that draws, frozen and in evaluation mode."""
+        self.check()
+        return read_teacher(self.directory, DTYPES[self.torch_dtype], self.sharding)
+
+    def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
+        """A trainable copy of the teacher with an interval input and, by default, smooth time."""
+        return build_student(two_time(teacher), options, self.directory, self.sharding)
+
+    def meta_student(self, options: StudentOptions) -> nn.Module:
+        """A student as `build_student` makes it, whose weights take no memory."""
+        return without_weights(self.directory, options)
+
+    def unsharded_copy(self, network: nn.Module) -> nn.Module:
+        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        if self.sharding is None:
+            return network
+        spread = two_time(network)
+        copy = to_fake(two_time_class(spread.published, TwoTimeHunyuanImage3), spread.config)
+        if state := self.sharding.gather(network):
+            copy.load_state_dict({**state, **dict(network.named_buffers())}, assign=True, strict=False)
+        return copy
+
+    def frozen_routing(self) -> Routing:
+        """A context in which every pass of a network sends its tokens to the experts of the first."""
+        return Routing()
+
+    def encode_prompt(self, prompts: list[str]) -> Condition:
+        """Conditions of B prompts: their tokens, since the network reads them itself."""
+        try:
+            return self.layout.condition(prompts, self._vae[0].device)
+        except ValueError as error:
+            raise ConfigurationError(f"{error}: set adapter.max_sequence_length") from error
+
+    def null_for(self, condition: Condition, null_condition: Condition) -> Condition:
+        """The prompts with each of their tokens dropped: the published null condition is as long as the prompt."""
+        return {**condition, "prompt_ids": condition["null_ids"]}
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """None: the network reads prompts itself."""
+        return {}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        return family.encode_latents(self._vae[0], images)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w)."""
+        (vae,) = self._vae
+        if self._encoders:
+            return family.decode_latents(vae, latents)
+        try:
+            return family.decode_latents(nn.Module.to(vae, latents.device), latents)
+        finally:
+            vae.cpu()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of an image of H x W pixels.
+
+        Raises:
+            ConfigurationError: If the checkpoint has no such size.
+        """
+        try:
+            return family.latent_shape(self.layout.config, self.layout, height, width)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+
+    def time_shift(self, latent_shape: tuple[int, ...]) -> float:
+        """The shift of the checkpoint's sampling grid."""
+        return float(self._generation.flow_shift)
+
+    def velocity(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None
+    ) -> Tensor:
+        """Velocity (B, C, h, w) by one forward."""
+        return self._evaluate(network, x_t, None, t, condition, guidance_scale)
+
+    def average_velocity(
+        self,
+        student: nn.Module,
+        x_t: Tensor,
+        r: Tensor,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+        return self._evaluate(student, x_t, r, t, condition, guidance_scale)
+
+    def _evaluate(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        r: Tensor | None,
+        t: Tensor,
+        condition: Condition,
+        guidance_scale: Tensor | float | None,
+    ) -> Tensor:
+        vertical, horizontal = self.layout.config.vae_downsample_factor
+        sequence = self.layout.sequence(condition, vertical * x_t.shape[-2], horizontal * x_t.shape[-1])
+        guidance = None
+        if self.embeds_guidance:
+            if guidance_scale is None:
+                raise ConfigurationError("this checkpoint embeds the guidance scale; set guidance.scale, 2.5 is usual")
+            guidance = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))
+        return two_time(network).average_velocity(x_t, r, t, sequence, guidance)
+
+    def save_student(self, student: nn.Module, directory: Path) -> None:
+        """Write the model in its published layout, with the code of its sampler, loaded with `trust_remote_code=True`."""
+        student = two_time(student)
+        settings = {
+            "interval_embedding": student.config.interval_embedding,
+            "time_frequency_bound": student.config.time_frequency_bound,
+            "interval_frequency_bound": student.config.interval_frequency_bound,
+            "system_prompt": self.system_prompt,
+            "max_sequence_length": self.max_sequence_length,
+            "stochastic_sampling": self.stochastic_sampling,
+        }
+        save_model(student, self.directory, directory, settings)
+
+    def save_teacher(self, network: nn.Module, directory: Path) -> None:
+        """Write the published model.
+
+        Raises:
+            ValueError: If it cannot compute what the network computes.
+        """
+        network = two_time(network)
+        if hasattr(network.config, "interval_embedding"):
+            raise ValueError("this network takes two times, which the published model cannot; save it as a student")
+        save_model(network, self.directory, directory, {})
+
+
+def two_time(network: nn.Module) -> TwoTimeHunyuanImage3:
+    """The network itself, which must be one that an adapter made."""
+    if not isinstance(network, TwoTimeHunyuanImage3):
+        raise TypeError(f"HunyuanImage3Adapter works with its own networks, not with {type(network).__name__}")
+    return network

@@ -1,0 +1,72 @@
+"""Directories of LoRA students: what they train, without their base, and the code that puts the two together."""
+
+import inspect
+import json
+import math
+import shutil
+from pathlib import Path
+
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+from safetensors.torch import save_file
+
+from lightning_distill.students import lora_student
+from lightning_distill.students.few_step import FewStepPipeline
+from lightning_distill.students.lora_student import (
+    ADAPTER,
+    LORA_WEIGHTS,
+    PREFIX,
+    SETTINGS,
+    TIME_WEIGHTS,
+    base_sample,
+    lora_layers,
+    lora_weights,
+    time_weights,
+)
+from lightning_distill.students.two_time import TwoTimeModel
+
+CODE = "few_step_student"
+"""Folder of the code: a package that is imported from the directory."""
+SAMPLED_LAYERS = 8
+"""Layers of the base of which some weights are written, so that another base is refused."""
+
+
+def save_lora_student(
+    pipeline: FewStepPipeline,
+    student: TwoTimeModel,
+    max_sequence_length: int,
+    stochastic_sampling: bool,
+    base_model: str,
+    directory: Path,
+) -> None:
+    """Write what `load_lora_student` puts on the base again.
+
+    Args:
+        pipeline: The teacher's.
+        student: A network of the pipeline's `network_class` with LoRA.
+        max_sequence_length: Tokens that the student's prompts were padded to.
+        stochastic_sampling: Whether its steps go to data and back by fresh noise.
+        base_model: Hub id, shipped name or directory of the teacher; of a directory only its name is written.
+        directory: Where to; made if it is not there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lora = {f"{PREFIX}{name}": value.contiguous() for name, value in lora_weights(student).items()}
+    save_file(lora, directory / LORA_WEIGHTS, {"format": "pt"})
+    save_file({name: value.contiguous() for name, value in time_weights(student).items()}, directory / TIME_WEIGHTS)
+    student.peft_config[ADAPTER].save_pretrained(str(directory))
+    source = Path(inspect.getfile(type(pipeline)))
+    layers = list(lora_layers(student))
+    layers = layers[:: math.ceil(len(layers) / SAMPLED_LAYERS)]
+    settings = {
+        "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        "pipeline": [source.stem, type(pipeline).__name__],
+        "max_sequence_length": max_sequence_length,
+        "stochastic_sampling": stochastic_sampling,
+        "base_sample": {"layers": layers, "weights": base_sample(student, layers)},
+        "transformer": {name: value for name, value in student.config.items() if not name.startswith("_")},
+    }
+    (directory / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    folder = directory / CODE
+    folder.mkdir(exist_ok=True)
+    for file in (source, Path(lora_student.__file__)):
+        for each in (file, *map(Path, get_relative_import_files(file))):
+            shutil.copyfile(each, folder / each.name)

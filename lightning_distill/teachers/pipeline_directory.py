@@ -1,0 +1,87 @@
+"""Diffusers pipeline directories: students with the code they need, teachers in stock form."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils.dynamic_modules_utils import get_relative_import_files
+
+from lightning_distill.students.average_velocity_scheduler import AverageVelocityScheduler
+from lightning_distill.students.few_step import FewStepPipeline
+from lightning_distill.students.few_step_components import pipeline_arguments, student_pipeline
+from lightning_distill.students.two_time import TwoTimeModel
+
+TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_frequency_bound", "rescaled_time", "policy_points")
+
+
+def save_few_step_pipeline(
+    pipeline: FewStepPipeline, student: TwoTimeModel, max_sequence_length: int, stochastic_sampling: bool, directory: Path
+) -> None:
+    """Write a pipeline that loads with `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
+
+    Args:
+        pipeline: The teacher's, of which everything but the transformer and the scheduler is kept.
+        student: A network of the pipeline's `network_class`.
+        max_sequence_length: Tokens that the student's prompts were padded to; becomes the tokenizer's own length.
+        stochastic_sampling: Whether its steps go to data and back by fresh noise.
+        directory: Where to; made if it is not there.
+    """
+    student_pipeline(type(pipeline), pipeline, student, max_sequence_length, stochastic_sampling).save_pretrained(directory)
+
+    # diffusers knows no way to save a class with its code: it would look for this package when it loads.
+    index_file = directory / "model_index.json"
+    index = json.loads(index_file.read_text())
+    for entry, kind, folder in (
+        ("_class_name", type(pipeline), "."),
+        ("transformer", type(student), "transformer"),
+        ("scheduler", AverageVelocityScheduler, "scheduler"),
+    ):
+        source = Path(inspect.getfile(kind))
+        index[entry] = [source.stem, kind.__name__]
+        for file in (source, *map(Path, get_relative_import_files(source))):
+            shutil.copyfile(file, directory / folder / file.name)
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+    _forget_origin(directory)
+
+
+def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, directory: Path) -> None:
+    """Write a stock pipeline of diffusers.
+
+    Args:
+        pipeline: Of which everything but the transformer is kept.
+        network: A network of the pipeline's `network_class`, without an interval input or smooth time.
+        directory: Where to; made if it is not there.
+
+    Raises:
+        ValueError: If a stock transformer cannot compute what the network computes.
+    """
+    config = network.config
+    if config.interval_embedding != "none" or config.time_frequency_bound is not None or config.rescaled_time:
+        raise ValueError("this network takes two times, or time otherwise, which a stock pipeline cannot; save it as a student")
+    stock_class = stock_network_class(type(network))
+    with torch.device("meta"):
+        stock = stock_class(
+            **{name: value for name, value in config.items() if not name.startswith("_") and name not in TWO_TIME_SETTINGS}
+        )
+    # Time embeddings in float32 beside weights in bfloat16 would fail in a stock model, which casts times.
+    state = {name: value.to(network.dtype) for name, value in network.state_dict().items()}
+    stock.load_state_dict(state, assign=True)
+    stock_pipeline: DiffusionPipeline = pipeline.stock_class(**{**pipeline_arguments(pipeline), "transformer": stock})
+    stock_pipeline.save_pretrained(directory)
+    _forget_origin(directory)
+
+
+def stock_network_class(network_class: type[TwoTimeModel]) -> type[ModelMixin]:
+    """The class of diffusers that a two-time transformer extends."""
+    return next(parent for parent in network_class.__mro__ if parent.__module__.startswith("diffusers.models.transformers."))
+
+
+def _forget_origin(directory: Path) -> None:
+    """Take out where the components were loaded from: a path on the machine that trained."""
+    for file in directory.glob("*/*config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,139 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_distill.commands import config_files as configuration
+from lightning_distill.commands.config_files import (
+    check_learning_rates,
+    config_chain,
+    config_directory,
+    find_config,
+    flatten,
+    shipped_configs,
+    without_keys,
+)
+from lightning_distill.errors import ConfigurationError
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch) -> Path:
+    """A package directory with two configs inside, and an empty working directory."""
+    directory = tmp_path / "package" / "configs"
+    directory.mkdir(parents=True)
+    (directory / "one.yaml").write_text("model: shipped\n")
+    (directory / "two.yaml").write_text("model: two\n")
+    monkeypatch.setattr(configuration, "_PACKAGE", directory.parent)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return directory
+
+
+def test_the_working_directory_comes_first(shipped):
+    assert find_config("one.yaml") == shipped / "one.yaml"
+    Path("one.yaml").write_text("model: mine\n")
+    assert find_config("one.yaml").read_text() == "model: mine\n"
+
+
+def test_a_path_is_never_looked_up_among_the_shipped(shipped):
+    with pytest.raises(ConfigurationError):
+        find_config("elsewhere/one.yaml")
+    assert find_config(str(shipped / "one.yaml")) == shipped / "one.yaml"
+
+
+def test_a_missing_config_names_the_shipped_ones(shipped):
+    with pytest.raises(ConfigurationError, match=r"'three.yaml' is neither .*; the shipped ones are one.yaml, two.yaml$"):
+        find_config("three.yaml")
+
+
+def test_a_checkout_has_its_configs_beside_the_package(shipped):
+    assert config_directory() == shipped
+    shipped.rename(shipped.parents[1] / "configs")
+    assert config_directory() == shipped.parents[1] / "configs"
+    assert shipped_configs() == ["one.yaml", "two.yaml"]
+
+
+def test_bases_come_before_what_builds_on_them(shipped):
+    Path("local.yaml").write_text("model: local\n")
+    Path("middle.yaml").write_text("base: local.yaml\nmodel: middle\n")
+    Path("top.yaml").write_text("base: [one.yaml, middle.yaml]\nmodel: top\n")
+    assert [path.name for path in config_chain("top.yaml")] == ["one.yaml", "local.yaml", "middle.yaml", "top.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("base: a.yaml\nmodel: b\n", "\nmodel: b\n"),
+        ("# why\nbase:\n- a.yaml\n- b.yaml\nmodel: b\n", "# why\nmodel: b\n"),
+        ("model:\n  base: a\n", "model:\n  base: a\n"),
+        ("{base: a.yaml, seed_everything: 3}", "{seed_everything: 3}"),
+        ("{seed_everything: 3, base: [a.yaml, b.yaml]}", "{seed_everything: 3}"),
+        ("{base: a.yaml}", "{}"),
+        ("lr", "lr"),
+    ],
+)
+def test_base_is_taken_out(text, rest):
+    assert without_keys(text, ["base"]) == rest
+
+
+def test_several_keys_are_taken_out_of_the_top_alone():
+    text = "a: 1\nmodel:\n  a: 2\nb:\n  c: 3\nd: 4\n"
+    assert yaml.safe_load(without_keys(text, ["a", "b"])) == {"model": {"a": 2}, "d": 4}
+
+
+def test_a_config_cannot_build_on_itself(shipped):
+    Path("a.yaml").write_text("base: b.yaml\n")
+    Path("b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigurationError, match=r"a.yaml builds on itself"):
+        config_chain("a.yaml")
+    Path("loop.yaml").write_text(f"base: ../{Path.cwd().name}/loop.yaml\n")
+    with pytest.raises(ConfigurationError, match=r"loop.yaml builds on itself"):
+        config_chain("loop.yaml")
+
+
+@pytest.mark.parametrize("text", ["base:\n", "base: {a: 1}\n", "base: [one.yaml, [two.yaml]]\n"])
+def test_a_base_that_is_no_name(shipped, text):
+    Path("a.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"a.yaml has a 'base' that names no config; give a name, or a list of names"):
+        config_chain("a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [("model: a\ndata: b\nmodel: c\n", "model", 3), ("model:\n  lr: 1\n  lr: 2\n", "lr", 3), ("a:\n- b: 1\n  b: 2\n", "b", 3)],
+)
+def test_duplicate_keys(shipped, text, key, line):
+    Path("double.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=f"double.yaml gives '{key}' twice, again in line {line}"):
+        config_chain("double.yaml")
+    Path("top.yaml").write_text("base: double.yaml\n")
+    with pytest.raises(ConfigurationError, match=r"double.yaml gives"):
+        config_chain("top.yaml")
+
+
+def test_the_same_key_in_two_mappings_is_fine(shipped):
+    Path("fine.yaml").write_text("a: {lr: 1}\nb: {lr: 1}\n")
+    assert len(config_chain("fine.yaml")) == 1
+
+
+def test_broken_yaml(shipped):
+    Path("broken.yaml").write_text("model: [a\n")
+    with pytest.raises(ConfigurationError, match=r"broken.yaml is not valid YAML: "):
+        config_chain("broken.yaml")
+    Path("latin.yaml").write_bytes("model: é\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"latin.yaml is not valid YAML: "):
+        config_chain("latin.yaml")
+
+
+@pytest.mark.parametrize("lr", [-1, -1e-9, float("inf"), float("nan")])
+def test_bad_learning_rates(lr):
+    with pytest.raises(ConfigurationError, match=r"model\.optimizers\.0\.lr is "):
+        check_learning_rates({"model": {"optimizers": [{"lr": lr}]}})
+
+
+def test_good_learning_rates():
+    check_learning_rates({"lr": 0.0, "model": {"lr": 1, "min_lr_shift": -1}, "other": {"lr": None}})
+
+
+def test_flatten():
+    assert flatten({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}) == {"a.b.0": 1, "a.b.1.c": 2, "a.d": {}, "e": None}

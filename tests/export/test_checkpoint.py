@@ -1,0 +1,130 @@
+"""`export`: a student from a checkpoint is the one that the run itself exports."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from lightning_distill.commands.main import main
+from tests.tiny import PROMPTS, save_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, with its config, its checkpoint and its export."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    config = {
+        "base": "shapes_student.yaml",
+        "model": {
+            "class_path": "MeanFlow",
+            "init_args": {
+                "adapter": {"init_args": {"pretrained": save_tiny_pipeline(folder / "teacher")}},
+                "student": {"max_drift": 10.0},
+                "ema_decay": 0.5,
+                "lr_scheduler": None,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+                "metric": None,
+                "validation": {"nfe": [1], "average_velocity": False},
+            },
+        },
+        "data": {"init_args": {"size": 8, "batch_size": 4, "prompts_per_category": 1}},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "logger": False,
+            "enable_progress_bar": False,
+            "default_root_dir": str(folder),
+            "callbacks": [
+                {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": str(folder), "every_n_train_steps": 2}},
+                {"class_path": "ExportPipeline", "init_args": {"directory": str(folder / "student")}},
+            ],
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(folder / "run.yaml")])
+    return folder
+
+
+def export(run: Path, target: Path, *further: str) -> dict[str, torch.Tensor]:
+    arguments = ["--config", str(run / "run.yaml"), "--ckpt_path", str(run / "last.ckpt"), "--directory", str(target)]
+    main(["export", *arguments, *further])
+    return {name: value for file in (target / "transformer").glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def test_it_is_what_the_run_exports(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "student")
+    names = {path.relative_to(run / "student") for path in (run / "student").rglob("*") if path.is_file()}
+    assert names == {path.relative_to(tmp_path / "student") for path in (tmp_path / "student").rglob("*") if path.is_file()}
+    differing = [name for name in names if (run / "student" / name).read_bytes() != (tmp_path / "student" / name).read_bytes()]
+    # The card tells of the training's time, and a tokenizer remembers how it padded last.
+    assert [name for name in differing if "tokenizer" not in str(name)] == [Path("README.md")]
+
+
+def test_a_config_that_fit_has_printed_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(run / "run.yaml"), "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert {"ckpt_path", "weights_only"} < yaml.safe_load((tmp_path / "run.yaml").read_text()).keys()
+    (tmp_path / "last.ckpt").symlink_to(run / "last.ckpt")
+    printed, written = export(tmp_path, tmp_path / "printed"), export(run, tmp_path / "written")
+    assert all(printed[name].equal(written[name]) for name in printed.keys() | written.keys())
+
+
+def test_large_students_go_into_several_files(run: Path, tmp_path: Path) -> None:
+    expected = load_file(next((run / "student" / "transformer").glob("*.safetensors")))
+    found = export(run, tmp_path / "student", "--max_shard_size", "200KB")
+    files = list((tmp_path / "student" / "transformer").glob("*.safetensors"))
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) < 300_000
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    draws = [
+        DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)(
+            PROMPTS[0], num_inference_steps=2, height=32, width=32, output_type="pt", generator=torch.Generator().manual_seed(0)
+        ).images
+        for folder in (run / "student", tmp_path / "student")
+    ]
+    assert torch.equal(*draws)
+
+
+def test_the_weights_themselves_in_place_of_their_average(run: Path, tmp_path: Path) -> None:
+    state = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
+    found = export(run, tmp_path / "student", "--weights", "last")
+    assert all(torch.equal(value, state[f"student.{name}"]) for name, value in found.items())
+    assert not all(torch.equal(value, state[f"ema.module.{name}"]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path is 'nowhere.ckpt', which is neither a checkpoint file nor"),
+        (["--model.student.interval_embedding=clone", "--model.student.time_embedding=original"], None),
+        (["--directory", "."], "the export directory '.' holds something other than an earlier export"),
+    ],
+)
+def test_what_cannot_be_exported_ends_in_one_sentence(
+    arguments: list[str],
+    sentence: str | None,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").touch()
+    if sentence is None:
+        export(run, tmp_path / "student", *arguments)  # other settings of as many weights are the user's to know
+        assert json.loads((tmp_path / "student" / "transformer" / "config.json").read_text())["interval_embedding"] == "clone"
+        return
+    with pytest.raises(SystemExit) as end:
+        export(run, tmp_path / "student", *arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: {sentence}" in error
+    assert "Traceback" not in error
