@@ -1,5 +1,6 @@
 """The pipelines that ship with the package, and the shapes configs that use and make them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from safetensors.torch import load_file
 
 from lightning_distill.commands.config_files import shipped_configs
 from lightning_distill.commands.main import main
-from lightning_distill.commands.sample import is_own_code
+from lightning_distill.commands.sample import foreign_code, is_own_code, load_pipeline, sample
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import prompt_accuracy
-from lightning_distill.teachers import resolve_pretrained
+from lightning_distill.teachers import load_shipped_student, resolve_pretrained, save_shipped_student
+from lightning_distill.teachers.shipped import SHARED_COMPONENTS
 
 TEACHER, STUDENT = Path(resolve_pretrained("shapes-teacher")), Path(resolve_pretrained("shapes-student"))
 FEW = [
@@ -72,13 +74,21 @@ def test_teacher_draws_what_its_card_says() -> None:
     assert measured["overall"].item() == pytest.approx(stated, abs=4 * spread + 0.02)
 
 
-def test_student_draws_in_few_steps_what_its_card_says() -> None:
-    """Loaded as anyone loads it, with the code in its directory."""
+@pytest.fixture(scope="module")
+def saved_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The complete directory of the shipped student, with shared components and code."""
+    directory = tmp_path_factory.mktemp("saved") / "student"
+    save_shipped_student("shapes-student", directory)
+    return directory
+
+
+def test_student_accuracy_matches_its_model_card(saved_student: Path) -> None:
+    """With the code in the saved directory, as in a process without this package."""
     stated = {
         int(n): float(v) for n, v in re.findall(r"student/accuracy/nfe_(\d+) \| ([\d.]+)", (STUDENT / "README.md").read_text())
     }
     assert set(stated) == {1, 2, 4, 8}
-    pipeline = DiffusionPipeline.from_pretrained(STUDENT, trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained(saved_student, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [prompt.text for prompt in evaluation_prompts(16, held_out=False)]
     for nfe in (1, 4):
@@ -88,11 +98,42 @@ def test_student_draws_in_few_steps_what_its_card_says() -> None:
         assert prompt_accuracy(images, prompts)["overall"].item() == pytest.approx(stated[nfe], abs=4 * spread + 0.02)
 
 
-def test_student_brings_this_packages_code() -> None:
-    files = list(STUDENT.rglob("*.py"))
-    travels = {"average_velocity_scheduler.py", "few_step.py", "policy.py", "two_time.py", "two_time_flux.py"}
-    assert {file.name for file in files} == travels
+def test_student_directory_holds_its_own_weights_only() -> None:
+    assert {path.suffix for path in STUDENT.rglob("*") if path.is_file()} == {".json", ".safetensors", ".md"}
+    shared = json.loads((STUDENT / SHARED_COMPONENTS).read_text())
+    assert Path(resolve_pretrained(shared["base"])) == TEACHER
+    own = {path.name for path in STUDENT.iterdir() if path.is_dir()}
+    assert own == {"transformer", "scheduler"}
+    index = json.loads((STUDENT / "model_index.json").read_text())
+    assert own | set(shared["components"]) == {
+        name for name, value in index.items() if isinstance(value, list) and value[0]
+    } - {"_class_name"}
+
+
+def test_saved_student_holds_code_of_this_package_only(saved_student: Path) -> None:
+    files = list(saved_student.rglob("*.py"))
+    code = {"average_velocity_scheduler.py", "few_step.py", "policy.py", "two_time.py", "two_time_flux.py"}
+    assert {file.name for file in files} == code
     assert all(is_own_code(file) for file in files)
+    assert not foreign_code(saved_student)
+    for name in ("README.md", "export.json"):
+        assert (saved_student / name).read_bytes() == (STUDENT / name).read_bytes()
+
+
+def test_shipped_and_saved_student_sample_the_same_images(saved_student: Path) -> None:
+    prompts = ["a red circle", "a green square above a blue circle"]
+    shipped = load_pipeline("shapes-student")
+    assert type(shipped).__module__.startswith("lightning_distill.students.")
+    saved = load_pipeline(str(saved_student))
+    assert not type(saved).__module__.startswith("lightning_distill.")
+    for pipeline in (shipped, saved):
+        pipeline.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(shipped, prompts, nfe=2), sample(saved, prompts, nfe=2))
+
+
+def test_shipped_student_loads_in_lower_precision() -> None:
+    pipeline = load_shipped_student("shapes-student", torch.bfloat16)
+    assert {part.dtype for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder_2)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["shapes_meanflow.yaml", "shapes_meanflow_full.yaml"])

@@ -24,6 +24,7 @@ from lightning_distill.teachers.families import FAMILIES, stock_options
 from lightning_distill.teachers.hunyuan_image3.directory import is_hunyuan_image3, published_class, read_config
 from lightning_distill.teachers.hunyuan_image3.directory import is_student as is_student_config
 from lightning_distill.teachers.registry import SHIPPED, resolve_pretrained
+from lightning_distill.teachers.shipped import has_shared_components, load_shipped_student
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OWN_CODE = Path(lightning_distill.students.__file__).parent
@@ -141,9 +142,12 @@ def load_pipeline(
         model.load_tokenizer(str(directory))
         return model.eval().to(device)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
-        )
+        if has_shared_components(directory):
+            pipeline = load_shipped_student(name, torch_dtype)
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(
+                directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
+            )
     except OSError as error:  # a part of it is not there, or cannot be read
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"--pipeline {name!r} cannot be loaded ({reason}); export or download it again") from error

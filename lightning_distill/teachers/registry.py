@@ -11,7 +11,10 @@ _DIRECTORY = Path(__file__).resolve().parents[1] / "pretrained"
 
 
 def resolve_pretrained(name: str) -> str:
-    """The directory of a shipped pipeline; any other directory or hub id comes back as it is."""
+    """The directory of a shipped pipeline; any other directory or hub id is returned unchanged.
+
+    The directory of "shapes-student" holds its own weights only, without code: `load_shipped_student` loads the pipeline.
+    """
     return str(_DIRECTORY / SHIPPED[name]) if name in SHIPPED else name
 
 
