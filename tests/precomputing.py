@@ -1,4 +1,4 @@
-"""Precomputed data in milliseconds, of pictures that are their own latents; and a short run to precompute for."""
+"""Fast precomputed data for tests, with images as latents, and the config of a short run."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,14 @@ import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningDataModule
 
-from lightning_distill.commands.precompute import PrecomputeOptions, precompute
+from lightning_distill.commands.encode_dataset import PrecomputeOptions, encode_dataset
 from lightning_distill.data import Precomputed
 from tests.callbacks.distillation import PictureDistillation
 
 
 def encode(data: LightningDataModule, directory: Path, **options: Any) -> Path:
-    """Precompute, on this process alone."""
-    precompute(
+    """Encode a data set in a single process and return the directory."""
+    encode_dataset(
         PictureDistillation(),
         data,
         PrecomputeOptions(**{"out": str(directory), "shard_size": 7} | options),
@@ -23,8 +23,8 @@ def encode(data: LightningDataModule, directory: Path, **options: Any) -> Path:
     return directory
 
 
-def ready(directory: Path, stage: str = "fit", **settings: Any) -> Precomputed:
-    """A DataModule that is set up."""
+def set_up(directory: Path, stage: str = "fit", **settings: Any) -> Precomputed:
+    """Create a DataModule and set it up."""
     data = Precomputed(str(directory), **{"batch_size": 4, "num_workers": 0} | settings)
     data.prepare_data()
     data.setup(stage)
@@ -32,7 +32,7 @@ def ready(directory: Path, stage: str = "fit", **settings: Any) -> Precomputed:
 
 
 def write_config(folder: Path, **settings: Any) -> Path:
-    """A short MeanFlow run on the embedded teacher, with a checkpoint at its end."""
+    """Write the config of a short MeanFlow run on the embedded teacher, with a checkpoint at the end."""
     config = {
         "base": "shapes_student.yaml",
         "model": {

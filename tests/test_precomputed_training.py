@@ -1,4 +1,4 @@
-"""Training from precomputed data is training from the pictures that they were made of."""
+"""Training from precomputed data equals training from the source images."""
 
 import io
 import json
@@ -22,8 +22,8 @@ from tests.precomputing import write_config
 from tests.tiny import load_adapter, save_tiny_pipeline
 
 
-def trained(folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
-    """The state of a run of `run.yaml`."""
+def train(folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
+    """Run `run.yaml` and return the state dict of its checkpoint."""
     checkpoint = folder / "checkpoints" / "last.ckpt"
     checkpoint.unlink(missing_ok=True)
     with warnings.catch_warnings():
@@ -34,16 +34,16 @@ def trained(folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
 
 
 def write_captioned_shard(path: Path, count: int) -> None:
-    """Noise in two shapes under captions that the embedded teacher knows."""
-    captions = [prompt.text for found in prompts(held_out=False).values() for prompt in found[:3]]
+    """Write noise images of two sizes, with captions from the vocabulary of the embedded teacher."""
+    captions = [prompt.text for pool in prompts(held_out=False).values() for prompt in pool[:3]]
     generator = torch.Generator().manual_seed(0)
     with tarfile.open(path, "w") as archive:
         for i in range(count):
             height, width = (32, 32) if i % 3 else (24, 44)
             pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
-            picture = io.BytesIO()
-            Image.fromarray(pixels.numpy()).save(picture, "PNG")
-            for name, content in ((f"{i}.png", picture.getvalue()), (f"{i}.txt", captions[i % len(captions)].encode())):
+            file = io.BytesIO()
+            Image.fromarray(pixels.numpy()).save(file, "PNG")
+            for name, content in ((f"{i}.png", file.getvalue()), (f"{i}.txt", captions[i % len(captions)].encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
@@ -53,41 +53,41 @@ def write_captioned_shard(path: Path, count: int) -> None:
     ("kind", "precision"),
     [("ShapesData", "32-true"), ("ImageText", "32-true"), pytest.param("ShapesData", "bf16-mixed", marks=pytest.mark.slow)],
 )
-def test_training_is_equal_to_training_from_pictures(
+def test_training_equals_training_from_images(
     kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = {}
     if kind == "ImageText":
-        write_captioned_shard(tmp_path / "pictures.tar", 30)
-        names = {"source": "pictures.tar", "validation_source": "pictures.tar", "validation_samples": 6}
+        write_captioned_shard(tmp_path / "images.tar", 30)
+        names = {"source": "images.tar", "validation_source": "images.tar", "validation_samples": 6}
         sizes = {"height": 32, "width": 32, "multiple": 8, "batch_size": 6, "num_workers": 0}
         settings["data"] = {"class_path": "ImageText", "init_args": names | sizes}
     write_config(tmp_path, **settings)
-    further = [f"--trainer.precision={precision}"]
-    main(["precompute", "--config=run.yaml", "--out=encoded", "--shard_size=8", *further])
-    expected = trained(tmp_path, *further)
+    options = [f"--trainer.precision={precision}"]
+    main(["precompute", "--config=run.yaml", "--out=encoded", "--shard_size=8", *options])
+    expected = train(tmp_path, *options)
     from_files = ["--data=Precomputed", "--data.directory=encoded", "--data.batch_size=6", "--data.num_workers=0"]
     with monkeypatch.context() as patched:
         for method in ("encode_prompt", "encode_images"):
-            patched.setattr(DiffusersAdapter, method, lambda *args: pytest.fail("encoded once more"))
-        found = trained(tmp_path, *further, *from_files)
+            patched.setattr(DiffusersAdapter, method, lambda *args: pytest.fail("encoded again"))
+        found = train(tmp_path, *options, *from_files)
     assert found.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
     start = load_adapter("shapes-teacher").load_teacher().state_dict()
     moved = [name for name in start if not torch.equal(found[f"student.{name}"], start[name])]
-    assert len(moved) > len(start) / 2, "training moved nothing, so the comparison above shows nothing"
+    assert len(moved) > len(start) / 2, "training changed few weights, so the comparison above proves nothing"
 
 
-def test_half_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_halves_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_config(
         tmp_path, data={"class_path": "ShapesData", "init_args": {"size": 48, "batch_size": 6, "prompts_per_category": 1}}
     )
     for dtype in ("float32", "bfloat16"):
         main(["precompute", "--config=run.yaml", f"--out={dtype}", f"--dtype={dtype}", "--shard_size=48"])
-    whole, half = (Path(dtype, "train-00000.safetensors").stat().st_size for dtype in ("float32", "bfloat16"))
-    assert half < 0.55 * whole
+    full, half = (Path(dtype, "train-00000.safetensors").stat().st_size for dtype in ("float32", "bfloat16"))
+    assert half < 0.55 * full
     data = Precomputed("bfloat16", batch_size=6, num_workers=0)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -102,9 +102,7 @@ def test_half_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(one, other.to(torch.bfloat16).float())
 
 
-def test_validation_pictures_and_the_export_are_those_of_training_from_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_images_and_export_equal_training_from_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -121,14 +119,14 @@ def test_validation_pictures_and_the_export_are_those_of_training_from_pictures(
     write_config(tmp_path, model=config["model"], trainer=config["trainer"])
     main(["precompute", "--config=run.yaml", "--out=encoded"])
     quiet = "--trainer.enable_checkpointing=false"
-    main(["fit", "--config=run.yaml", f"--trainer.default_root_dir={tmp_path / 'pictures'}", quiet])
+    main(["fit", "--config=run.yaml", f"--trainer.default_root_dir={tmp_path / 'images'}", quiet])
     os.rename("student", "expected")
     from_files = ["--data=Precomputed", "--data.directory=encoded", "--data.batch_size=6", "--data.num_workers=0"]
     main(["fit", "--config=run.yaml", f"--trainer.default_root_dir={tmp_path / 'files'}", quiet, *from_files])
-    summaries = [json.loads(Path(name, "summary.json").read_text()) for name in ("pictures", "files")]
+    summaries = [json.loads(Path(name, "summary.json").read_text()) for name in ("images", "files")]
     assert all(summary.pop("minutes") >= 0 for summary in summaries)
     assert summaries[0] == summaries[1]
-    assert Path("pictures/images.png").read_bytes() == Path("files/images.png").read_bytes()
+    assert Path("images/images.png").read_bytes() == Path("files/images.png").read_bytes()
     written, expected = (
         {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*.safetensors")}
         for name in ("student", "expected")

@@ -1,4 +1,4 @@
-"""Data: the Shapes world, captioned pictures from a directory or from tar files, prompts alone, and what is made of these."""
+"""DataModules: Shapes, captioned images from directories, tar files or the Hub, prompts without images, precomputed data."""
 
 from lightning_distill.data.image_folder import ImageFolder, ImageFolderDataset
 from lightning_distill.data.image_text import ImageText, ImageTextDataset

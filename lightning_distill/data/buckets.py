@@ -1,4 +1,4 @@
-"""Buckets of aspect ratios: pictures of about equal area, each batch of one shape."""
+"""Aspect-ratio buckets: image sizes of about equal area, and batches with one size each."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from lightning_distill.data.epoch_sampler import EpochSampler
 
 
 def aspect_buckets(height: int, width: int, multiple: int, largest_ratio: float) -> list[tuple[int, int]]:
-    """Sizes (height, width) of about the area of one size, from flat to tall; that size is among them.
+    """Bucket sizes (height, width) of about equal area, sorted from wide to tall; `(height, width)` is one of them.
 
     Args:
-        height: Pixels of the size whose area they share, a multiple of `multiple`.
-        width: Likewise.
-        multiple: Of which all heights and widths are multiples.
-        largest_ratio: Largest ratio of the longer to the shorter side, at least 1; the given size stays in any case.
+        height: Height in pixels of the reference size, a multiple of `multiple`.
+        width: Width in pixels of the reference size, a multiple of `multiple`.
+        multiple: Divisor of all heights and widths.
+        largest_ratio: Largest ratio of the longer to the shorter side, at least 1. The reference size is exempt.
     """
     area = height * width
     sizes = {(height, width)}
@@ -30,23 +30,23 @@ def aspect_buckets(height: int, width: int, multiple: int, largest_ratio: float)
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> int:
-    """Place of the bucket whose aspect ratio is nearest to that of a picture, by the logarithm of the ratio."""
+    """Index of the bucket with the nearest aspect ratio to an image; the distance is the difference of log ratios."""
     ratio = math.log(height / width)
     return min(range(len(buckets)), key=lambda i: abs(math.log(buckets[i][0] / buckets[i][1]) - ratio))
 
 
 class BucketSampler(EpochSampler):
-    """Shuffles anew each epoch, in whole batches of one bucket each.
+    """Shuffles every epoch into full batches; all samples of a batch share one bucket.
 
-    Pictures that fill no batch of their bucket sit out the epoch, and so do batches that would not fall to every process.
+    An epoch skips the samples of incomplete batches. It also skips batches that cannot be divided equally among the processes.
 
     Args:
-        dataset: What is sampled; only its length is used.
-        buckets: Place of each sample's bucket (N,).
-        batch_size: Samples a batch and process.
-        seed: Seed of the orders.
+        dataset: Dataset to sample; the sampler uses only its length.
+        buckets: Bucket index of each sample (N,).
+        batch_size: Samples per batch and process.
+        seed: Seed of the shuffles.
         num_replicas: Number of processes.
-        rank: Number of this process, from 0.
+        rank: Rank of this process, from 0.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BucketSampler(EpochSampler):
         self.total_size = self.num_samples * num_replicas
 
     def indices(self, epoch: int) -> list[int]:
-        """The order of this process's samples in an epoch."""
+        """Sample indices of this process in an epoch, in order."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.buckets), generator=generator)
         batches = torch.cat(
@@ -76,5 +76,5 @@ class BucketSampler(EpochSampler):
             ]
         )
         batches = batches[torch.randperm(len(batches), generator=generator)]
-        own: list[int] = batches[: self.total_size // self.batch_size][self.rank :: self.num_replicas].flatten().tolist()
-        return own
+        local: list[int] = batches[: self.total_size // self.batch_size][self.rank :: self.num_replicas].flatten().tolist()
+        return local

@@ -1,8 +1,9 @@
-"""The format of precomputed data: latents and conditions in safetensors files, and an index of them.
+"""File format of precomputed data: latents and conditions in safetensors shards, and an index.
 
-A directory holds `index.json`, `null.safetensors` with the condition of the empty prompt, and `train-00000.safetensors` and so
-on of each split. A shard covers a stretch of places in the data set that it was made from, whoever wrote it and whenever, and
-lists the broken ones, which it leaves out. Nothing is pickled.
+A directory contains `index.json`, `null.safetensors` with the condition of the empty prompt, and the shards of each split,
+`train-00000.safetensors` and so on. A shard covers a fixed range of sample indices of the source data set. The range does not
+depend on the process that writes the shard, or on the time. A shard omits broken samples, and its index entry lists them.
+Nothing is pickled.
 """
 
 import hashlib
@@ -26,20 +27,20 @@ FORMAT = 1
 INDEX = "index.json"
 NULL = "null.safetensors"
 SPLITS = ("train", "validation")
-OPEN_SHARDS = 128
-"""Most shards that a process keeps open."""
+MAX_OPEN_SHARDS = 128
+"""Maximum number of open shards per process."""
 _LATENTS, _CONDITION = "latents.", "condition."
-_HEADER = "precomputed"  # the only key of the metadata: safetensors writes several in an order that changes from run to run
+_HEADER = "precomputed"  # the only metadata key, because safetensors writes several keys in an order that varies between runs
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as the networks see it.
+    """An encoded sample: latents and condition, the inputs of the networks.
 
     Attributes:
-        prompt: What the picture shows.
-        latents: (C, h, w), float32, or None of a prompt without a picture.
-        condition: Of the prompt, named tensors without the batch.
+        prompt: Caption of the image.
+        latents: Latents (C, h, w), float32, or None for a prompt without an image.
+        condition: Condition of the prompt, named tensors without a batch dimension.
     """
 
     prompt: str
@@ -49,17 +50,17 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class EncodedShard:
-    """What the index says of a shard.
+    """Index entry of a shard.
 
     Attributes:
-        file: Its name.
-        sha256: Of its bytes.
-        size: Number of them.
-        first: First place of its stretch in the data set.
-        last: Last one.
-        broken: Places whose pictures could not be read, and what is told of them.
-        buckets: Of the samples that are there, where training takes batches of one bucket.
-        image_sizes: Heights and widths of its pictures in pixels.
+        file: File name.
+        sha256: SHA-256 of the file.
+        size: File size in bytes.
+        first: First sample index of the shard in the source data set.
+        last: Last sample index of the shard in the source data set, inclusive.
+        broken: Indices and descriptions of the samples whose images could not be decoded.
+        buckets: Bucket of each stored sample, or None if training does not use buckets.
+        image_sizes: Heights and widths of the images in pixels.
     """
 
     file: str
@@ -72,24 +73,24 @@ class EncodedShard:
     image_sizes: list[tuple[int, int]]
 
     @property
-    def places(self) -> list[int]:
-        """Of the samples that are there."""
-        left_out = {place for place, _ in self.broken}
-        return [place for place in range(self.first, self.last + 1) if place not in left_out]
+    def sample_indices(self) -> list[int]:
+        """Indices of the stored samples in the source data set."""
+        broken = {index for index, _ in self.broken}
+        return [index for index in range(self.first, self.last + 1) if index not in broken]
 
 
-def unfinished(path: Path) -> Path:
-    """Where a file is written before it takes its name; a fixed place, so that what a killed process left is overwritten."""
+def temporary_path(path: Path) -> Path:
+    """Temporary path of a file during a write; it is fixed, so that a later write overwrites the file of a killed process."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to the disk, then rename: a crash leaves the old file, or the whole new one."""
-    with unfinished(path).open("wb") as file:
+    """Write to a temporary file, flush it to disk, then rename it: a crash leaves the old or the complete new file."""
+    with temporary_path(path).open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished(path), path)
+    os.replace(temporary_path(path), path)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the rename itself reaches the disk
@@ -98,15 +99,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_samples(path: Path, samples: Sequence[EncodedSample], dtype: torch.dtype) -> tuple[str, int]:
-    """Write samples as one file, in their order.
+    """Write samples to one file, in order.
 
     Args:
-        path: The file.
-        samples: Whose latents may differ in size.
-        dtype: Floating numbers of higher precision are rounded to it; they come back in the precision that they had.
+        path: File to write.
+        samples: Samples to write; their latents may differ in size.
+        dtype: Storage dtype of floating-point tensors with a higher precision. Readers restore the original dtype.
 
     Returns:
-        The digest of its bytes, and their number.
+        The SHA-256 of the file, and its size in bytes.
     """
     columns: defaultdict[str, list[Tensor]] = defaultdict(list)
     sizes, dtypes = [], {}
@@ -129,22 +130,22 @@ class _OpenShard:
         try:
             self.file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise _damaged(path) from error
+            raise _damaged_error(path) from error
         header = json.loads(self.file.metadata()[_HEADER])
         self.prompts: list[str] = header["prompts"]
         self.dtypes = {name: getattr(torch, dtype) for name, dtype in header["dtypes"].items()}
         self.names = [name for name in self.dtypes if name.startswith(_CONDITION)]
-        # Latents of one size lie together, in the order of their samples.
+        # A file stacks latents of one size into one tensor, in sample order.
         self.latents: list[tuple[str, int]] = []
-        seen: defaultdict[str, int] = defaultdict(int)
+        rows: defaultdict[str, int] = defaultdict(int)
         for size in header["sizes"]:
-            self.latents.append((f"{_LATENTS}{size}" if size else "", seen[size]))
-            seen[size] += 1
+            self.latents.append((f"{_LATENTS}{size}" if size else "", rows[size]))
+            rows[size] += 1
 
     def read(self, row: int) -> EncodedSample:
-        name, place = self.latents[row]
+        name, latents_row = self.latents[row]
         condition = {key.removeprefix(_CONDITION): self._row(key, row) for key in self.names}
-        return EncodedSample(self.prompts[row], self._row(name, place) if name else None, condition)
+        return EncodedSample(self.prompts[row], self._row(name, latents_row) if name else None, condition)
 
     def _row(self, name: str, row: int) -> Tensor:
         value: Tensor = self.file.get_slice(name)[row]
@@ -152,10 +153,10 @@ class _OpenShard:
 
 
 class ShardReader:
-    """Reads samples of files at random; files are mapped into memory, and the least used ones closed.
+    """Random access to the samples of shards. It memory-maps files and closes the least recently used ones.
 
     Args:
-        directory: Where they are.
+        directory: Directory of the shards.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -163,11 +164,11 @@ class ShardReader:
         self._open: OrderedDict[str, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, which worker processes open for themselves."""
+        """State without open files; every worker process opens files itself."""
         return {"directory": self.directory, "_open": OrderedDict()}
 
     def read(self, file: str, row: int) -> EncodedSample:
-        """A sample of a file."""
+        """Read the sample in a row of a file."""
         return self._shard(file).read(row)
 
     def prompts(self, file: str) -> list[str]:
@@ -177,7 +178,7 @@ class ShardReader:
     def _shard(self, file: str) -> _OpenShard:
         if file not in self._open:
             self._open[file] = _OpenShard(self.directory / file)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(file)
         return self._open[file]
@@ -185,12 +186,12 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class EncodedIndex:
-    """What `index.json` says.
+    """Contents of `index.json`.
 
     Attributes:
-        settings: What the data was made with, by dotted names.
-        shards: Of each split; none before all are there.
-        null: Digest and number of bytes of the null condition's file.
+        settings: Settings of the data by dotted name.
+        shards: Shards of each split; empty until all shards are written.
+        null: SHA-256 and size in bytes of the null condition's file.
     """
 
     settings: dict[str, Any]
@@ -199,22 +200,22 @@ class EncodedIndex:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it is there."""
+        """Whether all shards are written."""
         return bool(self.shards)
 
     @property
     def has_images(self) -> bool:
-        """Whether there are latents, and not conditions alone."""
+        """Whether the data includes latents, besides conditions."""
         return any(shard.image_sizes for shards in self.shards.values() for shard in shards)
 
     def write(self, directory: Path) -> None:
-        """Write it."""
+        """Write `index.json`."""
         content: dict[str, Any] = {"format": FORMAT, "complete": self.complete, "settings": self.settings}
         if self.complete:
             sizes = sorted({size for shards in self.shards.values() for shard in shards for size in shard.image_sizes})
             content |= {
                 "image_sizes": sizes,
-                "samples": {split: sum(len(shard.places) for shard in shards) for split, shards in self.shards.items()},
+                "samples": {split: sum(len(shard.sample_indices) for shard in shards) for split, shards in self.shards.items()},
                 "broken": {split: sum(len(shard.broken) for shard in shards) for split, shards in self.shards.items()},
                 "null": {"file": NULL, "sha256": self.null[0], "size": self.null[1]},
                 "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
@@ -223,24 +224,24 @@ class EncodedIndex:
 
     @classmethod
     def read(cls, directory: Path, setting: str) -> "EncodedIndex":
-        """Read it.
+        """Read `index.json`.
 
         Args:
-            directory: Of the data.
-            setting: Name of the setting that gives the directory, for errors.
+            directory: Directory of the precomputed data.
+            setting: Name of the setting with the directory, for error messages.
 
         Raises:
-            ConfigurationError: If there is none, or it is of another format.
+            ConfigurationError: If the index is missing or has another format version.
         """
         path = directory / INDEX
         if not path.is_file():
             raise ConfigurationError(
-                f"{setting} is {str(directory)!r}, which holds no {INDEX}; give a directory that `precompute` has written"
+                f"{setting} is {str(directory)!r}, which has no {INDEX}; give an output directory of `precompute`"
             )
         content = json.loads(path.read_text())
         if content.get("format") != FORMAT:
             raise ConfigurationError(
-                f"{setting} is {str(directory)!r}, whose format is {content.get('format')!r} and not {FORMAT}; precompute again"
+                f"{setting} is {str(directory)!r}, whose format is {content.get('format')!r}, not {FORMAT}; precompute again"
             )
         if not content["complete"]:
             return cls(content["settings"])
@@ -251,24 +252,24 @@ class EncodedIndex:
         """Compare the files with the index.
 
         Args:
-            directory: Of the data.
-            contents: Whether to read all of them, rather than to look at their sizes.
+            directory: Directory of the precomputed data.
+            contents: Whether to read the files and compare digests; otherwise only sizes are compared.
 
         Raises:
-            ConfigurationError: If one is missing, of another size, or has other contents.
+            ConfigurationError: If a file is missing, or its size or contents differ from the index.
         """
         expected = [(shard.file, shard.sha256, shard.size) for shards in self.shards.values() for shard in shards]
         for file, sha256, size in [(NULL, *self.null), *expected]:
             path = directory / file
-            whole = path.is_file() and path.stat().st_size == size
-            if whole and contents:
-                whole = file_digest(path) == sha256
-            if not whole:
-                raise _damaged(path)
+            intact = path.is_file() and path.stat().st_size == size
+            if intact and contents:
+                intact = file_digest(path) == sha256
+            if not intact:
+                raise _damaged_error(path)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 24):
@@ -276,13 +277,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _damaged(path: Path) -> ConfigurationError:
-    return ConfigurationError(
-        f"{path} is missing or damaged; remove what is there of it, and run the same `precompute` again, which makes it anew"
-    )
+def _damaged_error(path: Path) -> ConfigurationError:
+    return ConfigurationError(f"{path} is missing or damaged; delete it and run the same `precompute` again to rewrite it")
 
 
 def read_entry(entry: Mapping[str, Any]) -> EncodedShard:
-    """What was written of a shard."""
+    """Parse the index entry of a shard from JSON."""
     pairs = {name: [tuple(pair) for pair in entry[name]] for name in ("broken", "image_sizes")}
     return EncodedShard(**{**entry, **pairs})

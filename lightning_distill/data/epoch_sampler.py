@@ -1,4 +1,4 @@
-"""A shuffle that is a function of (seed, epoch, rank), so that a resumed run sees the pictures it would have seen."""
+"""A sampler whose order depends only on (seed, epoch, rank), so that a resumed run sees the same samples."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,17 +8,17 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Shuffles anew each epoch, in whole batches; its iterators save and restore their place for `StatefulDataLoader`.
+    """Shuffles every epoch into full batches; its iterators save and restore their position for `StatefulDataLoader`.
 
-    It is a `DistributedSampler` even in a single process, because Lightning then calls `set_epoch` and never replaces it by
-    one that cannot resume. Every process gets the same number of batches; what is left over sits out the epoch.
+    It extends `DistributedSampler` even for a single process. Lightning then calls `set_epoch` and does not replace the sampler
+    with one that cannot resume. Every process gets the same number of batches; an epoch skips the remaining samples.
 
     Args:
-        dataset: What is sampled; only its length is used.
-        batch_size: Samples a batch and process.
-        seed: Seed of the orders.
+        dataset: Dataset to sample; the sampler uses only its length.
+        batch_size: Samples per batch and process.
+        seed: Seed of the shuffles.
         num_replicas: Number of processes.
-        rank: Number of this process, from 0.
+        rank: Rank of this process, from 0.
     """
 
     def __init__(self, dataset: Dataset[Any], batch_size: int = 1, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
@@ -28,7 +28,7 @@ class EpochSampler(DistributedSampler[int]):
         self.total_size = self.num_samples * num_replicas
 
     def indices(self, epoch: int) -> list[int]:
-        """The order of this process's samples in an epoch."""
+        """Sample indices of this process in an epoch, in order."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order: list[int] = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
         return order[self.rank : self.total_size : self.num_replicas]
@@ -38,7 +38,7 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class _EpochIterator(Iterator[int]):
-    """Chooses its epoch at the first sample, because Lightning makes the first iterator before it calls `set_epoch`."""
+    """Reads the epoch at the first sample, because Lightning creates the first iterator before it calls `set_epoch`."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -65,7 +65,7 @@ class _EpochIterator(Iterator[int]):
         epoch, yielded = state["epoch"], state["yielded"] or 0
         if epoch is None:
             return
-        if yielded == len(self.sampler):  # saved after the last batch: Lightning goes on with the next epoch
+        if yielded == len(self.sampler):  # saved after the last batch: Lightning resumes with the next epoch
             epoch, yielded = epoch + 1, 0
         self._start(epoch)
         self.yielded = yielded

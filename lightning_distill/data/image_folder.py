@@ -1,4 +1,4 @@
-"""Captioned pictures from a directory as a LightningDataModule."""
+"""LightningDataModule of captioned images from a directory."""
 
 import hashlib
 import json
@@ -17,16 +17,16 @@ from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
 
 METADATA = "metadata.jsonl"
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""All that PIL raises of a file that it cannot read."""
-_DEEP = ("I", "F")  # modes of more than 8 bits, which PIL's conversion to RGB would clip
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""Exceptions that PIL raises for a file that it cannot decode."""
+_HIGH_BIT_DEPTH_MODES = ("I", "F")  # more than 8 bits a channel, which PIL's conversion to RGB would clip
 
 
 class UnreadableImageError(ConfigurationError):
-    """A picture that cannot be read; the message names its file and its line of the metadata."""
+    """An image cannot be decoded. For `ImageFolder`, the message names the file and its line of the metadata."""
 
     def __init__(self, message: str) -> None:
-        # From a loader's worker process an error arrives as the text of its traceback, which ends with the message.
+        # A `DataLoader` worker re-raises the error with its traceback as the message. The original message is at the end.
         super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
@@ -35,9 +35,9 @@ class CaptionedImage:
     """A line of the metadata.
 
     Attributes:
-        file_name: The picture's file, seen from the directory.
-        text: Its caption.
-        line: Number of the line, from 1.
+        file_name: Path of the image file, relative to the directory.
+        text: Caption.
+        line: Line number, from 1.
     """
 
     file_name: str
@@ -46,12 +46,12 @@ class CaptionedImage:
 
 
 class ImageFolderDataset(Dataset[dict[str, Any]]):
-    """Captions with, or without, their pictures, fetched a batch at a time.
+    """Captions, with or without images, loaded one batch at a time.
 
     Args:
-        directory: Where the files and the metadata are.
-        samples: Lines of its metadata.
-        size: (height, width) in pixels of what comes out; None leaves the pictures unread.
+        directory: Directory of the image files and the metadata.
+        samples: Lines of the metadata.
+        size: Output size (height, width) in pixels; None loads no images.
     """
 
     def __init__(self, directory: Path, samples: Sequence[CaptionedImage], size: tuple[int, int] | None) -> None:
@@ -63,18 +63,18 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A batch of one sample."""
+        """Load a batch of one sample."""
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """A whole batch: the loader calls this once a batch in place of `__getitem__` once a sample.
+        """Load a batch. `DataLoader` calls this once per batch, instead of `__getitem__` once per sample.
 
         Returns:
-            `prompt`, list of B captions; `index` (B,), int64; and `image` (B, 3, height, width), float in [-1, 1], if a size
-            is given.
+            `prompt`, list of B captions; `index` (B,), int64; and `image` (B, 3, height, width), float in [-1, 1], if `size`
+            is not None.
 
         Raises:
-            UnreadableImageError: If a picture is missing, broken or of an unknown format.
+            UnreadableImageError: If an image is missing, is broken, has more than 8 bits a channel or has an unknown format.
         """
         samples = [self.samples[i] for i in indices]
         batch: dict[str, Any] = {
@@ -89,36 +89,37 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         path = self.directory / sample.file_name
         try:
             return read_image(path, height, width)
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             reason = " ".join(str(error).split())
             raise UnreadableImageError(
-                f"{path} of line {sample.line} of {self.directory / METADATA} cannot be read as a picture ({reason}); "
+                f"{path} of line {sample.line} of {self.directory / METADATA} cannot be decoded as an image ({reason}); "
                 "replace the file or remove the line"
             ) from error
 
 
 class ImageFolder(ResumableData):
-    """Pictures with captions from a directory in the layout of Hugging Face's `imagefolder`.
+    """Captioned images from a directory in the `imagefolder` layout of Hugging Face.
 
-    The directory holds a `metadata.jsonl` with a line `{"file_name": "0001.jpg", "text": "a caption"}` for each picture, the
-    file seen from the directory. A picture is resized until it covers height x width, keeping its proportions, and cropped
-    at its center; transparent parts become white. The order of an epoch is a function of (`seed`, epoch) alone, so a run
-    resumed in the middle of an epoch sees what the uninterrupted run would have seen.
+    The directory contains a `metadata.jsonl` with a line `{"file_name": "0001.jpg", "text": "a caption"}` per image. File names
+    are relative to the directory. Images are resized to cover height x width with the aspect ratio unchanged, then
+    center-cropped. Transparent pixels become white. The sample order of an epoch depends only on (`seed`, epoch). A run resumed
+    mid-epoch therefore sees the same samples as an uninterrupted run.
 
-    Validation, test and prediction use the pictures of `validation_directory`, or a share of `directory` that training then
-    leaves out. That share is chosen by the file names: it does not depend on `seed` or on the order of the lines, and all
-    captions of a picture are on the same side.
+    Validation, test and prediction use the images of `validation_directory`. Without one, they use a share of `directory`, and
+    training excludes that share. Hashes of the file names select the share, so it does not depend on `seed` or on the line
+    order. All captions of an image are in the same split.
 
     Args:
-        directory: Pictures to train on.
-        validation_directory: Pictures to validate on, in the same layout; None takes `validation_share` of `directory`.
-        validation_share: Share of the pictures of `directory`, above 0 and below 1; not used where there is a
-            `validation_directory`.
-        height: Height in pixels that pictures are brought to.
-        width: Width in pixels that pictures are brought to.
-        batch_size: Samples a batch and process.
-        seed: Seed of the order of training.
-        num_workers: Worker processes a loader, which read the pictures; 0 reads them between steps.
+        directory: Directory of the training images.
+        validation_directory: Directory of the validation images, in the same layout; None uses a share of `directory`.
+        validation_share: Share of the images of `directory` for validation, above 0 and below 1; ignored if
+            `validation_directory` is set.
+        height: Output height of images in pixels.
+        width: Output width of images in pixels.
+        batch_size: Samples per batch and process.
+        seed: Seed of the training order.
+        num_workers: Worker processes per `DataLoader`, which decode the images; 0 decodes them in the main process, between
+            training steps.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -145,15 +146,16 @@ class ImageFolder(ResumableData):
         self.validation_directory = None if validation_directory is None else Path(validation_directory)
         self.validation_share = validation_share
         self.size = (height, width)
-        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, which may share a name
+        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: ImageFolderDataset | None = None
         self._validation: ImageFolderDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the metadata; pictures are read when they are asked for.
+        """Read the metadata. Images are decoded when a batch is loaded.
 
         Raises:
-            ConfigurationError: If a directory, its metadata or what is in it is missing, or training has less than a batch.
+            ConfigurationError: If a directory is missing, its metadata is missing, invalid or empty, or there are too few
+                samples for one training batch per process.
         """
         if self._validation is None:
             if self.validation_directory is None:
@@ -166,24 +168,27 @@ class ImageFolder(ResumableData):
         if stage in ("fit", None):
             if self._train is None:
                 self._train = ImageFolderDataset(self.directory, read_metadata(self.directory, "data.directory"), self.size)
-            self.refuse_too_few(len(self._train))
+            self.check_training_size(len(self._train))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The validation captions without their pictures: batches of `prompt` and `index`."""
-        validation = self.ready(self._validation)
+        """Batches of the validation captions without images: `prompt` and `index`."""
+        validation = self.require_setup(self._validation)
         return self.evaluation_loader(ImageFolderDataset(validation.directory, validation.samples, size=None))
 
 
 def read_image(source: Path | BinaryIO, height: int, width: int) -> Tensor:
-    """A picture (3, height, width), float in [-1, 1], resized by antialiased bicubic filtering and cropped at its center.
+    """Decode an image, resize it with an antialiased bicubic filter and center-crop it.
+
+    Returns:
+        Image (3, height, width), float in [-1, 1].
 
     Raises:
-        OSError: If the file is missing, broken or of an unknown format.
-        ValueError: If it has more than 8 bits a channel.
+        OSError: If the file is missing, is broken or has an unknown format.
+        ValueError: If the image has more than 8 bits a channel.
     """
     with Image.open(source) as file:
         image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode.startswith(_DEEP):
+    if image.mode.startswith(_HIGH_BIT_DEPTH_MODES):
         raise ValueError("it has more than 8 bits a channel")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -192,43 +197,44 @@ def read_image(source: Path | BinaryIO, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def upright_size(file: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels of a picture as it is shown, which a camera may have stored on its side; from its header."""
+def displayed_size(file: Image.Image) -> tuple[int, int]:
+    """Height and width in pixels of an image after EXIF rotation, from the file header."""
     width, height = file.size
-    # A PNG would be read to its end to look for an orientation, which cameras do not put there.
-    stored = file.format != "PNG" or "exif" in file.info
-    on_its_side = stored and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return (width, height) if on_its_side else (height, width)
+    # PIL would read a PNG to its end to search for EXIF data at the end, where cameras do not write it.
+    has_exif = file.format != "PNG" or "exif" in file.info
+    rotated = has_exif and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if rotated else (height, width)
 
 
 def read_metadata(directory: Path, setting: str) -> list[CaptionedImage]:
-    """The lines of a directory's `metadata.jsonl`; empty ones are skipped, further keys are ignored.
+    """Parse the `metadata.jsonl` of a directory. Empty lines are skipped, and further keys are ignored.
 
     Args:
-        directory: Where it is.
-        setting: Name of the setting that gives the directory, for errors.
+        directory: Directory of the metadata.
+        setting: Name of the setting with the directory, for error messages.
 
     Raises:
-        ConfigurationError: If there is no such file, a line is not an object with both keys, or there are no lines.
+        ConfigurationError: If the directory or the file is missing, a line is not a JSON object with both keys, or there are no
+            lines.
     """
     if not directory.is_dir():
         raise ConfigurationError(
-            f"{setting} is {str(directory)!r}, which is not a directory; give one with pictures and their {METADATA}"
+            f"{setting} is {str(directory)!r}, which is not a directory; give one with images and a {METADATA}"
         )
     path = directory / METADATA
     if not path.is_file():
         raise ConfigurationError(
-            f"{setting} is {str(directory)!r}, which holds no {METADATA}; write one with a line "
-            '{"file_name": "0001.jpg", "text": "a caption"} for each picture'
+            f"{setting} is {str(directory)!r}, which has no {METADATA}; write one with a line "
+            '{"file_name": "0001.jpg", "text": "a caption"} for each image'
         )
     with path.open("rb") as file:
-        found = [_parsed(text, path, number) for number, text in enumerate(file, start=1) if text.strip()]
-    if not found:
-        raise ConfigurationError(f"{path} of {setting} is empty; write a line for each picture")
-    return found
+        samples = [_parse_line(text, path, number) for number, text in enumerate(file, start=1) if text.strip()]
+    if not samples:
+        raise ConfigurationError(f"{path} of {setting} is empty; write a line for each image")
+    return samples
 
 
-def _parsed(text: bytes, path: Path, line: int) -> CaptionedImage:
+def _parse_line(text: bytes, path: Path, line: int) -> CaptionedImage:
     try:
         entry = json.loads(text)
     except ValueError as error:  # not JSON, or not UTF-8
@@ -240,11 +246,12 @@ def _parsed(text: bytes, path: Path, line: int) -> CaptionedImage:
 
 
 def split(samples: Sequence[CaptionedImage], share: float) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """Samples to train on and samples to validate on, each in their order; a file's captions stay together.
+    """Split samples into training and validation samples, both in the given order; all captions of a file share a split.
 
-    The files with the smallest hashes of their names validate, at least one of them, so more files move few of the others.
+    The validation split has the files with the smallest hashes of their names, at least one file. Few files change their split
+    when files are added.
     """
     files = sorted({sample.file_name for sample in samples}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    chosen = set(files[: max(1, round(share * len(files)))])
-    train = [sample for sample in samples if sample.file_name not in chosen]
-    return train, [sample for sample in samples if sample.file_name in chosen]
+    validation = set(files[: max(1, round(share * len(files)))])
+    train = [sample for sample in samples if sample.file_name not in validation]
+    return train, [sample for sample in samples if sample.file_name in validation]

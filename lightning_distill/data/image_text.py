@@ -1,4 +1,4 @@
-"""Large sets of captioned pictures, in tar files or data sets of Hugging Face, as a LightningDataModule."""
+"""LightningDataModule of large captioned image sets, from tar files or Hugging Face data sets."""
 
 import glob
 import io
@@ -12,111 +12,112 @@ from torch.utils.data import Dataset
 
 from lightning_distill.data.buckets import aspect_buckets, nearest_bucket
 from lightning_distill.data.hub_images import HubImages
-from lightning_distill.data.image_folder import UNREADABLE, UnreadableImageError, read_image
+from lightning_distill.data.image_folder import DECODE_ERRORS, UnreadableImageError, read_image
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
 
-ENOUGH = 1000
-"""Samples from which on the share of broken ones is looked at."""
+MIN_SAMPLES_FOR_SHARE = 1000
+"""Number of samples before the share of broken images is checked."""
 
 
 class Source(Protocol):
-    """Where captioned pictures are."""
+    """Random access to captioned images."""
 
     unreadable: int
-    """Pictures that were passed over, since not even their size could be read."""
+    """Number of images that were skipped because their headers could not be read."""
 
     def __len__(self) -> int: ...
 
-    def place(self, index: int) -> str:
-        """Where a sample is, for messages."""
+    def location(self, index: int) -> str:
+        """Location of a sample, for messages."""
 
     def caption(self, index: int) -> str:
-        """What a picture shows."""
+        """Caption of a sample."""
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of a picture in pixels."""
+        """Height and width of an image in pixels."""
 
-    def picture(self, index: int) -> io.BytesIO:
-        """The bytes of a picture."""
+    def open_image(self, index: int) -> io.BytesIO:
+        """Encoded image file of a sample."""
 
 
 class ImageTextDataset(Dataset[dict[str, Any]]):
-    """Captions and pictures, fetched a batch at a time, all of the size of the first one's bucket.
+    """Captions and images, loaded one batch at a time. All images of a batch get the size of the first sample.
 
     Args:
-        source: Where they are.
-        places: Of the samples within the source.
-        sizes: (height, width) in pixels that each is brought to.
+        source: Source of the samples.
+        source_indices: Indices of the samples within the source.
+        sizes: Output size (height, width) in pixels of each sample.
     """
 
-    def __init__(self, source: Source, places: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, source: Source, source_indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
         self.source = source
-        self.places = list(places)
+        self.source_indices = list(source_indices)
         self.sizes = list(sizes)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.source_indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A batch of one sample."""
+        """Load a batch of one sample."""
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """A whole batch, without the samples whose pictures cannot be read.
+        """Load a batch; samples whose images cannot be decoded are skipped.
 
         Returns:
-            `prompt`, list of B captions; `index` (B,), int64; `broken`, descriptions of those left out; and, unless these are
-            all, `image` (B, 3, height, width), float in [-1, 1].
+            `prompt`, list of B captions; `index` (B,), int64; `broken`, descriptions of the skipped samples; and, unless all
+            samples are skipped, `image` (B, 3, height, width), float in [-1, 1].
         """
-        kept, images, broken = [], [], []
+        decoded, images, broken = [], [], []
         for index in indices:
-            place = self.places[index]
+            source_index = self.source_indices[index]
             try:
-                images.append(read_image(self.source.picture(place), *self.sizes[indices[0]]))
-            except UNREADABLE as error:
-                broken.append(f"{self.source.place(place)} ({' '.join(str(error).split())})")
+                images.append(read_image(self.source.open_image(source_index), *self.sizes[indices[0]]))
+            except DECODE_ERRORS as error:
+                broken.append(f"{self.source.location(source_index)} ({' '.join(str(error).split())})")
             else:
-                kept.append(index)
+                decoded.append(index)
         batch: dict[str, Any] = {
-            "prompt": [self.source.caption(self.places[index]) for index in kept],
-            "index": torch.tensor(kept, dtype=torch.int64),
+            "prompt": [self.source.caption(self.source_indices[index]) for index in decoded],
+            "index": torch.tensor(decoded, dtype=torch.int64),
             "broken": broken,
         }
         return {**batch, "image": torch.stack(images)} if images else batch
 
 
 class ImageText(ResumableData):
-    """Pictures with captions from tar files in webdataset's layout, or a data set of Hugging Face, in buckets of aspect ratios.
+    """Captioned images in aspect-ratio buckets, from tar files in the webdataset layout or from a Hugging Face data set.
 
-    A picture is resized until it covers the size of its bucket, keeping its proportions, and cropped at its center; a batch is
-    of one bucket. The order of an epoch is a function of (`seed`, epoch) alone, so a run resumed in the middle of an epoch sees
-    what the uninterrupted run would have seen, with any number of workers. What lies where, and of which size, is read once,
-    and kept in files beside the shards, or in the cache of `datasets`.
+    Images are resized to cover the size of their bucket with the aspect ratio unchanged, then center-cropped. All images of a
+    batch share one bucket. The sample order of an epoch depends only on (`seed`, epoch). A run resumed mid-epoch therefore sees
+    the same samples as an uninterrupted run, with any number of workers. Image locations and sizes are read once. They are
+    cached in files next to the tar shards, or in the cache of `datasets`.
 
-    A picture that cannot be read is left out of its batch, counted and told of; past `max_broken_share` of all the run ends.
-    Captions are as they are in the data: dropping a share of them is a setting of the methods, `caption_dropout`, for all data.
+    Images that cannot be decoded are skipped, counted and reported. The run stops if their share exceeds `max_broken_share`.
+    Captions are unchanged. Caption dropout is a setting of the methods, `caption_dropout`, for all data.
 
-    Validation, test and prediction use the first samples of `validation_source`, brought to height x width.
+    Validation, test and prediction use the first samples of `validation_source`, resized to height x width.
 
     Args:
-        source: What to train on: tar files, a path with `*` and `?` for many; a hub id; a directory that `datasets` reads, of
-            Parquet files or in the layout of `imagefolder`; or `.parquet` files, a path with `*` for many.
-        validation_source: What to validate on, likewise; None takes the split `validation` of `source`, which tar files have
-            not.
-        validation_samples: Number of samples of those.
-        image_column: Column of the pictures of a data set of Hugging Face.
-        caption_column: Column of its captions; of tar files the key of the caption where it is `.json`.
-        height: Pixels of the square, or other, size whose area all buckets have.
-        width: Likewise.
-        multiple: Of which all heights and widths of buckets are multiples: what the model's latents and patches need.
-        largest_ratio: Largest ratio of sides of a bucket; 1 brings all pictures to height x width.
-        min_side: Pixels of the shorter side below which pictures are left out; 0 takes all.
-        max_broken_share: Share of the pictures that may be broken, in [0, 1).
-        batch_size: Samples a batch and process.
-        seed: Seed of the order of training.
-        num_workers: Worker processes a loader, which read the pictures; 0 reads them between steps.
+        source: Training data: tar files, as a path with `*` and `?` for many; a Hub id; a directory of Parquet files or in the
+            `imagefolder` layout, for `datasets`; or `.parquet` files, as a path with `*` for many.
+        validation_source: Validation data, in any format of `source`. None uses the split `validation` of `source`, which
+            tar files do not have.
+        validation_samples: Number of validation samples.
+        image_column: Image column of a Hugging Face data set.
+        caption_column: Caption column of a Hugging Face data set; for tar files, key of the caption in `.json` files.
+        height: Height in pixels of the reference size; all buckets have about its area.
+        width: Width in pixels of the reference size; all buckets have about its area.
+        multiple: Divisor of all bucket heights and widths, as required by the model's latents and patches.
+        largest_ratio: Largest ratio of the longer to the shorter side of a bucket; 1 resizes all images to height x width.
+        min_side: Smallest accepted shorter side of an image in pixels; 0 accepts all images.
+        max_broken_share: Largest accepted share of broken images, in [0, 1).
+        batch_size: Samples per batch and process.
+        seed: Seed of the training order.
+        num_workers: Worker processes per `DataLoader`, which decode the images; 0 decodes them in the main process, between
+            training steps.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -153,7 +154,7 @@ class ImageText(ResumableData):
             raise ConfigurationError(f"data.min_side is {min_side}; set it to 0 or more pixels")
         if source.endswith(".tar") and validation_source is None:
             raise ConfigurationError(
-                "data.validation_source is null, and tar files have no split for it; give some of the shards"
+                "data.validation_source is null, but tar files have no validation split; set it to some of the tar files"
             )
         self.source = source
         self.validation_source = validation_source
@@ -165,16 +166,16 @@ class ImageText(ResumableData):
         self.min_side = min_side
         self.max_broken_share = max_broken_share
         self.seen = self.broken = 0
-        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, which may share a name
+        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: ImageTextDataset | None = None
         self._train_buckets: list[int] = []
         self._validation: ImageTextDataset | None = None
 
     def open_source(self, train: bool) -> Source:
-        """What to train on, or what to validate on.
+        """Open the training or the validation source.
 
         Raises:
-            ConfigurationError: If there is nothing.
+            ConfigurationError: If the source cannot be loaded or has no samples.
         """
         name, setting, split = self.source, "data.source", "train"
         if not train and self.validation_source is None:
@@ -186,30 +187,31 @@ class ImageText(ResumableData):
         return HubImages(name, split, self.image_column, self.caption_column, setting)
 
     def prepare_data(self) -> None:
-        """Look up what is there, in one process of a machine, unless that was done before."""
+        """Index the sources in one process per machine, unless they are already indexed."""
         for train in (True, False):
             self.open_source(train)
 
     def setup(self, stage: str | None = None) -> None:
-        """Look up what is there; pictures are read when they are asked for.
+        """Read the indices of the sources. Images are decoded when a batch is loaded.
 
         Raises:
-            ConfigurationError: If there is nothing, or training has less than a batch.
+            ConfigurationError: If a source cannot be loaded or has no samples, or there are too few samples for one training
+                batch per process.
         """
         if self._validation is None:
             source = self.open_source(train=False)
-            places = list(range(min(self.validation_samples, len(source))))
-            self._validation = ImageTextDataset(source, places, [self.size] * len(places))
+            indices = list(range(min(self.validation_samples, len(source))))
+            self._validation = ImageTextDataset(source, indices, [self.size] * len(indices))
         if stage in ("fit", None) and self._train is None:
             source = self.open_source(train=True)
-            places = [i for i in range(len(source)) if min(source.size(i)) >= self.min_side]
-            self._train_buckets = [nearest_bucket(*source.size(i), self.buckets) for i in places]
-            self._train = ImageTextDataset(source, places, [self.buckets[bucket] for bucket in self._train_buckets])
+            indices = [i for i in range(len(source)) if min(source.size(i)) >= self.min_side]
+            self._train_buckets = [nearest_bucket(*source.size(i), self.buckets) for i in indices]
+            self._train = ImageTextDataset(source, indices, [self.buckets[bucket] for bucket in self._train_buckets])
             rank_zero_info(
-                f"ImageText: {len(places)} pictures in {len(set(self._train_buckets))} buckets; left out are "
-                f"{len(source) - len(places)} smaller than data.min_side and {source.unreadable} that cannot be read"
+                f"ImageText: {len(indices)} images in {len(set(self._train_buckets))} buckets; skipped "
+                f"{len(source) - len(indices)} smaller than data.min_side and {source.unreadable} unreadable"
             )
-            self.training_sampler(self._train)  # refuses what holds no batch
+            self.training_sampler(self._train)  # raises if there is no full batch
 
     @property
     def training_buckets(self) -> list[int]:
@@ -217,50 +219,51 @@ class ImageText(ResumableData):
         return self._train_buckets
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Count the pictures that were left out of a batch.
+        """Count the broken images of a batch.
 
         Raises:
-            UnreadableImageError: If they are all of the batch, or have come to more than `max_broken_share` of all.
+            UnreadableImageError: If all images of the batch are broken, or the total share of broken images exceeds
+                `max_broken_share`.
         """
         broken = batch.get("broken", [])
         batch = self.count_broken(batch)
         if not batch["prompt"]:
-            raise UnreadableImageError(f"no picture of a batch can be read, the first being {broken[0]}; replace it")
+            raise UnreadableImageError(f"no image of a batch can be decoded, first {broken[0]}; replace the images")
         return batch
 
     def count_broken(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Count the pictures that were left out of a batch, and tell of them.
+        """Count the broken images of a batch, and log a warning for each.
 
         Raises:
-            UnreadableImageError: If they have come to more than `max_broken_share` of all.
+            UnreadableImageError: If the total share of broken images exceeds `max_broken_share`.
         """
         broken = batch.pop("broken", [])
         self.seen += len(broken) + len(batch["prompt"])
         self.broken += len(broken)
         for description in broken:
-            rank_zero_warn(f"ImageText leaves out {description}: {self.broken} of {self.seen} pictures so far")
-        if self.seen >= ENOUGH and self.broken > self.max_broken_share * self.seen:
+            rank_zero_warn(f"ImageText skips {description}: {self.broken} of {self.seen} images so far")
+        if self.seen >= MIN_SAMPLES_FOR_SHARE and self.broken > self.max_broken_share * self.seen:
             raise UnreadableImageError(
-                f"{self.broken} of {self.seen} pictures cannot be read, more than data.max_broken_share "
-                f"{self.max_broken_share}; replace them, or raise it"
+                f"{self.broken} of {self.seen} images cannot be decoded, more than data.max_broken_share "
+                f"{self.max_broken_share}; replace the images, or raise data.max_broken_share"
             )
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How many pictures were broken so far."""
+        """Counts of all and of broken images so far."""
         return {"seen": self.seen, "broken": self.broken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         self.seen, self.broken = state_dict["seen"], state_dict["broken"]
 
 
 def find_shards(pattern: str, setting: str) -> list[Path]:
-    """The files that a pattern stands for, in order.
+    """Sorted paths of the files that match a glob pattern.
 
     Raises:
-        ConfigurationError: If it stands for none.
+        ConfigurationError: If no file matches.
     """
     if not (files := sorted(Path(name) for name in glob.glob(pattern))):
-        raise ConfigurationError(f"{setting} is {pattern!r}, which stands for no file; correct the path")
+        raise ConfigurationError(f"{setting} is {pattern!r}, which matches no file; correct the path")
     return files

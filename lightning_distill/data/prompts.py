@@ -1,4 +1,4 @@
-"""Prompts without pictures, for distillation that needs no data, as a LightningDataModule."""
+"""LightningDataModule of prompts without images, for data-free distillation."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ from lightning_distill.errors import ConfigurationError
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
-    """Prompts, fetched a batch at a time.
+    """Prompts, loaded one batch at a time.
 
     Args:
-        prompts: All of them.
+        prompts: Prompts of the split.
     """
 
     def __init__(self, prompts: Sequence[str]) -> None:
@@ -27,31 +27,32 @@ class PromptDataset(Dataset[dict[str, Any]]):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A batch of one prompt."""
+        """Load a batch of one prompt."""
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """A whole batch: `prompt`, list of B prompts, and `index` (B,), int64."""
+        """Load a batch: `prompt`, list of B prompts, and `index` (B,), int64."""
         return {"prompt": [self.prompts[i] for i in indices], "index": torch.tensor(indices, dtype=torch.int64)}
 
 
 class Prompts(ResumableData):
-    """Prompts from a file, without pictures: states to train on come from trajectories of the student or its teacher.
+    """Prompts from a file, without images. Training states come from trajectories of the student or of its teacher.
 
-    The file is a text with one prompt a line, or, ending in `.jsonl`, one object a line with the prompt under "text". Empty
-    lines are skipped, and a prompt that occurs twice counts once. The order of an epoch is a function of (`seed`, epoch)
-    alone, so a run resumed in the middle of an epoch sees what the uninterrupted run would have seen.
+    A text file has one prompt per line. A `.jsonl` file has one JSON object per line, with the prompt under "text". Empty lines
+    and duplicate prompts are skipped. The sample order of an epoch depends only on (`seed`, epoch). A run resumed mid-epoch
+    therefore sees the same samples as an uninterrupted run.
 
-    Validation, test and prediction use the prompts of `validation_file`, or `validation_samples` of `file` that training then
-    leaves out, chosen by their text: they do not depend on `seed` or on the order of the lines.
+    Validation, test and prediction use the prompts of `validation_file`. Without one, they use `validation_samples` prompts of
+    `file`, and training excludes these prompts. Hashes of the prompts select them, so the split does not depend on `seed` or on
+    the line order.
 
     Args:
-        file: Prompts to train on.
-        validation_file: Prompts to validate on; None takes `validation_samples` of `file`.
-        validation_samples: Number of prompts of `file` to validate on; not used where there is a `validation_file`.
-        batch_size: Prompts a batch and process.
-        seed: Seed of the order of training.
-        num_workers: Worker processes a loader; prompts are in memory, so none are needed.
+        file: File of the training prompts.
+        validation_file: File of the validation prompts; None uses `validation_samples` prompts of `file`.
+        validation_samples: Number of validation prompts from `file`; ignored if `validation_file` is set.
+        batch_size: Prompts per batch and process.
+        seed: Seed of the training order.
+        num_workers: Worker processes per `DataLoader`; prompts are in memory, so none are needed.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -74,7 +75,7 @@ class Prompts(ResumableData):
         self.file = Path(file)
         self.validation_file = None if validation_file is None else Path(validation_file)
         self.validation_samples = validation_samples
-        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, which may share a name
+        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: PromptDataset | None = None
         self._validation: PromptDataset | None = None
 
@@ -82,7 +83,8 @@ class Prompts(ResumableData):
         """Read the prompts.
 
         Raises:
-            ConfigurationError: If a file is missing, a line of it cannot be read, or training has less than a batch.
+            ConfigurationError: If a file is missing or empty, a line cannot be parsed, or there are too few prompts for one
+                training batch per process.
         """
         if self._validation is None:
             if self.validation_file is None:
@@ -93,42 +95,42 @@ class Prompts(ResumableData):
         if stage in ("fit", None):
             if self._train is None:
                 self._train = PromptDataset(read_prompts(self.file, "data.file"))
-            self.refuse_too_few(len(self._train))
+            self.check_training_size(len(self._train))
 
 
 def read_prompts(path: Path, setting: str) -> list[str]:
-    """The prompts of a file, each once, in their order.
+    """Unique prompts of a file, in file order.
 
     Args:
-        path: A text, or lines of JSON.
-        setting: Name of the setting that gives the file, for errors.
+        path: Text file, or `.jsonl` file.
+        setting: Name of the setting with the file, for error messages.
 
     Raises:
-        ConfigurationError: If there is no such file, a line of it cannot be read, or it has no prompts.
+        ConfigurationError: If the file is missing, a line cannot be parsed, or there are no prompts.
     """
     if not path.is_file():
-        raise ConfigurationError(f"{setting} is {str(path)!r}, which is not a file; give one with a prompt a line")
+        raise ConfigurationError(f"{setting} is {str(path)!r}, which is not a file; give a file with one prompt per line")
     with path.open("rb") as file:
         lines = [(number, text) for number, text in enumerate(file, start=1) if text.strip()]
-    prompts = dict.fromkeys(_parsed(text, path, number) for number, text in lines)
+    prompts = dict.fromkeys(_parse_line(text, path, number) for number, text in lines)
     if not prompts:
-        raise ConfigurationError(f"{path} of {setting} is empty; write a prompt a line")
+        raise ConfigurationError(f"{path} of {setting} is empty; write one prompt per line")
     return list(prompts)
 
 
-def _parsed(text: bytes, path: Path, line: int) -> str:
+def _parse_line(text: bytes, path: Path, line: int) -> str:
     try:
         if path.suffix != ".jsonl":
             return text.decode().strip()
         entry = json.loads(text)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ConfigurationError(f"line {line} of {path} cannot be read ({error}); correct or remove it") from error
+        raise ConfigurationError(f"line {line} of {path} cannot be parsed ({error}); correct or remove it") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise ConfigurationError(f'line {line} of {path} has no string under "text"; correct or remove it')
     return str(entry["text"])
 
 
 def split(prompts: Sequence[str], count: int) -> tuple[list[str], list[str]]:
-    """Prompts to train on and prompts to validate on, each in their order; those with the smallest hashes validate."""
-    chosen = set(sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count])
-    return [prompt for prompt in prompts if prompt not in chosen], [prompt for prompt in prompts if prompt in chosen]
+    """Split prompts into training and validation prompts, both in file order. The smallest hashes are for validation."""
+    validation = set(sorted(prompts, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:count])
+    return [prompt for prompt in prompts if prompt not in validation], [prompt for prompt in prompts if prompt in validation]

@@ -1,4 +1,4 @@
-"""Loaders that go on, after an interruption, with the very sample that came next."""
+"""Data loading that resumes mid-epoch with the exact next sample."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -12,25 +12,25 @@ from lightning_distill.data.buckets import BucketSampler
 from lightning_distill.data.epoch_sampler import EpochSampler
 from lightning_distill.errors import ConfigurationError
 
-Batches = Dataset[dict[str, Any]]
-"""A data set that makes a whole batch of a list of indices, in `__getitems__`."""
-DatasetT = TypeVar("DatasetT", bound=Batches)
+BatchDataset = Dataset[dict[str, Any]]
+"""Dataset whose `__getitems__` loads a full batch for a list of indices."""
+DatasetT = TypeVar("DatasetT", bound=BatchDataset)
 
 
 class ResumableData(LightningDataModule):
-    """What DataModules share: batches whose order is a function of (seed, epoch) and survives a resume mid-epoch.
+    """Base class of the DataModules: the batch order depends only on (seed, epoch), and training resumes mid-epoch.
 
     Args:
-        batch_size: Samples a batch and process.
-        seed: Seed of the order of training.
-        num_workers: Worker processes a loader.
+        batch_size: Samples per batch and process.
+        seed: Seed of the training order.
+        num_workers: Worker processes per `DataLoader`.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
     """
 
     has_images: bool = True
-    """Whether batches have pictures, or their latents, beside their prompts."""
+    """Whether batches have images or latents, besides prompts."""
 
     def __init__(self, batch_size: int, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -41,95 +41,95 @@ class ResumableData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self._train: Batches | None = None
-        self._validation: Batches | None = None
+        self._train: BatchDataset | None = None
+        self._validation: BatchDataset | None = None
 
     @property
     def training_buckets(self) -> Sequence[int] | None:
-        """Bucket of each training sample, where batches are of one bucket; None where all samples go together."""
+        """Bucket of each training sample; all samples of a batch share a bucket. None if there are no buckets."""
         return None
 
-    def splits(self) -> dict[str, Batches]:
-        """What `setup` has made to train on and to validate on, under the names "train" and "validation"."""
-        return {"train": self.ready(self._train), "validation": self.ready(self._validation)}
+    def splits(self) -> dict[str, BatchDataset]:
+        """Datasets that `setup` created, under the names "train" and "validation"."""
+        return {"train": self.require_setup(self._train), "validation": self.require_setup(self._validation)}
 
     def count_broken(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Take note of the samples that a data set has left out of a batch, under `broken`.
+        """Count the samples that a dataset skipped in a batch; their descriptions are in `batch["broken"]`.
 
         Returns:
-            The batch without that.
+            The batch without `broken`.
         """
         return batch
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Shuffled batches; the incomplete last one is left out."""
-        return self.training_loader(self.ready(self._train))
+        """Shuffled batches; the incomplete last batch is dropped."""
+        return self.training_loader(self.require_setup(self._train))
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Batches in a fixed order."""
-        return self.evaluation_loader(self.ready(self._validation))
+        return self.evaluation_loader(self.require_setup(self._validation))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
+        """Validation batches."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The same as for validation."""
+        """Validation batches."""
         return self.val_dataloader()
 
-    def ready(self, dataset: DatasetT | None) -> DatasetT:
-        """The data set, which `setup` makes.
+    def require_setup(self, dataset: DatasetT | None) -> DatasetT:
+        """Return the dataset that `setup` created.
 
         Raises:
-            RuntimeError: If it has not.
+            RuntimeError: If `setup` was not called, so that the dataset is None.
         """
         if dataset is None:
             raise RuntimeError(f"{type(self).__name__} is not set up yet; call setup(stage) first")
         return dataset
 
-    def refuse_too_few(self, samples: int) -> None:
-        """Raise `ConfigurationError` where a process would not get a single training batch."""
+    def check_training_size(self, samples: int) -> None:
+        """Raise `ConfigurationError` if there are too few samples for one training batch per process."""
         replicas, _ = self._replicas()
         if samples < replicas * self.batch_size:
             raise ConfigurationError(
-                f"{samples} training samples do not hold a batch of data.batch_size {self.batch_size} for each of {replicas} "
-                "processes; lower batch_size or give more samples"
+                f"{samples} training samples are too few for a batch of data.batch_size {self.batch_size} on each of "
+                f"{replicas} processes; lower data.batch_size, or give more samples"
             )
 
-    def training_loader(self, dataset: Batches) -> StatefulDataLoader:
-        """Shuffled batches; the incomplete last one is left out.
+    def training_loader(self, dataset: BatchDataset) -> StatefulDataLoader:
+        """Shuffled batches; the incomplete last batch is dropped.
 
         Raises:
-            ConfigurationError: If a process would not get a single batch.
+            ConfigurationError: If there are too few samples for one batch per process.
         """
         return self.resumable_loader(dataset, self.training_sampler(dataset))
 
-    def training_sampler(self, dataset: Batches) -> EpochSampler:
-        """The order of training, in batches of one bucket if there are buckets.
+    def training_sampler(self, dataset: BatchDataset) -> EpochSampler:
+        """Sampler of the training order; with buckets, all samples of a batch share one bucket.
 
         Raises:
-            ConfigurationError: If a process would not get a single batch.
+            ConfigurationError: If there are too few samples for one batch per process.
         """
-        self.refuse_too_few(len(dataset))  # type: ignore[arg-type]
+        self.check_training_size(len(dataset))  # type: ignore[arg-type]
         settings = self.batch_size, self.seed, *self._replicas()
         if self.training_buckets is None:
             return EpochSampler(dataset, *settings)
         sampler = BucketSampler(dataset, self.training_buckets, *settings)
         if len(sampler) == 0:
             raise ConfigurationError(
-                f"no bucket holds a batch of data.batch_size {self.batch_size} for each process; lower batch_size, have fewer "
-                "buckets, or give more samples"
+                f"the buckets have fewer full batches of data.batch_size {self.batch_size} than there are processes; lower "
+                "data.batch_size, use fewer buckets, or give more samples"
             )
         return sampler
 
-    def resumable_loader(self, dataset: Batches, sampler: EpochSampler) -> StatefulDataLoader:
-        """Batches in a sampler's order."""
-        if self.trainer:  # Lightning sets the epoch too, but only after worker processes have begun to fetch
+    def resumable_loader(self, dataset: BatchDataset, sampler: EpochSampler) -> StatefulDataLoader:
+        """Batches in the order of a sampler."""
+        if self.trainer:  # Lightning sets the epoch too, but only after the workers start to prefetch
             progress: Any = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)
         return StatefulDataLoader(dataset, sampler=sampler, drop_last=True, **self._loader_settings())
 
-    def evaluation_loader(self, dataset: Batches) -> DataLoader[dict[str, Any]]:
+    def evaluation_loader(self, dataset: BatchDataset) -> DataLoader[dict[str, Any]]:
         """All batches in a fixed order."""
         return DataLoader(dataset, **self._loader_settings())
 
@@ -140,13 +140,13 @@ class ResumableData(LightningDataModule):
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
-            "collate_fn": _whole_batch,
-            # A loader draws a seed for its workers at every start. From the global generator that would shift what
-            # training draws afterwards, and a resumed run starts its loaders at other times.
+            "collate_fn": _identity_collate,
+            # A `DataLoader` samples a worker seed at every start. The global generator would shift the random numbers of
+            # training, because a resumed run starts its loaders at other steps.
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
 
-def _whole_batch(batch: dict[str, Any]) -> dict[str, Any]:
-    """Stands in for the loader's collate function: `__getitems__` has already made the batch."""
+def _identity_collate(batch: dict[str, Any]) -> dict[str, Any]:
+    """Collate function that returns the batch unchanged, because `__getitems__` has already collated it."""
     return batch

@@ -1,9 +1,9 @@
-"""Shapes: a text-to-image world small enough to learn on a laptop and exact enough to check.
+"""Shapes: a synthetic text-to-image data set, small enough to learn on a laptop and exact enough to check.
 
-Pictures are 32 x 32 RGB, one to four geometric objects on a neutral background. The six categories of prompt mirror
-GenEval (arXiv 2310.11513): what a caption leaves open (position, size, background) stays random, so that the distribution of
-pictures for one prompt has many modes and an average of them is not one of them. An object whose color is not named has
-the usual one of its shape.
+Images are 32 x 32 RGB and show one to four geometric objects on a neutral background. The six prompt categories mirror GenEval
+(arXiv 2310.11513). Attributes that the caption does not specify (position, size, background) are random. The image distribution
+of one prompt therefore has many modes, and the mean of several modes is not a mode. An object without a named color has the
+default color of its shape.
 """
 
 import itertools
@@ -26,8 +26,8 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "magenta": (1.0, 0.0, 1.0),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-USUAL_COLORS = {"circle": "red", "square": "blue", "triangle": "green", "cross": "yellow"}
-"""What color an object is drawn in where the caption does not name one. The checker accepts any."""
+DEFAULT_COLORS = {"circle": "red", "square": "blue", "triangle": "green", "cross": "yellow"}
+"""Color of an object if the caption does not name one. The checker accepts any color."""
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -41,32 +41,32 @@ WORDS = (
 )
 
 RADII = {"small": 3.7, "large": 5.4}
-"""Radius in pixels of the circle whose area the shapes of a size approximate."""
+"""Radius in pixels per size. All shapes of a size have about the area of a circle with this radius."""
 BACKGROUNDS = (0.1, 0.6)
-"""Grey levels. They are neutral, so the chroma (max - min over RGB) of a pixel is the objects' coverage of it."""
+"""Gray levels. They are neutral, so the chroma (max - min over RGB) of a pixel is its coverage by objects."""
 BOXES = {
     "circle": (1.0, 1.0, 1.0),
     "square": (0.886, 0.886, 0.886),
     "triangle": (1.18, 1.36, 0.68),
     "cross": (1.15, 1.15, 1.15),
 }
-"""How far a shape reaches from its centre, in radii: to either side, upwards, downwards."""
+"""Extents of a shape from its center, in radii: horizontal on either side, upward, downward."""
 LATTICE = 8
-"""Object centres lie on multiples of this many pixels, `MARGIN` to `IMAGE_SIZE - MARGIN`: the corners of image tokens."""
+"""Grid spacing of object centers in pixels, from `MARGIN` to `IMAGE_SIZE - MARGIN`: the corners of image tokens."""
 MARGIN = 8
 GAP = 1.0
-"""Least distance in pixels between the bounding boxes of two objects, so that antialiased borders never touch."""
+"""Minimum distance in pixels between the bounding boxes of two objects, so that antialiased borders never touch."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption asks for, in a form that can be checked.
+    """Checkable specification of a caption.
 
     Attributes:
         category: One of `CATEGORIES`.
-        shapes: The shapes asked for, one entry an object.
-        colors: The color of each object, None where the caption leaves it open.
-        relation: Where the first object lies seen from the second, a key of `RELATIONS`, or None.
+        shapes: Shape of each object.
+        colors: Color of each object, None if the caption does not name it.
+        relation: Position of the first object relative to the second, a key of `RELATIONS`, or None.
     """
 
     category: str
@@ -87,7 +87,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object of a scene: `x` to the right and `y` downwards, in pixels from the top left corner; `radius` in pixels."""
+    """An object of a scene: `x` (rightward) and `y` (downward) in pixels from the top left corner, `radius` in pixels."""
 
     shape: str
     color: str
@@ -98,7 +98,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn: its objects and the grey level of its background in [0, 1]."""
+    """Scene description of an image: its objects, and the gray level of its background in [0, 1]."""
 
     objects: tuple[SceneObject, ...]
     background: float
@@ -124,24 +124,25 @@ def category_prompts(category: str) -> list[Prompt]:
 
 
 def is_held_out(prompt: Prompt) -> bool:
-    """Whether a composition never occurs in training: about an eighth of `position` and `color_attr`.
+    """Whether a prompt is a held-out composition, which never occurs in training.
 
-    Every word, and every color with every shape, still occurs in training; only the combination is new.
+    About an eighth of `position` and `color_attr` are held-out compositions. Every word occurs in training, and so does every
+    pair of color and shape. Only the combination is new.
     """
     return prompt.category in ("position", "color_attr") and zlib.crc32(prompt.text.encode()) % 8 == 0
 
 
 def prompts(*, held_out: bool) -> dict[str, list[Prompt]]:
-    """Prompts by category: those of training, or the compositions held out of it (only in two categories)."""
+    """Training prompts or held-out prompts by category; only two categories have held-out prompts."""
     by_category = {c: [p for p in category_prompts(c) if is_held_out(p) == held_out] for c in CATEGORIES}
-    return {category: found for category, found in by_category.items() if found}
+    return {category: selected for category, selected in by_category.items() if selected}
 
 
 def parse_prompt(text: str) -> Prompt:
-    """The prompt whose caption is `text`.
+    """Parse a caption.
 
     Raises:
-        ValueError: If the grammar has no such caption.
+        ValueError: If the caption is not in the grammar.
     """
     try:
         return _prompts_by_text()[text]
@@ -152,21 +153,21 @@ def parse_prompt(text: str) -> Prompt:
 
 
 def sample_scene(prompt: Prompt, rng: random.Random) -> Scene:
-    """Draw what the prompt leaves open: positions, sizes and background. Colors are named, or `USUAL_COLORS`."""
+    """Sample positions, sizes and background for a prompt. Colors are the named ones, or `DEFAULT_COLORS`."""
     sizes = ["small"] if prompt.category == "counting" else list(RADII)
     radii = [RADII[rng.choice(sizes)] for _ in prompt.shapes]
-    colors = [named or USUAL_COLORS[shape] for shape, named in zip(prompt.shapes, prompt.colors, strict=True)]
+    colors = [named or DEFAULT_COLORS[shape] for shape, named in zip(prompt.shapes, prompt.colors, strict=True)]
     while True:
         objects = [
-            SceneObject(shape, color, _coordinate(rng), _coordinate(rng), radius)
+            SceneObject(shape, color, _sample_coordinate(rng), _sample_coordinate(rng), radius)
             for shape, color, radius in zip(prompt.shapes, colors, radii, strict=True)
         ]
-        if _apart(objects) and _related(objects, prompt.relation):
+        if _are_separated(objects) and _satisfies_relation(objects, prompt.relation):
             return Scene(tuple(objects), rng.choice(BACKGROUNDS))
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
-    """Signed distance in pixels to the border of a shape centred at 0, negative inside. Shapes have near equal areas."""
+    """Signed distance in pixels to the border of a shape centered at 0, negative inside. Shapes have nearly equal areas."""
     if shape == "circle":
         return torch.hypot(x, y) - radius
     if shape == "square":
@@ -176,62 +177,62 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) ->
         return torch.maximum(y, side) - 0.68 * radius
     if shape == "cross":
         long, short = 1.15 * radius, 0.42 * radius
-        upright = torch.maximum(x.abs() - short, y.abs() - long)
-        lying = torch.maximum(x.abs() - long, y.abs() - short)
-        return torch.minimum(upright, lying)
+        vertical = torch.maximum(x.abs() - short, y.abs() - long)
+        horizontal = torch.maximum(x.abs() - long, y.abs() - short)
+        return torch.minimum(vertical, horizontal)
     raise ValueError(f"shape {shape!r} is unknown; choose one of {', '.join(SHAPES)}")
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
-    """Share of each pixel that a shape covers, in [0, 1], antialiased over one pixel.
+    """Coverage of each pixel by a shape, in [0, 1], antialiased over one pixel.
 
     Args:
         shape: One of `SHAPES`.
-        x: Horizontal pixel centres relative to the shape's centre, broadcastable with `y` and `radius`.
-        y: Vertical pixel centres, likewise.
-        radius: In pixels.
+        x: Horizontal pixel centers relative to the shape's center, broadcastable with `y` and `radius`.
+        y: Vertical pixel centers relative to the shape's center, broadcastable with `x` and `radius`.
+        radius: Radius in pixels.
     """
     return (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1)
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
-    """Draw scenes.
+    """Render B scenes.
 
     Returns:
-        Pictures (B, 3, 32, 32), uint8 in [0, 255].
+        Images (B, 3, 32, 32), uint8 in [0, 255].
     """
     grid = torch.arange(IMAGE_SIZE) + 0.5
     background = torch.tensor([scene.background for scene in scenes])[:, None, None, None]
     canvas = background.repeat(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-    placed = [(i, item) for i, scene in enumerate(scenes) for item in scene.objects]
+    objects = [(i, item) for i, scene in enumerate(scenes) for item in scene.objects]
     for shape in SHAPES:
-        chosen = [(i, item) for i, item in placed if item.shape == shape]
-        if not chosen:
+        selected = [(i, item) for i, item in objects if item.shape == shape]
+        if not selected:
             continue
-        index = torch.tensor([i for i, _ in chosen])
-        position = torch.tensor([(item.x, item.y, item.radius) for _, item in chosen])[..., None, None]
-        color = torch.tensor([COLORS[item.color] for _, item in chosen])[..., None, None]
+        index = torch.tensor([i for i, _ in selected])
+        position = torch.tensor([(item.x, item.y, item.radius) for _, item in selected])[..., None, None]
+        color = torch.tensor([COLORS[item.color] for _, item in selected])[..., None, None]
         alpha = coverage(shape, grid - position[:, 0], grid[:, None] - position[:, 1], position[:, 2])[:, None]
-        # Objects never overlap, so the blends of one picture add up.
+        # Objects never overlap, so the contributions of an image's objects add up.
         canvas.index_add_(0, index, alpha * (color - background[index]))
     return canvas.mul(255).round().to(torch.uint8)
 
 
-def _coordinate(rng: random.Random) -> float:
+def _sample_coordinate(rng: random.Random) -> float:
     return float(LATTICE * rng.randint(MARGIN // LATTICE, (IMAGE_SIZE - MARGIN) // LATTICE))
 
 
 def _box(item: SceneObject) -> tuple[float, float, float, float]:
-    side, up, down = (reach * item.radius for reach in BOXES[item.shape])
+    side, up, down = (extent * item.radius for extent in BOXES[item.shape])
     return item.x - side, item.y - up, item.x + side, item.y + down
 
 
-def _apart(objects: Sequence[SceneObject]) -> bool:
+def _are_separated(objects: Sequence[SceneObject]) -> bool:
     boxes = [_box(item) for item in objects]
     return all(max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) >= GAP for a, b in itertools.combinations(boxes, 2))
 
 
-def _related(objects: Sequence[SceneObject], relation: str | None) -> bool:
+def _satisfies_relation(objects: Sequence[SceneObject], relation: str | None) -> bool:
     if relation is None:
         return True
     first, second = objects

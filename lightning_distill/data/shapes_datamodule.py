@@ -1,4 +1,4 @@
-"""Shapes as a LightningDataModule: pictures drawn once at set-up, batches cut from one tensor."""
+"""LightningDataModule of Shapes: `setup` renders all images once, and batches are slices of one tensor."""
 
 import math
 import random
@@ -14,15 +14,15 @@ from lightning_distill.data.resumable import ResumableData
 from lightning_distill.data.shapes import CATEGORIES, Prompt, prompts, render, sample_scene
 from lightning_distill.errors import ConfigurationError
 
-_CHUNK = 2000  # pictures drawn at a time; bounds the float canvas to 25 MB
+_CHUNK = 2000  # images per call of `render`; limits the float canvas to 25 MB
 
 
 class ShapesDataset(Dataset[dict[str, Any]]):
-    """Captions with, or without, their pictures, fetched a batch at a time.
+    """Captions, with or without images, loaded one batch at a time.
 
     Args:
-        texts: One caption a sample.
-        images: Pictures (N, 3, 32, 32), uint8, or None where only captions are wanted.
+        texts: Caption of each sample.
+        images: Images (N, 3, 32, 32), uint8, or None for captions without images.
     """
 
     def __init__(self, texts: Sequence[str], images: Tensor | None = None) -> None:
@@ -33,14 +33,15 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A batch of one sample."""
+        """Load a batch of one sample."""
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """A whole batch: the loader calls this once a batch in place of `__getitem__` once a sample.
+        """Load a batch. `DataLoader` calls this once per batch, instead of `__getitem__` once per sample.
 
         Returns:
-            `prompt`, list of B captions; `index` (B,), int64; and `image` (B, 3, 32, 32), float in [-1, 1], if there are any.
+            `prompt`, list of B captions; `index` (B,), int64; and `image` (B, 3, 32, 32), float in [-1, 1], if the dataset has
+            images.
         """
         index = torch.tensor(indices, dtype=torch.int64)
         batch: dict[str, Any] = {"prompt": [self.texts[i] for i in indices], "index": index}
@@ -50,23 +51,23 @@ class ShapesDataset(Dataset[dict[str, Any]]):
 
 
 class ShapesData(ResumableData):
-    """The Shapes world for training, validation, test and prediction.
+    """The Shapes data set for training, validation, test and prediction.
 
-    Training picture i is a function of (`seed`, i) alone and the order of an epoch of (`seed`, epoch) alone, so a run
-    resumed in the middle of an epoch sees what the uninterrupted run would have seen. Validation and test use fresh
-    pictures that do not depend on `seed`: runs with different seeds are scored on the same ones. Their prompts take turns
-    through the categories, so that every batch holds all of them.
+    Training image i depends only on (`seed`, i), and the sample order of an epoch only on (`seed`, epoch). A run resumed
+    mid-epoch therefore sees the same samples as an uninterrupted run. Validation and test use new images that do not depend on
+    `seed`, so runs with different seeds are evaluated on the same images. Their prompts alternate between the categories, so
+    that every batch has all categories.
 
     Args:
-        size: Number of training pictures.
-        batch_size: Samples a batch and process.
-        seed: Seed of the training pictures and of their order.
-        category_weights: How often each category occurs in training, in any unit; categories left out do not occur. None
-            gives all six the same weight.
-        prompts_per_category: Number of validation and test prompts of each category.
-        held_out: Whether `test` asks for the compositions that never occur in training (they exist in `position` and
-            `color_attr`) instead of the training prompts.
-        num_workers: Worker processes a loader. Batches are slices of one tensor, so 0 is usually fastest.
+        size: Number of training images.
+        batch_size: Samples per batch and process.
+        seed: Seed of the training images and of their order.
+        category_weights: Relative frequency of each category in training; omitted categories do not occur. None gives all six
+            categories the same weight.
+        prompts_per_category: Number of validation and test prompts per category.
+        held_out: Whether `test` uses the held-out compositions of `position` and `color_attr`, which never occur in training,
+            instead of the training prompts.
+        num_workers: Worker processes per `DataLoader`. Batches are slices of one tensor, so 0 is usually fastest.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -91,32 +92,32 @@ class ShapesData(ResumableData):
                 f"data.batch_size {batch_size} is larger than data.size {size}; lower batch_size or raise size"
             )
         self.size = size
-        self.category_weights = _checked(category_weights)
+        self.category_weights = _checked_weights(category_weights)
         self.prompts_per_category = prompts_per_category
         self.held_out = held_out
-        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, which may share a name
+        self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: ShapesDataset | None = None
         self._validation: ShapesDataset | None = None
         self._test: ShapesDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the pictures that a stage needs: 20,000 take about three seconds."""
+        """Render the images of a stage; 20,000 images take about three seconds."""
         if stage in ("fit", None) and self._train is None:
-            self._train = self._draw_training()
+            self._train = self._generate_training()
         if stage in ("fit", "validate", "predict", None) and self._validation is None:
-            self._validation = _draw_evaluation("validation", self.prompts_per_category, held_out=False)
+            self._validation = _generate_evaluation("validation", self.prompts_per_category, held_out=False)
         if stage in ("test", None) and self._test is None:
-            self._test = _draw_evaluation("test", self.prompts_per_category, held_out=self.held_out)
+            self._test = _generate_evaluation("test", self.prompts_per_category, held_out=self.held_out)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Batches of `prompt`, `image`, `index` in a fixed order; of held-out compositions if `held_out` is set."""
-        return self.evaluation_loader(self.ready(self._test))
+        """Batches of `prompt`, `image`, `index` in a fixed order, with held-out compositions if `held_out` is true."""
+        return self.evaluation_loader(self.require_setup(self._test))
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The validation prompts without their pictures: batches of `prompt` and `index`."""
-        return self.evaluation_loader(ShapesDataset(self.ready(self._validation).texts))
+        """Batches of the validation prompts without images: `prompt` and `index`."""
+        return self.evaluation_loader(ShapesDataset(self.require_setup(self._validation).texts))
 
-    def _draw_training(self) -> ShapesDataset:
+    def _generate_training(self) -> ShapesDataset:
         pool = prompts(held_out=False)
         weights = [self.category_weights.get(category, 0.0) for category in CATEGORIES]
         texts: list[str] = []
@@ -133,25 +134,25 @@ class ShapesData(ResumableData):
 
 
 def evaluation_prompts(per_category: int, *, held_out: bool) -> Iterator[Prompt]:
-    """Prompts that take turns through the categories, the same in every run.
+    """Evaluation prompts that alternate between the categories, the same in every run.
 
-    Those of a category come in a fixed shuffled order, begun again where there are fewer than asked for.
+    Each category has a fixed shuffled order. The order repeats if the category has fewer than `per_category` prompts.
     """
-    turns = []
-    for category, found in prompts(held_out=held_out).items():
-        shuffled = random.Random(category).sample(found, len(found))
-        turns.append(islice(cycle(shuffled), per_category))
-    for together in zip(*turns, strict=True):
-        yield from together
+    columns = []
+    for category, pool in prompts(held_out=held_out).items():
+        shuffled = random.Random(category).sample(pool, len(pool))
+        columns.append(islice(cycle(shuffled), per_category))
+    for row in zip(*columns, strict=True):
+        yield from row
 
 
-def _draw_evaluation(stage: str, per_category: int, *, held_out: bool) -> ShapesDataset:
-    asked = list(evaluation_prompts(per_category, held_out=held_out))
-    scenes = [sample_scene(prompt, random.Random(f"{stage}/{i}")) for i, prompt in enumerate(asked)]
-    return ShapesDataset([prompt.text for prompt in asked], render(scenes))
+def _generate_evaluation(stage: str, per_category: int, *, held_out: bool) -> ShapesDataset:
+    chosen = list(evaluation_prompts(per_category, held_out=held_out))
+    scenes = [sample_scene(prompt, random.Random(f"{stage}/{i}")) for i, prompt in enumerate(chosen)]
+    return ShapesDataset([prompt.text for prompt in chosen], render(scenes))
 
 
-def _checked(weights: dict[str, float] | None) -> dict[str, float]:
+def _checked_weights(weights: dict[str, float] | None) -> dict[str, float]:
     if weights is None:
         return dict.fromkeys(CATEGORIES, 1.0)
     if unknown := [name for name in weights if name not in CATEGORIES]:

@@ -1,9 +1,9 @@
-"""Captioned pictures in tar files, as webdataset writes them, read at random.
+"""Random access to captioned images in tar files of the webdataset layout.
 
-A sample is the files of one name without its ending: a picture (`.jpg`, `.jpeg`, `.png`, `.webp`) and a caption (`.txt`, or
-`.json` with the caption under a key). The headers are read once; where each picture lies is then known, so an order is a
-permutation, and a resumed run goes on with the very sample that came next, whatever the number of workers. Nothing is unpickled
-or run.
+The files of a sample share one name and differ in the suffix. A sample has an image (`.jpg`, `.jpeg`, `.png`, `.webp`) and a
+caption (`.txt`, or `.json` with the caption under a key). The tar headers are read once, and an index stores the byte offset of
+each image. A sample order is therefore a permutation of indices. A resumed run continues with the exact next sample, for any
+number of workers. Nothing is unpickled or executed.
 """
 
 import io
@@ -17,25 +17,25 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from lightning_distill.data.image_folder import UNREADABLE, upright_size
+from lightning_distill.data.image_folder import DECODE_ERRORS, displayed_size
 from lightning_distill.errors import ConfigurationError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 INDEX = ".index.json"
-"""Ending of the files that the headers' contents are kept in, beside the shards."""
+"""Suffix of the index files next to the shards, which cache the contents of the headers."""
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """Where a picture lies, and what it shows.
+    """Location, caption and size of an image in a shard.
 
     Attributes:
-        name: Of its file within the shard.
-        offset: Its first byte.
-        size: Number of its bytes.
-        caption: What it shows.
-        height: Of the picture, in pixels.
-        width: Likewise.
+        name: File name of the image within the shard.
+        offset: Byte offset of the image within the shard.
+        size: File size of the image in bytes.
+        caption: Caption of the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
     """
 
     name: str
@@ -47,14 +47,14 @@ class TarSample:
 
 
 class TarShards:
-    """Samples of several shards, one after the other.
+    """Samples of several shards, concatenated.
 
     Args:
-        paths: The shards, in order.
+        paths: Paths of the shards, in order.
         caption_key: Key of the caption in `.json` files.
 
     Raises:
-        ConfigurationError: If a shard is no tar file, or there are no samples.
+        ConfigurationError: If a shard is not an uncompressed tar file, or there are no samples.
     """
 
     def __init__(self, paths: Sequence[Path], caption_key: str = "caption") -> None:
@@ -67,8 +67,8 @@ class TarShards:
             self.unreadable += unreadable
         if not self.samples:
             raise ConfigurationError(
-                f"{self.paths[0]} and what follows hold no picture ({', '.join(PICTURES)}) with a caption (.txt, or .json with "
-                f"the key {caption_key!r}); correct the path, or set data.caption_column"
+                f"the tar files from {self.paths[0]} on have no image ({', '.join(IMAGE_SUFFIXES)}) with a caption (.txt, or "
+                f".json with the key {caption_key!r}); correct the path, or set data.caption_column"
             )
         self._files: dict[int, BinaryIO] = {}
 
@@ -76,25 +76,25 @@ class TarShards:
         return len(self.samples)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, which worker processes open for themselves."""
+        """State without open files; every worker process opens files itself."""
         return {**self.__dict__, "_files": {}}
 
-    def place(self, index: int) -> str:
-        """Where a sample is, for messages."""
+    def location(self, index: int) -> str:
+        """Location of a sample, for messages."""
         number, sample = self.samples[index]
         return f"{sample.name} in {self.paths[number]}"
 
     def caption(self, index: int) -> str:
-        """What a picture shows."""
+        """Caption of a sample."""
         return self.samples[index][1].caption
 
     def size(self, index: int) -> tuple[int, int]:
-        """Height and width of a picture in pixels."""
+        """Height and width of an image in pixels."""
         sample = self.samples[index][1]
         return sample.height, sample.width
 
-    def picture(self, index: int) -> io.BytesIO:
-        """The bytes of a picture."""
+    def open_image(self, index: int) -> io.BytesIO:
+        """Encoded image file of a sample."""
         number, sample = self.samples[index]
         if number not in self._files:
             self._files[number] = self.paths[number].open("rb")
@@ -102,36 +102,37 @@ class TarShards:
 
 
 def read_index(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
-    """The samples of a shard, and the number of pictures that no size could be read of.
+    """Samples of a shard, and the number of images with unreadable headers, from the shard's index file if it is valid.
 
-    They are kept in a file beside the shard, which counts as long as the shard's size, its time of change and the key are the
-    same.
+    The index file is next to the shard. It is valid if the shard's size, modification time and the caption key are unchanged.
+    Otherwise the function scans the shard and writes the index file.
 
     Raises:
-        ConfigurationError: If it is no tar file.
+        ConfigurationError: If the shard is not an uncompressed tar file.
     """
     state = path.stat()
-    known = {"version": 2, "size": state.st_size, "changed": state.st_mtime_ns, "caption_key": caption_key}
-    kept = path.with_name(path.name + INDEX)
-    if kept.is_file():
-        found = json.loads(kept.read_text())
-        if {name: found.get(name) for name in known} == known:
-            return [TarSample(**sample) for sample in found["samples"]], found["unreadable"]
+    version = {"version": 2, "size": state.st_size, "changed": state.st_mtime_ns, "caption_key": caption_key}
+    index_path = path.with_name(path.name + INDEX)
+    if index_path.is_file():
+        index = json.loads(index_path.read_text())
+        if {name: index.get(name) for name in version} == version:
+            return [TarSample(**sample) for sample in index["samples"]], index["unreadable"]
     samples, unreadable = scan(path, caption_key)
     if os.access(path.parent, os.W_OK):
-        temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({**known, "unreadable": unreadable, "samples": [asdict(sample) for sample in samples]}))
-        temporary.replace(kept)
+        index = {**version, "unreadable": unreadable, "samples": [asdict(sample) for sample in samples]}
+        temporary = index_path.with_name(f"{index_path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(index))
+        temporary.replace(index_path)
     return samples, unreadable
 
 
 def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
-    """The samples of a shard, and the number of pictures that no size could be read of, from its contents.
+    """Read the samples of a shard, and the number of images with unreadable headers, from its contents.
 
     Raises:
-        ConfigurationError: If it is no tar file.
+        ConfigurationError: If the shard is not an uncompressed tar file.
     """
-    pictures: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tarfile.TarInfo] = {}
     captions: dict[str, str] = {}
     sizes: dict[str, tuple[int, int]] = {}
     unreadable = 0
@@ -139,37 +140,37 @@ def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 folder, _, file = member.name.rpartition("/")
-                stem, dot, ending = file.partition(".")
-                key, ending = f"{folder}/{stem}", (dot + ending).lower()
+                stem, dot, suffix = file.partition(".")
+                key, suffix = f"{folder}/{stem}", (dot + suffix).lower()
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is None:
                     continue
-                if ending in PICTURES:
+                if suffix in IMAGE_SUFFIXES:
                     try:
-                        size = upright_size(Image.open(content))  # reads the header only
-                    except UNREADABLE:
+                        size = displayed_size(Image.open(content))  # reads the header only
+                    except DECODE_ERRORS:
                         unreadable += 1
                         continue
-                    pictures[key], sizes[key] = member, size
-                elif ending in (".txt", ".json"):
-                    text = _caption(content.read(), ending, caption_key)
+                    images[key], sizes[key] = member, size
+                elif suffix in (".txt", ".json"):
+                    text = _caption(content.read(), suffix, caption_key)
                     if text is not None:
                         captions[key] = text
     except tarfile.TarError as error:
-        raise ConfigurationError(f"{path} is no plain tar file ({error}); replace or remove it") from error
+        raise ConfigurationError(f"{path} is not an uncompressed tar file ({error}); replace or remove it") from error
     return [
         TarSample(member.name, member.offset_data, member.size, captions[key], *sizes[key])
-        for key, member in pictures.items()
+        for key, member in images.items()
         if key in captions
     ], unreadable
 
 
-def _caption(content: bytes, ending: str, key: str) -> str | None:
+def _caption(content: bytes, suffix: str, key: str) -> str | None:
     try:
-        if ending == ".txt":
+        if suffix == ".txt":
             return content.decode().strip()
         entry = json.loads(content)
     except ValueError:  # not UTF-8, or not JSON
         return None
-    found = entry.get(key) if isinstance(entry, dict) else None
-    return found if isinstance(found, str) else None
+    caption = entry.get(key) if isinstance(entry, dict) else None
+    return caption if isinstance(caption, str) else None

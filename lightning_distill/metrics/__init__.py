@@ -1,4 +1,4 @@
-"""Metrics: whether pictures show their prompts, how much they differ, and how far they are from the data."""
+"""Metrics of generated images: prompt accuracy, diversity per prompt, and Frechet distance to the data."""
 
 from lightning_distill.metrics.diversity import PromptDiversity, prompt_diversity
 from lightning_distill.metrics.frechet import AutoencoderFeatures, FrechetDistance, frechet_distance

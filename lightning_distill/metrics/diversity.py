@@ -1,4 +1,4 @@
-"""How much the pictures of one prompt differ from each other."""
+"""Diversity of the images of one prompt."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,29 +11,31 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 def prompt_diversity(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Root mean squared pixel distance of two pictures of one prompt, averaged over prompts; see `PromptDiversity`.
+    """Root mean squared pixel distance between two images of one prompt, averaged over prompts; see `PromptDiversity`.
 
     Args:
-        images: (B, C, H, W) in [0, 1].
-        prompts: B captions. Only those that occur twice or more count.
+        images: Images (B, C, H, W) in [0, 1].
+        prompts: B captions. Only prompts that occur at least twice count.
 
     Raises:
-        ValueError: If the numbers of pictures and prompts differ, or no prompt occurs twice.
+        ValueError: If the numbers of images and prompts differ, or no prompt occurs twice.
     """
     return _compute(*_update(images, prompts))
 
 
 class PromptDiversity(Metric):
-    r"""Diversity of the pictures of one prompt, to hold against the data's: a student that averages or collapses falls short.
+    r"""Diversity of the images of one prompt, for comparison with the diversity of the data.
+
+    A student that averages modes or collapses has a lower diversity than the data.
 
     .. math:: d = \frac{1}{|C|} \sum_{c \in C} \sqrt{\frac{2}{n_c (n_c - 1)} \sum_{i < j} \frac{|x_i - x_j|^2}{D}},
 
-    where C are the prompts with at least two pictures and D = C H W. The mean squared distance of pairs is twice the
-    unbiased variance, so a picture is seen once and no pair is formed. A state is a row for each prompt of a batch: a key, the
-    number of pictures, their mean and their squared deviation. Rows of one key, of whatever batch or process, merge by the
-    parallel formula of Chan et al. (1979), which does not cancel digits.
+    where C are the prompts with at least two images and D = C H W. The mean squared distance of pairs is twice the unbiased
+    variance. The metric therefore uses each image once and forms no pairs. The state has a row for each prompt of a batch: key,
+    number of images, mean and squared deviation. Rows with the same key merge across batches and processes by the parallel
+    formula of Chan et al. (1979), which avoids cancellation.
 
-    As input to `update`: images (B, C, H, W) in [0, 1] and B captions. `compute` returns a scalar in [0, 1].
+    `update` takes images (B, C, H, W) in [0, 1] and B captions. `compute` returns a scalar in [0, 1].
 
     Args:
         kwargs: Settings of `torchmetrics.Metric`.
@@ -61,41 +63,41 @@ class PromptDiversity(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # One-dimensional and of one dtype: a process without a picture then contributes an empty tensor that still gathers.
+        # States are one-dimensional with one dtype, so that a process without images can still gather an empty tensor.
         for name in ("key", "count", "mean", "deviation"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Take pictures (B, C, H, W) in [0, 1] of the prompts."""
+        """Add images (B, C, H, W) in [0, 1] with their B prompts."""
         for state, rows in zip((self.key, self.count, self.mean, self.deviation), _update(images, prompts), strict=True):
             state.append(rows)
 
     def compute(self) -> Tensor:
-        """Diversity over everything seen."""
+        """Diversity of all images since the last reset."""
         states = (self.key, self.count, self.mean, self.deviation)
         if not len(self.key):
-            raise ValueError("no picture was given; update the metric before computing it")
+            raise ValueError("the metric has no images; call update before compute")
         key, count, mean, deviation = (dim_zero_cat(state) for state in states)
         return _compute(key, count, mean, deviation)
 
 
 def _update(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows of the state, flattened: two key parts, count, mean (D numbers) and squared deviation for each prompt."""
+    """Flattened state rows, one per prompt: two key parts, count, mean (D values) and squared deviation."""
     if len(images) != len(prompts):
-        raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one prompt an image")
-    pictures = images.detach().float().flatten(1)
-    names = sorted(set(prompts))
-    row = torch.tensor([names.index(prompt) for prompt in prompts], dtype=torch.long, device=pictures.device)
-    count = pictures.new_zeros(len(names)).index_add_(0, row, pictures.new_ones(len(pictures)))
-    mean = pictures.new_zeros(len(names), pictures.shape[1]).index_add_(0, row, pictures) / count[:, None]
-    squared = (pictures - mean[row]).square().sum(1)
+        raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one prompt per image")
+    pixels = images.detach().float().flatten(1)
+    unique_prompts = sorted(set(prompts))
+    row = torch.tensor([unique_prompts.index(prompt) for prompt in prompts], dtype=torch.long, device=pixels.device)
+    count = pixels.new_zeros(len(unique_prompts)).index_add_(0, row, pixels.new_ones(len(pixels)))
+    mean = pixels.new_zeros(len(unique_prompts), pixels.shape[1]).index_add_(0, row, pixels) / count[:, None]
+    squared = (pixels - mean[row]).square().sum(1)
     deviation = torch.zeros_like(count).index_add_(0, row, squared)
-    key = torch.tensor([_key(name) for name in names], dtype=torch.float32, device=pictures.device)
+    key = torch.tensor([_key(prompt) for prompt in unique_prompts], dtype=torch.float32, device=pixels.device)
     return key.flatten(), count, mean.flatten(), deviation
 
 
 def _key(prompt: str) -> tuple[float, float]:
-    """The same two numbers for a prompt in every process (`hash` is not), each below 2^24 and so exact in float32."""
+    """Key of a prompt: two integers below 2^24, exact in float32 and, unlike `hash`, equal in all processes."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=6).digest()
     return float(int.from_bytes(digest[:3], "big")), float(int.from_bytes(digest[3:], "big"))
 
@@ -104,11 +106,11 @@ def _compute(key: Tensor, count: Tensor, mean: Tensor, deviation: Tensor) -> Ten
     rows, row = key.view(-1, 2).unique(dim=0, return_inverse=True)
     count, mean, deviation = count.double(), mean.view(len(count), -1).double(), deviation.double()
     total = count.new_zeros(len(rows)).index_add_(0, row, count)
-    centre = mean.new_zeros(len(rows), mean.shape[1]).index_add_(0, row, mean * count[:, None]) / total[:, None]
-    between = count * (mean - centre[row]).square().sum(1)
+    center = mean.new_zeros(len(rows), mean.shape[1]).index_add_(0, row, mean * count[:, None]) / total[:, None]
+    between = count * (mean - center[row]).square().sum(1)
     squared = torch.zeros_like(total).index_add_(0, row, deviation + between)
     repeated = total > 1
     if not repeated.any():
-        raise ValueError("no prompt has two pictures; diversity needs at least two pictures of a prompt")
+        raise ValueError("no prompt has two images; diversity needs at least two images of a prompt")
     variance = squared[repeated] / (total[repeated] - 1) / mean.shape[1]
     return (2 * variance).sqrt().mean().float()

@@ -1,4 +1,4 @@
-"""Frechet distance of two sets of pictures on features of one's own choice."""
+"""Frechet distance between two image sets on configurable features."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> Tensor:
-    """Frechet distance of two sets of features, each taken as a Gaussian; see `FrechetDistance`.
+    """Frechet distance between Gaussian fits of two feature sets; see `FrechetDistance`.
 
     Args:
         real: Features (N, D), N at least 2.
@@ -23,22 +23,22 @@ def frechet_distance(real: Tensor, generated: Tensor) -> Tensor:
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    r"""Frechet distance (Heusel et al., arXiv 1706.08500, Eq. 6) on given features, in place of the Inception network's.
+    r"""Frechet distance (Heusel et al., arXiv 1706.08500, Eq. 6) on given features instead of Inception features.
 
     .. math:: d^2 = |\mu - \mu'|^2 + \mathrm{tr}(\Sigma + \Sigma' - 2 (\Sigma \Sigma')^{1/2})
 
-    Only distances on the same features and of equally many pictures compare, because the estimate is biased upwards with few
-    pictures. Take ten times as many as there are features or more: with 256 autoencoder features of Shapes, a blur of one
-    pixel raised the distance of fresh data by 0 to 2 % on 600 pictures and by 30 % on 3000. The mean and covariance are
-    summed up in float64.
+    Distances are comparable only with the same features and the same number of images, because the estimate is biased upwards
+    for few images. Use at least ten times as many images as features. A measurement used 256 autoencoder features of Shapes. A
+    blur of one pixel raised the distance of new data by 0 to 2 % on 600 images, and by 30 % on 3000 images. Mean and covariance
+    are accumulated in float64.
 
-    As input to `update`: images (B, 3, H, W) in [0, 1] that `features` takes, and `real`, whether they are from the data.
-    `compute` returns a scalar, 0 at best.
+    `update` takes images (B, 3, H, W) in [0, 1], valid as input of `features`, and `real`, whether they are data images.
+    `compute` returns a scalar; 0 is best.
 
     Args:
-        features: Frozen module from images to features (B, D), such as `AutoencoderFeatures`. Its attribute
-            `num_features` is D; without one, D is found by a trial on a picture of 3 x 32 x 32.
-        reset_real_features: Whether `reset` also forgets the real pictures. False keeps them from one validation to the next.
+        features: Frozen module that maps images to features (B, D), such as `AutoencoderFeatures`. Its attribute
+            `num_features` is D. Without the attribute, a forward pass on a 3 x 32 x 32 image determines D.
+        reset_real_features: Whether `reset` also clears the real features. False reuses them in later validations.
         kwargs: Settings of `torchmetrics.Metric`.
 
     Example:
@@ -57,13 +57,13 @@ class FrechetDistance(FrechetInceptionDistance):
 
 
 class AutoencoderFeatures(nn.Module):
-    """The features `FrechetDistance` takes by default here: mean latents of a frozen autoencoder, on a 4 x 4 grid.
+    """Default features of `FrechetDistance` in this package: mean latents of a frozen autoencoder, pooled to a 4 x 4 grid.
 
-    The autoencoder of the Shapes teacher gives 16 channels x 4 x 4 = 256 features. The latents are at unit scale
-    (shift and scale of the autoencoder's config), so that no channel outweighs the others.
+    The autoencoder of the Shapes teacher gives 16 channels x 4 x 4 = 256 features. The shift and scale of the autoencoder's
+    config bring the latents to unit scale, so that no channel dominates.
 
     Args:
-        autoencoder: Taken as it is and frozen.
+        autoencoder: Autoencoder; the module freezes it and does not copy it.
     """
 
     GRID = 4
@@ -75,7 +75,7 @@ class AutoencoderFeatures(nn.Module):
         self.num_features = self.autoencoder.config["latent_channels"] * self.GRID**2
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: features must not depend on the mode of the module around them."""
+        """Ignore `mode` and stay in evaluation mode: features must not depend on the mode of the parent module."""
         return super().train(False)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The share of pictures that show what their prompts ask for."""
+"""Share of images that match their prompts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,31 +12,31 @@ from lightning_distill.metrics.shapes_checker import check
 
 
 def prompt_accuracy(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Share of Shapes pictures that show their prompts, by category and overall.
+    """Share of Shapes images that match their prompts, by category and overall.
 
     Args:
-        images: (B, 3, 32, 32) in [0, 1].
+        images: Images (B, 3, 32, 32) in [0, 1].
         prompts: B captions of the Shapes grammar.
 
     Returns:
-        A scalar in [0, 1] for each of `CATEGORIES` that occurs, and "overall", the mean over pictures.
+        A scalar in [0, 1] for each of `CATEGORIES` that occurs, and "overall", the mean over images.
 
     Raises:
-        ValueError: If a prompt is not in the grammar, the numbers of pictures and prompts differ, or there are none.
+        ValueError: If a prompt is not in the grammar, the numbers of images and prompts differ, or there are no images.
     """
     return _compute(*_update(images, prompts))
 
 
 class PromptAccuracy(Metric):
-    r"""Share of Shapes pictures that show their prompts, by category and overall, in the manner of GenEval (arXiv 2310.11513).
+    r"""Share of Shapes images that match their prompts, by category and overall, as in GenEval (arXiv 2310.11513).
 
-    .. math:: a_k = \frac{1}{|k|} \sum_{i \in k} [x_i \text{ shows } c_i]
+    .. math:: a_k = \frac{1}{|k|} \sum_{i \in k} [x_i \text{ matches } c_i]
 
-    for every category k. Overall is the mean over pictures, so that frequent categories weigh more; draw prompts evenly to
-    weigh categories alike. A picture counts if `shapes_checker.check` finds no flaw in it and nothing amiss with its prompt.
+    for every category k. Overall is the mean over images, so frequent categories have more weight. Use equally many prompts per
+    category for equal weights. An image is correct if `shapes_checker.check` finds no flaw and no mismatch with the prompt.
 
-    As input to `update`: images (B, 3, 32, 32) in [0, 1] and B captions. `compute` returns a scalar in [0, 1] for each of
-    `CATEGORIES` that occurs, and "overall".
+    `update` takes images (B, 3, 32, 32) in [0, 1] and B captions. `compute` returns a scalar in [0, 1] for each of `CATEGORIES`
+    that occurs, and "overall".
 
     Args:
         kwargs: Settings of `torchmetrics.Metric`.
@@ -69,20 +69,20 @@ class PromptAccuracy(Metric):
         self.add_state("total", torch.zeros(len(CATEGORIES), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Check pictures (B, 3, 32, 32) in [0, 1] against their prompts."""
+        """Check images (B, 3, 32, 32) in [0, 1] against their prompts."""
         correct, total = _update(images, prompts)
         self.correct += correct.to(self.correct.device)
         self.total += total.to(self.total.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """Accuracy of every category seen, and "overall"."""
+        """Accuracy of every category that occurs, and "overall"."""
         return _compute(self.correct, self.total)
 
 
 def _update(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Correct pictures and pictures in all, by category, both (len(CATEGORIES),)."""
+    """Numbers of correct images and of all images by category, both (len(CATEGORIES),)."""
     if len(images) != len(prompts):
-        raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one prompt an image")
+        raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; give one prompt per image")
     correct, total = torch.zeros(2, len(CATEGORIES), dtype=torch.long)
     for image, text in zip(images.detach().cpu(), prompts, strict=True):
         prompt = parse_prompt(text)
@@ -94,6 +94,6 @@ def _update(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def _compute(correct: Tensor, total: Tensor) -> dict[str, Tensor]:
     if not total.any():
-        raise ValueError("no picture was checked; update the metric before computing it")
+        raise ValueError("the metric has no images; call update before compute")
     accuracy = {name: correct[i] / total[i] for i, name in enumerate(CATEGORIES) if total[i]}
     return {**accuracy, "overall": correct.sum() / total.sum()}

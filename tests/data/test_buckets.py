@@ -8,7 +8,7 @@ from lightning_distill.data.buckets import BucketSampler, aspect_buckets, neares
 
 @pytest.mark.parametrize(("height", "width", "multiple"), [(512, 512, 16), (1024, 1024, 32), (32, 32, 8), (256, 512, 16)])
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 2.0])
-def test_buckets_share_their_area_and_fit_the_model(height: int, width: int, multiple: int, ratio: float) -> None:
+def test_buckets_have_equal_area_and_divisible_sides(height: int, width: int, multiple: int, ratio: float) -> None:
     buckets = aspect_buckets(height, width, multiple, ratio)
     assert (height, width) in buckets
     assert len(set(buckets)) == len(buckets)
@@ -23,7 +23,7 @@ def test_buckets_share_their_area_and_fit_the_model(height: int, width: int, mul
         assert ratios[-1] > 1.9
 
 
-def test_a_picture_goes_to_the_bucket_of_its_shape() -> None:
+def test_nearest_bucket_has_the_closest_aspect_ratio() -> None:
     buckets = [(16, 32), (24, 24), (32, 16)]
     assert [nearest_bucket(h, w, buckets) for h, w in ((10, 100), (100, 10), (99, 101), (100, 130), (100, 160))] == [
         0,
@@ -40,22 +40,22 @@ def sampler(**settings: int) -> BucketSampler:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_batches_are_of_one_bucket_and_processes_share_nothing(replicas: int) -> None:
+def test_batches_have_one_bucket_and_ranks_are_disjoint(replicas: int) -> None:
     parts = [sampler(num_replicas=replicas, rank=rank) for rank in range(replicas)]
     buckets = parts[0].buckets
     for epoch in range(3):
         orders = [part.indices(epoch) for part in parts]
         assert {len(order) for order in orders} == {len(parts[0])} == {8 // replicas * 4}  # 2 + 1 + 0 + 5 batches
-        drawn = [index for order in orders for index in order]
-        assert len(set(drawn)) == len(drawn)
+        sampled = [index for order in orders for index in order]
+        assert len(set(sampled)) == len(sampled)
         for order in orders:
             for start in range(0, len(order), 4):
                 assert len({int(buckets[index]) for index in order[start : start + 4]}) == 1
 
 
-def test_every_picture_has_its_turn() -> None:
+def test_every_sample_of_a_full_bucket_is_used() -> None:
     counts = collections.Counter(index for epoch in range(200) for index in sampler().indices(epoch))
-    assert set(counts) == {i for i in range(43) if not 17 <= i < 20}  # a bucket of less than a batch has none
+    assert set(counts) == {i for i in range(43) if not 17 <= i < 20}  # a bucket smaller than a batch is never used
     assert sampler().indices(0) != sampler().indices(1)
     assert sampler().indices(5) == sampler().indices(5)
     first = [int(sampler().buckets[sampler().indices(epoch)[0]]) for epoch in range(60)]

@@ -1,4 +1,4 @@
-"""The files of precomputed data: what is read is what was written, and damage is noticed."""
+"""Files of precomputed data: samples and index survive a round trip, and damaged files raise errors."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_distill.data.encoded_shards import (
     EncodedShard,
     ShardReader,
     read_entry,
-    unfinished,
+    temporary_path,
     write_atomically,
     write_samples,
 )
@@ -47,7 +47,7 @@ def assert_equal(found: EncodedSample, expected: EncodedSample) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[(4, 4)] * 5, [(4, 4), (2, 8), (4, 4), (8, 2), (2, 8)], [None] * 5])
-def test_samples_come_back_bit_for_bit(tmp_path: Path, sizes: list[tuple[int, int] | None]) -> None:
+def test_sample_round_trip_is_bit_equal(tmp_path: Path, sizes: list[tuple[int, int] | None]) -> None:
     samples = [sample(i, size) for i, size in enumerate(sizes)]
     write_samples(tmp_path / "a.safetensors", samples, torch.float32)
     reader = ShardReader(tmp_path)
@@ -56,11 +56,11 @@ def test_samples_come_back_bit_for_bit(tmp_path: Path, sizes: list[tuple[int, in
         assert_equal(reader.read("a.safetensors", row), samples[row])
 
 
-def test_rounded_samples_take_half_the_room_and_come_back_in_their_precision(tmp_path: Path) -> None:
+def test_bfloat16_storage_halves_the_file_and_restores_the_dtype(tmp_path: Path) -> None:
     samples = [sample(i, (16, 16)) for i in range(8)]
-    _, whole = write_samples(tmp_path / "a.safetensors", samples, torch.float32)
+    _, full = write_samples(tmp_path / "a.safetensors", samples, torch.float32)
     _, half = write_samples(tmp_path / "b.safetensors", samples, torch.bfloat16)
-    assert half < 0.55 * whole
+    assert half < 0.55 * full
     found = ShardReader(tmp_path).read("b.safetensors", 2)
     assert found.latents.dtype == found.condition["embeds"].dtype == torch.float32
     assert torch.equal(found.latents, samples[2].latents.to(torch.bfloat16).float())
@@ -68,14 +68,14 @@ def test_rounded_samples_take_half_the_room_and_come_back_in_their_precision(tmp
         assert torch.equal(found.condition[name], samples[2].condition[name])
 
 
-def test_the_same_samples_are_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
     samples = [sample(i) for i in range(4)]
     assert len({write_samples(tmp_path / f"{i}.safetensors", samples, torch.float32) for i in range(5)}) == 1
     assert len({path.read_bytes() for path in tmp_path.glob("*.safetensors")}) == 1
 
 
-def test_the_least_used_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded_shards, "OPEN_SHARDS", 2)
+def test_least_recently_used_files_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded_shards, "MAX_OPEN_SHARDS", 2)
     samples = [sample(i) for i in range(4)]
     for i, each in enumerate(samples):
         write_samples(tmp_path / f"{i}.safetensors", [each], torch.float32)
@@ -85,7 +85,7 @@ def test_the_least_used_files_are_closed(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(reader._open) == ["0.safetensors", "1.safetensors"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     write_atomically(path, b"old")
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError("no room")))
@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
-    assert not unfinished(path).exists()
+    assert not temporary_path(path).exists()
 
 
 # The index
@@ -112,13 +112,13 @@ def written(tmp_path: Path) -> EncodedIndex:
     return index
 
 
-def test_the_index_comes_back(tmp_path: Path, written: EncodedIndex) -> None:
+def test_index_round_trip(tmp_path: Path, written: EncodedIndex) -> None:
     found = EncodedIndex.read(tmp_path, "data.directory")
     assert found == written
     assert found.complete
     assert found.has_images
     (shard,) = found.shards["train"]
-    assert shard.places == [8, 10, 11]
+    assert shard.sample_indices == [8, 10, 11]
     content = json.loads((tmp_path / INDEX).read_text())
     assert content["format"] == FORMAT
     assert content["image_sizes"] == [[16, 64], [32, 32]]
@@ -127,7 +127,7 @@ def test_the_index_comes_back(tmp_path: Path, written: EncodedIndex) -> None:
     assert read_entry(content["shards"]["train"][0]) == shard
 
 
-def test_an_index_of_what_is_not_finished(tmp_path: Path) -> None:
+def test_incomplete_index(tmp_path: Path) -> None:
     EncodedIndex({"a": 1}).write(tmp_path)
     found = EncodedIndex.read(tmp_path, "out")
     assert found.settings == {"a": 1}
@@ -135,17 +135,17 @@ def test_an_index_of_what_is_not_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [NULL, "train-00000.safetensors"])
-def test_damage_is_noticed(tmp_path: Path, written: EncodedIndex, file: str) -> None:
+def test_check_files_raises_for_damage(tmp_path: Path, written: EncodedIndex, file: str) -> None:
     path = tmp_path / file
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     written.check_files(tmp_path, contents=True)
-    flipped = bytearray(whole)
+    flipped = bytearray(intact)
     flipped[-3] ^= 1
     path.write_bytes(flipped)
     written.check_files(tmp_path, contents=False)
-    with pytest.raises(ConfigurationError, match=f"{file} is missing or damaged; remove .* run the same `precompute` again"):
+    with pytest.raises(ConfigurationError, match=f"{file} is missing or damaged; delete it and run the same `precompute`"):
         written.check_files(tmp_path, contents=True)
-    path.write_bytes(whole[:-1])
+    path.write_bytes(intact[:-1])
     with pytest.raises(ConfigurationError, match="damaged"):
         written.check_files(tmp_path, contents=False)
     path.unlink()
@@ -153,15 +153,15 @@ def test_damage_is_noticed(tmp_path: Path, written: EncodedIndex, file: str) -> 
         written.check_files(tmp_path, contents=False)
 
 
-def test_a_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_invalid_safetensors_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     with pytest.raises(ConfigurationError, match=r"a\.safetensors is missing or damaged"):
         ShardReader(tmp_path).read("a.safetensors", 0)
 
 
-def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"data\.directory is .*, which holds no index\.json"):
+def test_missing_index_or_other_format_raises(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.directory is .*, which has no index\.json"):
         EncodedIndex.read(tmp_path, "data.directory")
     (tmp_path / INDEX).write_text(json.dumps({"format": 99}))
-    with pytest.raises(ConfigurationError, match="whose format is 99 and not 1; precompute again"):
+    with pytest.raises(ConfigurationError, match="whose format is 99, not 1; precompute again"):
         EncodedIndex.read(tmp_path, "data.directory")

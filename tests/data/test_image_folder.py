@@ -21,22 +21,22 @@ SIZE = {"height": 16, "width": 16}
 
 
 def write_folder(directory: Path, count: int, size: tuple[int, int] = (24, 20)) -> Path:
-    """Pictures of one gray each, picture i of `(width, height)` with the value 10 i, and their metadata."""
+    """Write uniform gray images of size `(width, height)`, image i with the value 10 i, and their metadata."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = []
     for i in range(count):
         Image.new("RGB", size, (10 * i,) * 3).save(directory / f"{i:03}.png")
-        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": f"picture {i}", "source": "a test"}))
+        lines.append(json.dumps({"file_name": f"{i:03}.png", "text": f"image {i}", "source": "a test"}))
     (directory / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return directory
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return write_folder(tmp_path / "pictures", 20)
+    return write_folder(tmp_path / "images", 20)
 
 
-def ready(folder: Path, stage: str = "fit", **settings: Any) -> ImageFolder:
+def set_up(folder: Path, stage: str = "fit", **settings: Any) -> ImageFolder:
     data = ImageFolder(str(folder), **{"batch_size": 4, "validation_share": 0.1, "num_workers": 0, **SIZE} | settings)
     data.setup(stage)
     return data
@@ -47,7 +47,7 @@ def prompts(loader: DataLoader) -> list[str]:
 
 
 def test_training_batches(folder):
-    batches = list(ready(folder).train_dataloader())
+    batches = list(set_up(folder).train_dataloader())
     assert len(batches) == 4
     for batch in batches:
         assert batch["image"].shape == (4, 3, 16, 16)
@@ -60,26 +60,26 @@ def test_training_batches(folder):
     assert indices != sorted(indices)
 
 
-def test_the_validation_share_is_left_out_of_training(folder):
-    data = ready(folder, batch_size=2)
+def test_training_excludes_the_validation_share(folder):
+    data = set_up(folder, batch_size=2)
     train, validation = prompts(data.train_dataloader()), prompts(data.val_dataloader())
     assert len(validation) == 2
-    assert sorted(train + validation) == sorted(f"picture {i}" for i in range(20))
+    assert sorted(train + validation) == sorted(f"image {i}" for i in range(20))
     assert [batch["index"].tolist() for batch in data.val_dataloader()] == [[0, 1]]
 
 
-def test_the_validation_share_depends_on_the_file_names_alone(folder):
-    chosen = prompts(ready(folder).val_dataloader())
-    assert prompts(ready(folder, "validate", seed=7).val_dataloader()) == chosen
+def test_validation_share_depends_only_on_file_names(folder):
+    expected = prompts(set_up(folder).val_dataloader())
+    assert prompts(set_up(folder, "validate", seed=7).val_dataloader()) == expected
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     (folder / "metadata.jsonl").write_text("\n".join(reversed(lines)))
-    assert prompts(ready(folder).val_dataloader()) == chosen[::-1]
+    assert prompts(set_up(folder).val_dataloader()) == expected[::-1]
 
 
-def test_captions_of_one_picture_stay_together(folder):
+def test_captions_of_one_image_share_a_split(folder):
     lines = [json.dumps({"file_name": f"{i // 4:03}.png", "text": f"{i // 4} {i}"}) for i in range(20)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    data = ready(folder, validation_share=0.4)
+    data = set_up(folder, validation_share=0.4)
     train, validation = (
         [text.split()[0] for text in prompts(loader)] for loader in (data.train_dataloader(), data.val_dataloader())
     )
@@ -88,34 +88,34 @@ def test_captions_of_one_picture_stay_together(folder):
     assert not set(train) & set(validation)
 
 
-def test_a_small_share_is_one_picture(folder):
-    assert len(prompts(ready(folder, validation_share=0.001).val_dataloader())) == 1
+def test_small_validation_share_has_one_image(folder):
+    assert len(prompts(set_up(folder, validation_share=0.001).val_dataloader())) == 1
 
 
-def test_a_validation_directory(folder, tmp_path):
+def test_validation_directory(folder, tmp_path):
     other = write_folder(tmp_path / "validation", 3)
-    data = ready(folder, validation_directory=str(other))
+    data = set_up(folder, validation_directory=str(other))
     assert len(prompts(data.train_dataloader())) == 20
-    assert prompts(data.val_dataloader()) == prompts(data.test_dataloader()) == [f"picture {i}" for i in range(3)]
-    assert prompts(ready(tmp_path / "absent", "validate", validation_directory=str(other)).val_dataloader())
+    assert prompts(data.val_dataloader()) == prompts(data.test_dataloader()) == [f"image {i}" for i in range(3)]
+    assert prompts(set_up(tmp_path / "absent", "validate", validation_directory=str(other)).val_dataloader())
 
 
-def test_prediction_reads_no_pictures(folder):
+def test_predict_dataloader_loads_no_images(folder):
     for path in folder.glob("*.png"):
         path.unlink()
-    batches = list(ready(folder, "predict").predict_dataloader())
+    batches = list(set_up(folder, "predict").predict_dataloader())
     assert all(batch.keys() == {"prompt", "index"} for batch in batches)
     assert sum(len(batch["prompt"]) for batch in batches) == 2
 
 
-def test_pictures_are_scaled_to_cover_and_cropped_at_the_center(tmp_path):
+def test_images_are_resized_to_cover_and_center_cropped(tmp_path):
     pixels = np.zeros((40, 120, 3), dtype=np.uint8)
-    pixels[:, 40:80] = 255  # the middle third: what is left of a square crop
+    pixels[:, 40:80] = 255  # the middle third, which remains after a square crop
     pixels[:, 80:] = (255, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     image = read_image(tmp_path / "wide.png", 20, 20)
     assert image.shape == (3, 20, 20)
-    assert torch.equal(image[:, :, 1:-1], torch.ones(3, 20, 18))  # the filter takes in a little of the neighbors
+    assert torch.equal(image[:, :, 1:-1], torch.ones(3, 20, 18))  # the filter blends the border columns with their neighbors
     Image.fromarray(pixels.transpose(1, 0, 2)).save(tmp_path / "tall.png")
     assert torch.equal(read_image(tmp_path / "tall.png", 20, 20), image.transpose(1, 2))
     upward = read_image(tmp_path / "wide.png", 80, 240)
@@ -124,7 +124,7 @@ def test_pictures_are_scaled_to_cover_and_cropped_at_the_center(tmp_path):
     assert (upward[:, :, 90:150] == 1).all()
 
 
-def test_reduction_is_antialiased(tmp_path):
+def test_downsampling_is_antialiased(tmp_path):
     checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(checkerboard).save(tmp_path / "board.png")
     image = read_image(tmp_path / "board.png", 8, 8)
@@ -132,11 +132,11 @@ def test_reduction_is_antialiased(tmp_path):
     assert image.abs().max() < 0.05  # gray; nearest or unfiltered sampling gives black and white
 
 
-def test_orientation_and_transparency(tmp_path):
+def test_exif_orientation_and_transparency(tmp_path):
     turned = Image.new("RGB", (30, 10), "red")
     turned.paste("blue", (15, 0, 30, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
     image = read_image(tmp_path / "turned.png", 30, 10)
     assert image[:, 0, 5].tolist() == [1, -1, -1]
@@ -145,19 +145,19 @@ def test_orientation_and_transparency(tmp_path):
     assert (read_image(tmp_path / "clear.png", 8, 8) == 1).all()
 
 
-@pytest.mark.parametrize("taken", [0, 1, 3])
+@pytest.mark.parametrize("consumed", [0, 1, 3])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_loader_goes_on_where_its_state_was_saved(folder, taken, num_workers):
-    loader = ready(folder, num_workers=num_workers).train_dataloader()
+def test_loader_resumes_from_its_state(folder, consumed, num_workers):
+    loader = set_up(folder, num_workers=num_workers).train_dataloader()
     batches = iter(loader)
-    for _ in itertools.islice(batches, taken):
+    for _ in itertools.islice(batches, consumed):
         pass
     state = loader.state_dict()
     rest = [batch["prompt"] for batch in batches]
-    resumed = ready(folder, num_workers=num_workers).train_dataloader()
+    resumed = set_up(folder, num_workers=num_workers).train_dataloader()
     resumed.load_state_dict(state)
     assert [batch["prompt"] for batch in resumed] == rest
-    assert len(rest) == 4 - taken
+    assert len(rest) == 4 - consumed
 
 
 def fit(directory: Path, name: str, folder: Path, ckpt_path: str | None = None) -> list[tuple[int, float, list[int]]]:
@@ -172,32 +172,32 @@ def fit(directory: Path, name: str, folder: Path, ckpt_path: str | None = None) 
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_resume_is_exact_in_the_middle_of_an_epoch(folder, tmp_path):
-    seen = fit(tmp_path, "whole", folder)
-    assert len(seen) == 8
+def test_mid_epoch_resume_is_exact(folder, tmp_path):
+    losses = fit(tmp_path, "uninterrupted", folder)
+    assert len(losses) == 8
     for step in (2, 4, 5):
-        resumed = fit(tmp_path, f"resumed_{step}", folder, str(tmp_path / "whole" / f"step={step}.ckpt"))
-        assert resumed == seen[step:]
+        resumed = fit(tmp_path, f"resumed_{step}", folder, str(tmp_path / "uninterrupted" / f"step={step}.ckpt"))
+        assert resumed == losses[step:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("damage", ["missing", "no picture", "truncated", "deep"])
-def test_unreadable_pictures_are_named(folder, damage, num_workers):
+@pytest.mark.parametrize("damage", ["missing", "not an image", "truncated", "16 bits"])
+def test_error_names_the_unreadable_image(folder, damage, num_workers):
     path = folder / "005.png"
     if damage == "missing":
         path.unlink()
-    elif damage == "no picture":
+    elif damage == "not an image":
         path.write_text("<html>not found</html>")
     elif damage == "truncated":
         Image.fromarray(np.random.randint(0, 255, (24, 20, 3), dtype=np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:-200])
     else:
         Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(path)
-    loader = ready(folder, num_workers=num_workers, validation_share=0.05).train_dataloader()
+    loader = set_up(folder, num_workers=num_workers, validation_share=0.05).train_dataloader()
     with pytest.raises(UnreadableImageError) as caught:
         list(loader)
     message = str(caught.value)
-    assert message.startswith(f"{path} of line 6 of {folder / 'metadata.jsonl'} cannot be read as a picture (")
+    assert message.startswith(f"{path} of line 6 of {folder / 'metadata.jsonl'} cannot be decoded as an image (")
     assert message.endswith("; replace the file or remove the line")
     assert "\n" not in message
 
@@ -212,34 +212,34 @@ def test_unreadable_pictures_are_named(folder, damage, num_workers):
         ('{"file_name": "a.png", "text": null}', 'line 3 of .* has no string under "text"'),
     ],
 )
-def test_bad_lines(tmp_path, line, message):
+def test_invalid_metadata_lines_raise(tmp_path, line, message):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n\n' + line + "\n")
     with pytest.raises(ConfigurationError, match=message):
-        ready(tmp_path)
+        set_up(tmp_path)
 
 
-def test_a_line_that_is_not_utf8(tmp_path):
+def test_metadata_line_without_utf8_raises(tmp_path):
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "été"}'.encode("latin-1"))
     with pytest.raises(ConfigurationError, match="line 1 of"):
-        ready(tmp_path)
+        set_up(tmp_path)
 
 
-def test_directories_that_cannot_work(folder, tmp_path):
+def test_invalid_directories_raise(folder, tmp_path):
     with pytest.raises(ConfigurationError, match=r"data.directory is '.*absent', which is not a directory"):
-        ready(tmp_path / "absent")
+        set_up(tmp_path / "absent")
     with pytest.raises(ConfigurationError, match=r"data.validation_directory is '.*absent', which is not a directory"):
-        ready(folder, validation_directory=str(tmp_path / "absent"))
-    with pytest.raises(ConfigurationError, match=r"which holds no metadata.jsonl; write one"):
-        ready(tmp_path)
+        set_up(folder, validation_directory=str(tmp_path / "absent"))
+    with pytest.raises(ConfigurationError, match=r"which has no metadata.jsonl; write one"):
+        set_up(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")
     with pytest.raises(ConfigurationError, match=r"metadata.jsonl of data.directory is empty"):
-        ready(tmp_path)
+        set_up(tmp_path)
 
 
-def test_too_few_pictures_are_refused_at_set_up(folder):
-    with pytest.raises(ConfigurationError, match=r"18 training samples do not hold a batch of data\.batch_size 19"):
-        ready(folder, batch_size=19)
-    assert prompts(ready(folder, "validate", batch_size=19).val_dataloader())
+def test_setup_raises_for_too_few_samples(folder):
+    with pytest.raises(ConfigurationError, match=r"18 training samples are too few for a batch of data\.batch_size 19"):
+        set_up(folder, batch_size=19)
+    assert prompts(set_up(folder, "validate", batch_size=19).val_dataloader())
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,11 @@ def test_too_few_pictures_are_refused_at_set_up(folder):
         ({"validation_share": 1.0}, "data.validation_share is 1.0"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_invalid_settings_raise(settings, message):
     with pytest.raises(ConfigurationError, match=message):
-        ImageFolder("pictures", **settings)
+        ImageFolder("images", **settings)
 
 
-def test_loaders_before_setup():
+def test_loader_before_setup_raises():
     with pytest.raises(RuntimeError, match=r"call setup\(stage\) first"):
-        ImageFolder("pictures").train_dataloader()
+        ImageFolder("images").train_dataloader()

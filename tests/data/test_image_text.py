@@ -30,22 +30,22 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def picture(value: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
+def encoded_image(value: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, (value,) * 3).save(file, kind)
     return file.getvalue()
 
 
 def write_shard(path: Path, first: int, count: int) -> Path:
-    """Pictures of one gray each, picture i of the value 5 i, in three shapes, captions as texts and as JSON in turn."""
+    """Write uniform gray images, image i with the value 5 i, in three sizes, with alternating text and JSON captions."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for i in range(first, first + count):
-            add(archive, f"part/{i:04}.png", picture(5 * i, SHAPES[i % 3]))
+            add(archive, f"part/{i:04}.png", encoded_image(5 * i, SHAPES[i % 3]))
             if i % 2:
-                add(archive, f"part/{i:04}.json", json.dumps({"caption": f"picture {i}", "other": 1}).encode())
+                add(archive, f"part/{i:04}.json", json.dumps({"caption": f"image {i}", "other": 1}).encode())
             else:
-                add(archive, f"part/{i:04}.txt", f"picture {i}\n".encode())
+                add(archive, f"part/{i:04}.txt", f"image {i}\n".encode())
     return path
 
 
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ready(folder: Path, stage: str = "fit", **settings: Any) -> ImageText:
+def set_up(folder: Path, stage: str = "fit", **settings: Any) -> ImageText:
     defaults = {"batch_size": 4, "num_workers": 0, "height": 32, "width": 32, "multiple": 8}
     shards = {"source": str(folder / "shards" / "*.tar"), "validation_source": str(folder / "validation.tar")}
     data = ImageText(**shards | defaults | settings)
@@ -65,9 +65,9 @@ def ready(folder: Path, stage: str = "fit", **settings: Any) -> ImageText:
     return data
 
 
-def test_batches_are_of_one_shape_and_of_what_their_captions_say(folder: Path) -> None:
+def test_batches_have_one_shape_and_images_match_captions(folder: Path) -> None:
     shapes, seen = set(), []
-    for batch in ready(folder).train_dataloader():
+    for batch in set_up(folder).train_dataloader():
         assert batch["image"].dtype == torch.float32
         assert batch["broken"] == []
         shapes.add(tuple(batch["image"].shape[1:]))
@@ -78,20 +78,20 @@ def test_batches_are_of_one_shape_and_of_what_their_captions_say(folder: Path) -
     assert shapes == {(3, 32, 32), (3, 24, 40), (3, 40, 24)}
 
 
-def test_one_bucket_is_the_size_asked_for(folder: Path) -> None:
-    batches = list(ready(folder, largest_ratio=1.0, height=16, width=24).train_dataloader())
+def test_single_bucket_has_the_configured_size(folder: Path) -> None:
+    batches = list(set_up(folder, largest_ratio=1.0, height=16, width=24).train_dataloader())
     assert {tuple(batch["image"].shape) for batch in batches} == {(4, 3, 16, 24)}
 
 
-def test_validation_is_of_the_size_asked_for_and_in_order(folder: Path) -> None:
-    data = ready(folder, "validate", validation_samples=3)
+def test_validation_has_the_configured_size_in_order(folder: Path) -> None:
+    data = set_up(folder, "validate", validation_samples=3)
     (batch,) = data.val_dataloader()
-    assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
+    assert batch["prompt"] == ["image 0", "image 1", "image 2"]
     assert batch["image"].shape == (3, 3, 32, 32)
 
 
-def on_its_side(size: tuple[int, int], kind: str) -> bytes:
-    """A picture that is shown turned by a quarter, as cameras store portraits."""
+def rotated_image(size: tuple[int, int], kind: str) -> bytes:
+    """Encode an image with an EXIF rotation of 90 degrees, as cameras store portraits."""
     file, exif = io.BytesIO(), Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new("RGB", size).save(file, kind, exif=exif)
@@ -99,18 +99,18 @@ def on_its_side(size: tuple[int, int], kind: str) -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("JPEG", "jpg"), ("WEBP", "webp"), ("PNG", "png")])
-def test_buckets_are_of_pictures_as_they_are_shown(kind: str, ending: str, folder: Path) -> None:
+def test_buckets_follow_the_exif_orientation(kind: str, ending: str, folder: Path) -> None:
     with tarfile.open(folder / "portrait.tar", "w") as archive:
         for i in range(4):
-            add(archive, f"{i}.{ending}", on_its_side((44, 24), kind))
+            add(archive, f"{i}.{ending}", rotated_image((44, 24), kind))
             add(archive, f"{i}.txt", b"a portrait")
-    (batch,) = ready(folder, source=str(folder / "portrait.tar")).train_dataloader()
+    (batch,) = set_up(folder, source=str(folder / "portrait.tar")).train_dataloader()
     height, width = batch["image"].shape[-2:]
     assert height > width
 
 
-def test_small_pictures_may_be_left_out(folder: Path) -> None:
-    prompts = [prompt for batch in ready(folder, min_side=25).train_dataloader() for prompt in batch["prompt"]]
+def test_min_side_skips_small_images(folder: Path) -> None:
+    prompts = [prompt for batch in set_up(folder, min_side=25).train_dataloader() for prompt in batch["prompt"]]
     assert len(prompts) == 16
     assert {int(prompt.split()[1]) % 3 for prompt in prompts} == {0}
 
@@ -118,52 +118,52 @@ def test_small_pictures_may_be_left_out(folder: Path) -> None:
 # Shards
 
 
-def test_headers_are_read_once_and_again_when_a_shard_changes(folder: Path) -> None:
+def test_index_file_is_reused_until_the_shard_changes(folder: Path) -> None:
     path = folder / "shards" / "000.tar"
     first = TarShards([path])
-    kept = path.with_name(path.name + INDEX)
-    text = kept.read_text()
-    kept.write_text(text.replace("picture 3", "told by the index"))
-    assert TarShards([path]).caption(3) == "told by the index"
+    index_path = path.with_name(path.name + INDEX)
+    text = index_path.read_text()
+    index_path.write_text(text.replace("image 3", "caption from the index"))
+    assert TarShards([path]).caption(3) == "caption from the index"
     write_shard(path, 0, 15)
     assert len(TarShards([path])) == 15
-    assert first.picture(2).read() == picture(10, SHAPES[2])
-    kept.write_text(text)  # of the shard before
+    assert first.open_image(2).read() == encoded_image(10, SHAPES[2])
+    index_path.write_text(text)  # index of the old shard
     assert len(TarShards([path])) == 15
 
 
-def test_shards_without_captioned_pictures_are_refused(tmp_path: Path) -> None:
+def test_shards_without_captioned_images_raise(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
-        add(archive, "a.png", picture(0, (8, 8)))
-        add(archive, "b.txt", b"of no picture")
-    with pytest.raises(ConfigurationError, match=r"no picture .* with a caption .*'text'"):
+        add(archive, "a.png", encoded_image(0, (8, 8)))
+        add(archive, "b.txt", b"without an image")
+    with pytest.raises(ConfigurationError, match=r"no image .* with a caption .*'text'"):
         TarShards([path], caption_key="text")
 
 
-def test_other_files_and_pictures_without_captions_are_passed_over(tmp_path: Path) -> None:
+def test_scan_skips_other_files_and_images_without_captions(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as archive:
-        add(archive, "a.JPG", picture(100, (9, 8), "JPEG"))
+        add(archive, "a.JPG", encoded_image(100, (9, 8), "JPEG"))
         add(archive, "a.cls", b"7")
         add(archive, "a.txt", "ein Hügel".encode())
-        add(archive, "b.png", picture(0, (8, 8)))
-        add(archive, "c.png", b"not a picture")
+        add(archive, "b.png", encoded_image(0, (8, 8)))
+        add(archive, "c.png", b"not an image")
         add(archive, "c.txt", b"broken")
-        add(archive, "d.webp", picture(0, (8, 8), "WEBP"))
+        add(archive, "d.webp", encoded_image(0, (8, 8), "WEBP"))
         add(archive, "d.json", b'{"caption": 3}')
         add(archive, "e.pyd", b"cos\nsystem\n(S'echo'\ntR.")
-        add(archive, "../../f.png", picture(0, (8, 8)))
+        add(archive, "../../f.png", encoded_image(0, (8, 8)))
         add(archive, "../../f.txt", b"outside")
     samples, unreadable = scan(path, "caption")
     assert unreadable == 1
     assert [(sample.caption, sample.height, sample.width) for sample in samples] == [("ein Hügel", 8, 9), ("outside", 8, 8)]
 
 
-def test_a_shard_that_is_none_is_one_sentence(folder: Path) -> None:
+def test_invalid_tar_file_raises(folder: Path) -> None:
     (folder / "shards" / "003.tar").write_bytes(b"not a tar file" * 100)
-    with pytest.raises(ConfigurationError, match=r"003\.tar is no plain tar file"):
-        ready(folder)
+    with pytest.raises(ConfigurationError, match=r"003\.tar is not an uncompressed tar file"):
+        set_up(folder)
 
 
 # Data sets of Hugging Face
@@ -171,112 +171,112 @@ def test_a_shard_that_is_none_is_one_sentence(folder: Path) -> None:
 
 @pytest.fixture
 def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same pictures as in `folder`, in two files, one without a caption and one broken; and a folder to validate on."""
+    """Write the images of `folder` to two Parquet files, one caption missing, one image broken; and a validation folder."""
     datasets = pytest.importorskip("datasets", reason='needs datasets: pip install -c constraints.txt -e ".[data]"')
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for part in range(2):
-        rows = [{"bytes": picture(5 * i, SHAPES[i % 3]), "path": None} for i in range(24 * part, 24 * part + 24)]
-        captions = [f"picture {i}" for i in range(24 * part, 24 * part + 24)]
+        rows = [{"bytes": encoded_image(5 * i, SHAPES[i % 3]), "path": None} for i in range(24 * part, 24 * part + 24)]
+        captions = [f"image {i}" for i in range(24 * part, 24 * part + 24)]
         if part:
-            rows[-1]["bytes"], captions[-2] = b"not a picture", None
+            rows[-1]["bytes"], captions[-2] = b"not an image", None
         columns = {"image": rows, "caption": captions, "id": list(range(24))}
         features = datasets.Features(
             {"image": datasets.Image(), "caption": datasets.Value("string"), "id": datasets.Value("int64")}
         )
         datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f"{part}.parquet")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(3):
-        (tmp_path / "pictures" / f"{i}.png").write_bytes(picture(5 * i, (32, 32)))
-    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"picture {i}"}) for i in range(3)]
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+        (tmp_path / "images" / f"{i}.png").write_bytes(encoded_image(5 * i, (32, 32)))
+    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"image {i}"}) for i in range(3)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
     return tmp_path
 
 
-def test_data_sets_of_hugging_face_are_read_the_same_way(parquet: Path) -> None:
-    sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "pictures")}
-    data = ready(parquet, batch_size=2, **sources)
+def test_hugging_face_data_sets(parquet: Path) -> None:
+    sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "images")}
+    data = set_up(parquet, batch_size=2, **sources)
     seen = []
     for batch in data.train_dataloader():
         assert len({tuple(image.shape) for image in batch["image"]}) == 1
         for prompt, image in zip(batch["prompt"], batch["image"], strict=True):
             assert torch.allclose(image, torch.tensor(int(prompt.split()[1]) * 5 / 127.5 - 1), atol=1e-5)
             seen.append(prompt)
-    assert set(seen) <= {f"picture {i}" for i in range(46)}
+    assert set(seen) <= {f"image {i}" for i in range(46)}
     assert 44 <= len(seen) == len(set(seen))
-    (batch,) = ready(parquet, "validate", **sources).val_dataloader()
-    assert batch["prompt"] == ["picture 0", "picture 1", "picture 2"]
+    (batch,) = set_up(parquet, "validate", **sources).val_dataloader()
+    assert batch["prompt"] == ["image 0", "image 1", "image 2"]
 
 
-def test_rows_are_told_of_by_their_own_numbers(parquet: Path) -> None:
+def test_location_is_the_row_number_of_the_source(parquet: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = [{"bytes": content, "path": None} for content in (b"not a picture", picture(1, (32, 32)))]
+    rows = [{"bytes": content, "path": None} for content in (b"not an image", encoded_image(1, (32, 32)))]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     file = str(parquet / "broken.parquet")
     datasets.Dataset.from_dict({"image": rows, "caption": ["one", "two"]}, features).to_parquet(file)
-    assert HubImages(file, "train", "image", "caption", "data.source").place(0) == f"row 1 of {file}"
+    assert HubImages(file, "train", "image", "caption", "data.source").location(0) == f"row 1 of {file}"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "absent/*.parquet"}, r"data\.source is 'absent/\*\.parquet', of which no split 'train' can be loaded"),
-        ({"caption_column": "text"}, r"data\.caption_column is 'text', and .* has image, caption, id; choose one of these"),
+        ({"source": "absent/*.parquet"}, r"data\.source is 'absent/\*\.parquet', whose split 'train' cannot be loaded"),
+        ({"caption_column": "text"}, r"data\.caption_column is 'text', but .* has the columns image, caption, id; choose"),
         ({"image_column": "png"}, r"data\.image_column is 'png'"),
-        ({"validation_source": None}, r"no split 'validation' can be loaded"),
+        ({"validation_source": None}, r"whose split 'validation' cannot be loaded"),
     ],
 )
-def test_data_sets_that_cannot_be_used_are_one_sentence(settings: dict[str, Any], message: str, parquet: Path) -> None:
+def test_invalid_data_sets_raise_one_line(settings: dict[str, Any], message: str, parquet: Path) -> None:
     sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "*.parquet")}
     with pytest.raises(ConfigurationError, match=message) as caught:
-        ready(parquet, **sources | settings)
+        set_up(parquet, **sources | settings)
     assert "\n" not in str(caught.value)
 
 
-# Broken pictures
+# Broken images
 
 
-def broken_shard(folder: Path, count: int) -> None:
-    """Pictures whose header can be read, and nothing else."""
+def write_broken_shard(folder: Path, count: int) -> None:
+    """Write a shard of images with a valid header and truncated pixel data."""
     with tarfile.open(folder / "shards" / "broken.tar", "w") as archive:
         for i in range(count):
-            add(archive, f"broken {i}.png", picture(0, (32, 32))[:60])
+            add(archive, f"broken {i}.png", encoded_image(0, (32, 32))[:60])
             add(archive, f"broken {i}.txt", b"broken")
 
 
-def test_broken_pictures_are_left_out_and_told_of(folder: Path) -> None:
-    broken_shard(folder, 2)
-    data = ready(folder, largest_ratio=1.0)
+def test_broken_images_are_skipped_and_reported(folder: Path) -> None:
+    write_broken_shard(folder, 2)
+    data = set_up(folder, largest_ratio=1.0)
     batches = list(data.train_dataloader())
-    told = [description for batch in batches for description in batch["broken"]]
-    kept = [prompt for batch in batches for prompt in batch["prompt"]]
-    assert len(kept) + len(told) == 48
-    assert "broken" not in kept
-    assert 0 < len(told) <= 2
-    assert all("broken.tar" in description for description in told)
-    with pytest.warns(UserWarning, match="leaves out broken"):
+    broken = [description for batch in batches for description in batch["broken"]]
+    decoded = [prompt for batch in batches for prompt in batch["prompt"]]
+    assert len(decoded) + len(broken) == 48
+    assert "broken" not in decoded
+    assert 0 < len(broken) <= 2
+    assert all("broken.tar" in description for description in broken)
+    with pytest.warns(UserWarning, match="skips broken"):
         transferred = [data.on_before_batch_transfer(batch, 0) for batch in batches]
     assert not any("broken" in batch for batch in transferred)
-    assert data.state_dict() == {"seen": 48, "broken": len(told)}
+    assert data.state_dict() == {"seen": 48, "broken": len(broken)}
 
 
-def test_too_many_of_them_end_the_run() -> None:
+def test_too_many_broken_images_raise() -> None:
     data = ImageText("x.tar", "y.tar", max_broken_share=0.01)
     data.load_state_dict({"seen": 1500, "broken": 14})
     good = {"prompt": ["a"] * 4, "broken": []}
     data.on_before_batch_transfer(dict(good), 0)
-    with pytest.raises(UnreadableImageError, match=r"16 of 1509 pictures .* data\.max_broken_share 0\.01"):
+    with pytest.raises(UnreadableImageError, match=r"16 of 1509 images .* data\.max_broken_share 0\.01"):
         data.on_before_batch_transfer({"prompt": ["a"] * 3, "broken": ["b", "c"]}, 0)
 
 
-def test_a_batch_of_nothing_else_is_an_error(folder: Path) -> None:
+def test_batch_of_only_broken_images_raises(folder: Path) -> None:
     for path in (folder / "shards").glob("*.tar"):
         path.unlink()
-    broken_shard(folder, 8)
-    data = ready(folder)
+    write_broken_shard(folder, 8)
+    data = set_up(folder)
     batch = next(iter(data.train_dataloader()))
     with (
-        pytest.warns(UserWarning, match="leaves out broken"),
-        pytest.raises(UnreadableImageError, match="no picture of a batch can be read, the first being broken"),
+        pytest.warns(UserWarning, match="skips broken"),
+        pytest.raises(UnreadableImageError, match="no image of a batch can be decoded, first broken"),
     ):
         data.on_before_batch_transfer(batch, 0)
 
@@ -286,21 +286,21 @@ def test_a_batch_of_nothing_else_is_an_error(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", [FlowMatching, MeanFlow])
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_methods_drop_captions(method: type[FlowMatching | MeanFlow], share: float, folder: Path, tmp_path: Path) -> None:
+def test_caption_dropout_of_methods(method: type[FlowMatching | MeanFlow], share: float, folder: Path, tmp_path: Path) -> None:
     adapter = GaussianAdapter(student="small", teacher="small")
     seen: list[torch.Tensor] = []
 
-    def network(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def record(part: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if part is module.student and torch.is_grad_enabled():
             seen.append(arguments[-1])
 
     module = method(adapter, caption_dropout=share, validation=VALIDATION)
     module.configure_model()
-    module.student.register_forward_pre_hook(network)
+    module.student.register_forward_pre_hook(record)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
     trainer = Trainer(max_steps=24, limit_val_batches=0, accelerator="cpu", default_root_dir=tmp_path, **quiet)
-    trainer.fit(module, datamodule=ready(folder))
-    dropped = (torch.cat(seen) == 0).float().mean()  # the empty caption is worth nothing, others their length
+    trainer.fit(module, datamodule=set_up(folder))
+    dropped = (torch.cat(seen) == 0).float().mean()  # the condition is the caption length, 0 for the empty caption
     assert len(torch.cat(seen)) == 96
     assert dropped == 0 if share == 0 else 0.35 < dropped < 0.65
 
@@ -308,20 +308,20 @@ def test_methods_drop_captions(method: type[FlowMatching | MeanFlow], share: flo
 # Resume
 
 
-@pytest.mark.parametrize("taken", [1, 5])
+@pytest.mark.parametrize("consumed", [1, 5])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_goes_on_where_its_state_was_saved(folder: Path, taken: int, num_workers: int) -> None:
-    whole = [batch["prompt"] for batch in ready(folder).train_dataloader()]
-    loader = ready(folder, num_workers=num_workers).train_dataloader()
+def test_loader_resumes_from_its_state(folder: Path, consumed: int, num_workers: int) -> None:
+    expected = [batch["prompt"] for batch in set_up(folder).train_dataloader()]
+    loader = set_up(folder, num_workers=num_workers).train_dataloader()
     iterator = iter(loader)
-    before = [next(iterator)["prompt"] for _ in range(taken)]
+    before = [next(iterator)["prompt"] for _ in range(consumed)]
     state = loader.state_dict()
-    again = ready(folder, num_workers=num_workers).train_dataloader()
-    again.load_state_dict(state)
-    assert before + [batch["prompt"] for batch in again] == whole
+    resumed = set_up(folder, num_workers=num_workers).train_dataloader()
+    resumed.load_state_dict(state)
+    assert before + [batch["prompt"] for batch in resumed] == expected
 
 
-def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+def test_mid_epoch_resume_is_exact(folder: Path, tmp_path: Path) -> None:
     def fit(name: str, steps: int, **options: Any) -> object:
         seed_everything(0)
         losses = tmp_path / f"{name}.jsonl"
@@ -336,14 +336,14 @@ def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(folder: Path, tmp
             limit_val_batches=0,
             default_root_dir=tmp_path,
         )
-        trainer.fit(ToyModule(losses=str(losses)), datamodule=ready(folder, largest_ratio=1.0), **options)
+        trainer.fit(ToyModule(losses=str(losses)), datamodule=set_up(folder, largest_ratio=1.0), **options)
         return read_losses(losses)
 
-    whole = fit("whole", 16)
+    uninterrupted = fit("uninterrupted", 16)
     fit("part", 5)
     resumed = fit("part", 16, ckpt_path=tmp_path / "part" / "last.ckpt")
-    assert resumed == whole
-    assert len(whole) == 16
+    assert resumed == uninterrupted
+    assert len(uninterrupted) == 16
 
 
 # Settings
@@ -357,12 +357,12 @@ def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(folder: Path, tmp
         ({"max_broken_share": 1.0}, r"data\.max_broken_share is 1\.0"),
         ({"validation_samples": 0}, r"data\.validation_samples is 0"),
         ({"min_side": -1}, r"data\.min_side is -1"),
-        ({"source": "absent/*.tar"}, r"data\.source is 'absent/\*\.tar', which stands for no file"),
-        ({"validation_source": None}, r"data\.validation_source is null, and tar files have no split"),
-        ({"batch_size": 100}, "48 training samples do not hold a batch"),
-        ({"batch_size": 17}, "no bucket holds a batch"),
+        ({"source": "absent/*.tar"}, r"data\.source is 'absent/\*\.tar', which matches no file"),
+        ({"validation_source": None}, r"data\.validation_source is null, but tar files have no validation split"),
+        ({"batch_size": 100}, "48 training samples are too few for a batch"),
+        ({"batch_size": 17}, "the buckets have fewer full batches"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str, folder: Path) -> None:
+def test_invalid_settings_raise(settings: dict[str, Any], message: str, folder: Path) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        ready(folder, **settings)
+        set_up(folder, **settings)

@@ -1,4 +1,4 @@
-"""Precomputed data: the batches of what they were made from, in its order, resumed exactly."""
+"""Precomputed data: same batches and order as the source data, exact resume, and error messages."""
 
 import json
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from lightning_distill.data import ImageText, Precomputed, Prompts, ShapesData
 from lightning_distill.data.encoded_shards import INDEX
 from lightning_distill.errors import ConfigurationError
 from tests.callbacks.distillation import PictureDistillation
-from tests.data.test_image_text import broken_shard, write_shard
-from tests.precomputing import encode, ready
+from tests.data.test_image_text import write_broken_shard, write_shard
+from tests.precomputing import encode, set_up
 from tests.toy import ToyModule, read_losses
 
 
@@ -29,13 +29,13 @@ def shapes(**settings: Any) -> ShapesData:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 30 samples of Shapes and 12 to validate on, seven a file."""
+    """Precomputed Shapes: 30 training samples, 12 validation samples, seven samples per shard."""
     return encode(shapes(), tmp_path_factory.mktemp("shapes") / "precomputed")
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> ImageText:
-    """Pictures of three shapes, in three buckets."""
+def images(tmp_path: Path) -> ImageText:
+    """Images of three sizes, in three buckets."""
     for number in range(2):
         write_shard(tmp_path / "shards" / f"{number:03}.tar", 16 * number, 16)
     write_shard(tmp_path / "validation.tar", 0, 5)
@@ -51,7 +51,7 @@ def image_text(folder: Path, **settings: Any) -> ImageText:
 
 @pytest.fixture
 def _any_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of other data than Shapes, in the place of pictures their lengths."""
+    """Let the adapter accept prompts outside of Shapes; the condition is the prompt length."""
 
     def lengths(self: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
         return {"picture": torch.tensor([[float(len(prompt))] for prompt in prompts])}
@@ -73,9 +73,9 @@ def assert_same_batches(found: Iterator[dict[str, Any]], expected: Iterator[dict
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_batches_are_those_of_the_pictures(directory: Path, seed: int) -> None:
-    data, original = ready(directory, seed=seed), shapes()
-    original.seed = seed  # of the order; the pictures are drawn already
+def test_batches_equal_the_source_batches(directory: Path, seed: int) -> None:
+    data, original = set_up(directory, seed=seed), shapes()
+    original.seed = seed  # changes only the order, because the images are already rendered
     assert assert_same_batches(data.train_dataloader(), original.train_dataloader()) == 7
     assert assert_same_batches(data.val_dataloader(), original.val_dataloader()) == 3
     for batch in data.train_dataloader():
@@ -84,37 +84,37 @@ def test_batches_are_those_of_the_pictures(directory: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_share_them_as_they_share_pictures(directory: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_equals_the_source_sharding(directory: Path, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_distill.data.resumable.ResumableData._replicas", lambda self: (2, rank))
-    assert assert_same_batches(ready(directory).train_dataloader(), shapes().train_dataloader()) == 3
+    assert assert_same_batches(set_up(directory).train_dataloader(), shapes().train_dataloader()) == 3
 
 
 @pytest.mark.usefixtures("_any_prompt")
-def test_batches_are_of_one_bucket_as_the_pictures_are(pictures: ImageText, tmp_path: Path) -> None:
-    data = ready(encode(pictures, tmp_path / "precomputed"), batch_size=2)
-    assert assert_same_batches(data.train_dataloader(), pictures.train_dataloader()) == 15
+def test_buckets_equal_the_source_buckets(images: ImageText, tmp_path: Path) -> None:
+    data = set_up(encode(images, tmp_path / "precomputed"), batch_size=2)
+    assert assert_same_batches(data.train_dataloader(), images.train_dataloader()) == 15
     assert len({batch["latents"].shape for batch in data.train_dataloader()}) == 3
     assert json.loads((tmp_path / "precomputed" / INDEX).read_text())["image_sizes"] == [[24, 40], [32, 32], [40, 24]]
 
 
 @pytest.mark.usefixtures("_any_prompt")
-def test_broken_pictures_are_counted_and_sit_out(pictures: ImageText, tmp_path: Path) -> None:
-    broken_shard(tmp_path, 10)  # the last seven are a shard of their own
-    with pytest.warns(UserWarning, match="ImageText leaves out broken"):
+def test_broken_images_are_counted_and_skipped(images: ImageText, tmp_path: Path) -> None:
+    write_broken_shard(tmp_path, 10)  # the last seven samples are a separate shard
+    with pytest.warns(UserWarning, match="ImageText skips broken"):
         encode(image_text(tmp_path), tmp_path / "precomputed")
-    data = ready(tmp_path / "precomputed", batch_size=1)
+    data = set_up(tmp_path / "precomputed", batch_size=1)
     seen = [(batch["prompt"][0], int(batch["index"])) for batch in data.train_dataloader()]
-    assert sorted(seen) == sorted((f"picture {i}", i) for i in range(32))
+    assert sorted(seen) == sorted((f"image {i}", i) for i in range(32))
     index = json.loads((tmp_path / "precomputed" / INDEX).read_text())
     assert index["broken"] == {"train": 10, "validation": 0}
     assert "broken.tar" in index["shards"]["train"][-1]["broken"][0][1]
 
 
 @pytest.mark.usefixtures("_any_prompt")
-def test_prompts_alone(tmp_path: Path) -> None:
+def test_prompts_without_images(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(f"{'a' * i}" for i in range(1, 21)))
     original = Prompts(str(tmp_path / "prompts.txt"), validation_samples=4, batch_size=4)
-    data = ready(encode(original, tmp_path / "precomputed"))
+    data = set_up(encode(original, tmp_path / "precomputed"))
     assert not data.has_images
     for batch, expected in zip(data.train_dataloader(), original.train_dataloader(), strict=True):
         assert batch["prompt"] == expected["prompt"]
@@ -128,24 +128,24 @@ def test_prompts_alone(tmp_path: Path) -> None:
 # Resume
 
 
-@pytest.mark.parametrize("taken", [1, 3])
+@pytest.mark.parametrize("consumed", [1, 3])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_goes_on_where_its_state_was_saved(directory: Path, taken: int, num_workers: int) -> None:
-    whole = [batch["index"].tolist() for batch in ready(directory).train_dataloader()]
-    loader = ready(directory, num_workers=num_workers).train_dataloader()
+def test_loader_resumes_from_its_state(directory: Path, consumed: int, num_workers: int) -> None:
+    expected = [batch["index"].tolist() for batch in set_up(directory).train_dataloader()]
+    loader = set_up(directory, num_workers=num_workers).train_dataloader()
     iterator = iter(loader)
-    before = [next(iterator)["index"].tolist() for _ in range(taken)]
-    again = ready(directory, num_workers=num_workers).train_dataloader()
-    again.load_state_dict(loader.state_dict())
-    assert before + [batch["index"].tolist() for batch in again] == whole
+    before = [next(iterator)["index"].tolist() for _ in range(consumed)]
+    resumed = set_up(directory, num_workers=num_workers).train_dataloader()
+    resumed.load_state_dict(loader.state_dict())
+    assert before + [batch["index"].tolist() for batch in resumed] == expected
 
 
-class ToyOfLatents(ToyModule):
+class LatentToyModule(ToyModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         return super().training_step({**batch, "image": batch["latents"]}, batch_idx)
 
 
-def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(directory: Path, tmp_path: Path) -> None:
+def test_mid_epoch_resume_is_exact(directory: Path, tmp_path: Path) -> None:
     def fit(name: str, steps: int, **options: Any) -> object:
         seed_everything(0)
         losses = tmp_path / f"{name}.jsonl"
@@ -158,24 +158,24 @@ def test_a_run_resumed_mid_epoch_repeats_the_uninterrupted_one(directory: Path, 
             enable_model_summary=False,
             limit_val_batches=0,
         )
-        trainer.fit(ToyOfLatents(losses=str(losses)), Precomputed(str(directory), batch_size=4, num_workers=0), **options)
+        trainer.fit(LatentToyModule(losses=str(losses)), Precomputed(str(directory), batch_size=4, num_workers=0), **options)
         return read_losses(losses)
 
-    whole = fit("whole", 12)
+    uninterrupted = fit("uninterrupted", 12)
     fit("part", 5)
-    assert fit("part", 12, ckpt_path=tmp_path / "part" / "last.ckpt") == whole
-    assert len(whole) == 12
+    assert fit("part", 12, ckpt_path=tmp_path / "part" / "last.ckpt") == uninterrupted
+    assert len(uninterrupted) == 12
 
 
-# Prompts and what is refused
+# Prompts and error messages
 
 
-def test_conditions_of_validation_prompts_and_of_none(directory: Path) -> None:
-    data = ready(directory, "validate")
+def test_conditions_of_validation_prompts_and_the_empty_prompt(directory: Path) -> None:
+    data = set_up(directory, "validate")
     adapter = PictureDistillation().adapter
     prompts = [prompt for batch in data.val_dataloader() for prompt in batch["prompt"]]
-    asked = [prompts[3], prompts[0], prompts[3]]
-    assert torch.equal(data.encoded_prompts(asked)["picture"], adapter.encode_prompt(asked)["picture"])
+    repeated = [prompts[3], prompts[0], prompts[3]]
+    assert torch.equal(data.encoded_prompts(repeated)["picture"], adapter.encode_prompt(repeated)["picture"])
     assert torch.equal(data.encoded_prompts([""])["picture"], adapter.encode_prompt([""])["picture"])
     mixed = data.encoded_prompts(["", prompts[1]])["picture"]
     assert torch.equal(mixed, torch.cat([adapter.encode_prompt([p])["picture"] for p in ("", prompts[1])]))
@@ -183,28 +183,26 @@ def test_conditions_of_validation_prompts_and_of_none(directory: Path) -> None:
         data.encoded_prompts([prompts[0], "a unicorn"])
 
 
-def test_pictures_of_other_prompts_are_refused_before_anything_is_loaded(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_prompts_raise_before_networks_load(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[LogImages(["a unicorn"])], enable_checkpointing=False)
     monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(ConfigurationError, match="'a unicorn' is not among the validation prompts"):
         trainer.fit(PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0))
 
 
-def test_another_teacher_is_refused_in_one_sentence(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_teacher_raises(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"family": "photographs"}
     monkeypatch.setattr("tests.callbacks.distillation.PictureAdapter.encoding_settings", lambda self: settings)
     monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(
-        ConfigurationError, match=r"was made with another teacher \(adapter\.family 'pictures', and now 'photog"
+        ConfigurationError, match=r"was precomputed with another teacher \(adapter\.family was 'pictures', and is now 'photog"
     ):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
             PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
         )
 
 
-def test_text_encoders_that_train_are_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainable_text_encoders_raise(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PictureDistillation, "train_text_encoders", True)
     with pytest.raises(ConfigurationError, match=r"model\.train_text_encoders is true, and precomputed data"):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
@@ -213,34 +211,34 @@ def test_text_encoders_that_train_are_refused(directory: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_damage_is_noticed(directory: Path, tmp_path: Path, verify: bool) -> None:
+def test_damaged_files_raise(directory: Path, tmp_path: Path, verify: bool) -> None:
     for path in directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     damaged = tmp_path / "train-00002.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 4
     damaged.write_bytes(content if verify else content[:-1])
-    ready(directory, verify=verify)
+    set_up(directory, verify=verify)
     with pytest.raises(ConfigurationError, match=r"train-00002\.safetensors is missing or damaged"):
-        ready(tmp_path, verify=verify)
+        set_up(tmp_path, verify=verify)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"directory": "absent"}, r"data\.directory is 'absent', which holds no index\.json"),
-        ({"batch_size": 40}, "30 training samples do not hold a batch"),
+        ({"directory": "absent"}, r"data\.directory is 'absent', which has no index\.json"),
+        ({"batch_size": 40}, "30 training samples are too few for a batch"),
         ({"batch_size": 0}, r"data\.batch_size is 0"),
         ({"num_workers": -1}, r"data\.num_workers is -1"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], message: str, directory: Path) -> None:
+def test_invalid_settings_raise(settings: dict[str, Any], message: str, directory: Path) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Precomputed(**{"directory": str(directory)} | settings).setup("fit")
 
 
-def test_what_was_not_finished_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_unfinished_data_raises(directory: Path, tmp_path: Path) -> None:
     index = json.loads((directory / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps({**index, "complete": False}))
-    with pytest.raises(ConfigurationError, match="which `precompute` has not finished; run the same command again"):
+    with pytest.raises(ConfigurationError, match="where `precompute` has not finished; run the same command again"):
         Precomputed(str(tmp_path)).setup("fit")

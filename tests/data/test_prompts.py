@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def ready(file: Path, stage: str = "fit", **settings: Any) -> Prompts:
+def set_up(file: Path, stage: str = "fit", **settings: Any) -> Prompts:
     data = Prompts(str(file), **{"batch_size": 4, "validation_samples": 3} | settings)
     data.setup(stage)
     return data
@@ -29,41 +29,41 @@ def texts(loader: Any) -> list[str]:
     return [prompt for batch in loader for prompt in batch["prompt"]]
 
 
-def test_every_prompt_once_and_none_on_both_sides(file: Path) -> None:
-    data = ready(file, batch_size=1)
+def test_every_prompt_is_in_exactly_one_split(file: Path) -> None:
+    data = set_up(file, batch_size=1)
     train, validation = texts(data.train_dataloader()), texts(data.val_dataloader())
     assert len(validation) == 3
     assert sorted(train + validation) == sorted(TEXTS)
     assert train != sorted(train)
-    for batch in ready(file).train_dataloader():
+    for batch in set_up(file).train_dataloader():
         assert batch.keys() == {"prompt", "index"}
         assert batch["index"].dtype == torch.int64
         assert len(batch["prompt"]) == 4
 
 
-def test_validation_depends_on_the_texts_alone(file: Path, tmp_path: Path) -> None:
-    chosen = texts(ready(file).val_dataloader())
+def test_validation_split_depends_only_on_the_prompts(file: Path, tmp_path: Path) -> None:
+    expected = texts(set_up(file).val_dataloader())
     (tmp_path / "other.txt").write_text("\n".join(reversed(TEXTS)))
-    assert texts(ready(tmp_path / "other.txt", seed=7).val_dataloader()) == chosen[::-1]
+    assert texts(set_up(tmp_path / "other.txt", seed=7).val_dataloader()) == expected[::-1]
 
 
-def test_lines_of_json_and_a_validation_file(file: Path, tmp_path: Path) -> None:
+def test_jsonl_file_and_validation_file(file: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"{text}\nsecond line", "id": 1}) for text in TEXTS))
-    data = ready(path, validation_file=str(file))
+    data = set_up(path, validation_file=str(file))
     assert sorted(texts(data.train_dataloader())) == sorted(f"{text}\nsecond line" for text in TEXTS)
     assert texts(data.val_dataloader()) == texts(data.predict_dataloader()) == TEXTS
 
 
-def test_a_loader_goes_on_where_its_state_was_saved(file: Path) -> None:
-    loader = ready(file).train_dataloader()
+def test_loader_resumes_from_its_state(file: Path) -> None:
+    loader = set_up(file).train_dataloader()
     iterator = iter(loader)
     next(iterator)
     state = loader.state_dict()
     rest = [batch["prompt"] for batch in iterator]
-    again = ready(file).train_dataloader()
-    again.load_state_dict(state)
-    assert [batch["prompt"] for batch in again] == rest
+    resumed = set_up(file).train_dataloader()
+    resumed.load_state_dict(state)
+    assert [batch["prompt"] for batch in resumed] == rest
     assert len(rest) == 3
 
 
@@ -72,26 +72,26 @@ def test_a_loader_goes_on_where_its_state_was_saved(file: Path) -> None:
     [
         ("absent.txt", None, "data.file is .* which is not a file"),
         ("empty.txt", b"\n\n", "is empty"),
-        ("latin.txt", b"caf\xe9\n", "line 1 of .* cannot be read"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2 of .* cannot be read"),
+        ("latin.txt", b"caf\xe9\n", "line 1 of .* cannot be parsed"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2 of .* cannot be parsed"),
         ("keyless.jsonl", b'{"caption": "a"}', 'no string under "text"'),
-        ("few.txt", b"a\nb\nc\nd\ne\n", "2 training samples do not hold a batch"),
+        ("few.txt", b"a\nb\nc\nd\ne\n", "2 training samples are too few for a batch"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_sentence(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_invalid_files_raise_one_line(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigurationError, match=message) as caught:
-        ready(tmp_path / name)
+        set_up(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
-def test_settings_are_checked() -> None:
+def test_invalid_settings_raise() -> None:
     with pytest.raises(ConfigurationError, match=r"data\.validation_samples is 0"):
         Prompts("prompts.txt", validation_samples=0)
 
 
-def test_the_embedded_teacher_is_distilled_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_teacher_distillation_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     colors, shapes = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
     Path("prompts.txt").write_text("\n".join(f"a {color} {shape}" for color in colors for shape in shapes))

@@ -9,13 +9,13 @@ from lightning_distill.data.shapes import (
     BOXES,
     CATEGORIES,
     COLORS,
+    DEFAULT_COLORS,
     GAP,
     IMAGE_SIZE,
     LATTICE,
     MARGIN,
     RADII,
     SHAPES,
-    USUAL_COLORS,
     WORDS,
     Prompt,
     Scene,
@@ -35,21 +35,21 @@ ALL = [prompt for category in CATEGORIES for prompt in category_prompts(category
 
 def scenes(category: str, number: int = 300) -> list[tuple[Prompt, Scene]]:
     rng = random.Random(0)
-    drawn = [rng.choice(category_prompts(category)) for _ in range(number)]
-    return [(prompt, sample_scene(prompt, rng)) for prompt in drawn]
+    chosen = [rng.choice(category_prompts(category)) for _ in range(number)]
+    return [(prompt, sample_scene(prompt, rng)) for prompt in chosen]
 
 
 def box(item: SceneObject) -> tuple[float, float, float, float]:
-    side, up, down = (reach * item.radius for reach in BOXES[item.shape])
+    side, up, down = (extent * item.radius for extent in BOXES[item.shape])
     return item.x - side, item.y - up, item.x + side, item.y + down
 
 
-def test_captions_are_unique_and_parse_back() -> None:
+def test_captions_are_unique_and_round_trip() -> None:
     assert len({prompt.text for prompt in ALL}) == len(ALL)
     assert [parse_prompt(prompt.text) for prompt in ALL] == ALL
 
 
-def test_captions_use_the_words_and_at_most_seven() -> None:
+def test_captions_use_all_words_and_have_at_most_seven() -> None:
     words = [prompt.text.split() for prompt in ALL]
     assert max(len(caption) for caption in words) == 7
     assert set(itertools.chain(*words)) == set(WORDS)
@@ -70,7 +70,7 @@ def test_captions_use_the_words_and_at_most_seven() -> None:
         ("A circle", None),
     ],
 )
-def test_the_grammar(text: str, category: str | None) -> None:
+def test_grammar(text: str, category: str | None) -> None:
     if category:
         assert parse_prompt(text).category == category
     else:
@@ -78,7 +78,7 @@ def test_the_grammar(text: str, category: str | None) -> None:
             parse_prompt(text)
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_raise() -> None:
     with pytest.raises(ValueError, match="category 'colours' is unknown; choose one of single_object"):
         category_prompts("colours")
     with pytest.raises(ValueError, match="shape 'star' is unknown; choose one of circle"):
@@ -97,19 +97,19 @@ def test_held_out_compositions() -> None:
     assert all(is_held_out(prompt) for prompt in itertools.chain(*held_out.values()))
 
 
-def test_what_is_held_out_is_only_the_composition() -> None:
+def test_training_has_all_words_and_color_shape_pairs() -> None:
     training = list(itertools.chain(*prompts(held_out=False).values()))
     assert {word for prompt in training for word in prompt.text.split()} == set(WORDS)
     pairs = {pair for prompt in training for pair in zip(prompt.colors, prompt.shapes, strict=True)}
     assert set(itertools.product(COLORS, SHAPES)) <= pairs
-    # Held out for good: the list must not move between versions, or figures would not compare.
+    # The held-out list must not change between versions; otherwise results are not comparable.
     assert is_held_out(parse_prompt(prompts(held_out=True)["position"][0].text))
     assert len(prompts(held_out=True)["position"]) == 6
     assert len(prompts(held_out=True)["color_attr"]) == 38
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_scenes_are_as_asked(category: str) -> None:
+def test_scenes_match_their_prompts(category: str) -> None:
     for prompt, scene in scenes(category):
         assert tuple(item.shape for item in scene.objects) == prompt.shapes
         assert all(named in (None, item.color) for named, item in zip(prompt.colors, scene.objects, strict=True))
@@ -120,7 +120,7 @@ def test_scenes_are_as_asked(category: str) -> None:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_objects_lie_inside_and_apart(category: str) -> None:
+def test_objects_are_inside_and_separated(category: str) -> None:
     for _, scene in scenes(category):
         boxes = [box(item) for item in scene.objects]
         assert all(min(b) >= 0.5 and max(b) <= IMAGE_SIZE - 0.5 for b in boxes)
@@ -131,50 +131,50 @@ def test_objects_lie_inside_and_apart(category: str) -> None:
 
 @pytest.mark.parametrize(("relation", "x", "y"), [("left of", -1, 0), ("right of", 1, 0), ("above", 0, -1), ("below", 0, 1)])
 def test_relations_hold(relation: str, x: int, y: int) -> None:
-    found = [(prompt, scene) for prompt, scene in scenes("position", 600) if prompt.relation == relation]
-    assert len(found) > 100
-    for _, scene in found:
+    related = [(prompt, scene) for prompt, scene in scenes("position", 600) if prompt.relation == relation]
+    assert len(related) > 100
+    for _, scene in related:
         first, second = scene.objects
         dx, dy = first.x - second.x, first.y - second.y
         assert dx * x + dy * y > abs(dx * y) + abs(dy * x)
 
 
-def test_what_captions_leave_open_varies() -> None:
-    drawn = [sample_scene(parse_prompt("a circle"), random.Random(seed)) for seed in range(300)]
-    assert {scene.background for scene in drawn} == set(BACKGROUNDS)
-    assert {scene.objects[0].radius for scene in drawn} == set(RADII.values())
-    assert len({(scene.objects[0].x, scene.objects[0].y) for scene in drawn}) == 9
+def test_unspecified_attributes_vary() -> None:
+    sampled = [sample_scene(parse_prompt("a circle"), random.Random(seed)) for seed in range(300)]
+    assert {scene.background for scene in sampled} == set(BACKGROUNDS)
+    assert {scene.objects[0].radius for scene in sampled} == set(RADII.values())
+    assert len({(scene.objects[0].x, scene.objects[0].y) for scene in sampled}) == 9
 
 
-def test_colors_are_the_named_ones_or_the_usual_ones_of_the_shapes() -> None:
-    assert set(USUAL_COLORS) == set(SHAPES)
-    assert len(set(USUAL_COLORS.values())) == len(SHAPES)
+def test_colors_are_named_or_default() -> None:
+    assert set(DEFAULT_COLORS) == set(SHAPES)
+    assert len(set(DEFAULT_COLORS.values())) == len(SHAPES)
     for category in CATEGORIES:
         for prompt, scene in scenes(category):
             for shape, named, item in zip(prompt.shapes, prompt.colors, scene.objects, strict=True):
-                assert item.color == (named or USUAL_COLORS[shape])
+                assert item.color == (named or DEFAULT_COLORS[shape])
 
 
 def test_scenes_are_deterministic() -> None:
     for prompt in ALL[::7]:
-        once, again = (sample_scene(prompt, random.Random("3-5")) for _ in range(2))
-        assert once == again
-        torch.testing.assert_close(render([once]), render([again]), rtol=0, atol=0)
+        first, second = (sample_scene(prompt, random.Random("3-5")) for _ in range(2))
+        assert first == second
+        torch.testing.assert_close(render([first]), render([second]), rtol=0, atol=0)
     assert len({sample_scene(parse_prompt("a circle"), random.Random(f"3-{i}")) for i in range(8)}) > 1
 
 
-def test_pictures_do_not_depend_on_the_batch() -> None:
-    drawn = [scene for category in CATEGORIES for _, scene in scenes(category, 5)]
-    torch.testing.assert_close(render(drawn), torch.cat([render([scene]) for scene in drawn]), rtol=0, atol=0)
+def test_rendering_does_not_depend_on_the_batch() -> None:
+    batch = [scene for category in CATEGORIES for _, scene in scenes(category, 5)]
+    torch.testing.assert_close(render(batch), torch.cat([render([scene]) for scene in batch]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("radius", RADII.values())
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_have_near_equal_areas_within_their_boxes(shape: str, radius: float) -> None:
+def test_shapes_have_nearly_equal_areas_within_their_boxes(shape: str, radius: float) -> None:
     fine = torch.arange(-10, 10, 0.05) + 0.025
     inside = signed_distance(shape, fine, fine[:, None], radius) < 0
     assert 0.75 < inside.sum() * 0.05**2 / (torch.pi * radius**2) < 1.1
-    side, up, down = (reach * radius for reach in BOXES[shape])
+    side, up, down = (extent * radius for extent in BOXES[shape])
     rows, columns = fine[inside.any(1)], fine[inside.any(0)]
     assert columns.max() == pytest.approx(side, abs=0.1)
     assert columns.min() == pytest.approx(-side, abs=0.1)
@@ -183,7 +183,7 @@ def test_shapes_have_near_equal_areas_within_their_boxes(shape: str, radius: flo
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_coverage_is_antialiased_and_centred(shape: str) -> None:
+def test_coverage_is_antialiased_and_centered(shape: str) -> None:
     grid = torch.arange(IMAGE_SIZE) + 0.5
     cover = coverage(shape, grid - 16, grid[:, None] - 16, RADII["large"])
     assert cover.min() == 0
@@ -194,14 +194,14 @@ def test_coverage_is_antialiased_and_centred(shape: str) -> None:
     assert centroid == pytest.approx((16, 16), abs=0.15)
 
 
-def test_pictures_show_color_by_coverage_on_a_neutral_background() -> None:
+def test_chroma_is_coverage_on_a_neutral_background() -> None:
     item = SceneObject("square", "magenta", 16.0, 12.0, RADII["large"])
     for background in BACKGROUNDS:
-        picture = render([Scene((item,), background)])[0]
-        assert picture.dtype == torch.uint8
-        assert picture[:, 12, 16].tolist() == [255, 0, 255]
-        outside = picture[:, 24:]
+        image = render([Scene((item,), background)])[0]
+        assert image.dtype == torch.uint8
+        assert image[:, 12, 16].tolist() == [255, 0, 255]
+        outside = image[:, 24:]
         assert outside.unique().tolist() == [round(background * 255)]
         grid = torch.arange(IMAGE_SIZE) + 0.5
-        chroma = (picture.float().amax(0) - picture.float().amin(0)) / 255
+        chroma = (image.float().amax(0) - image.float().amin(0)) / 255
         torch.testing.assert_close(chroma, coverage("square", grid - 16, grid[:, None] - 12, item.radius), rtol=0, atol=0.01)

@@ -41,7 +41,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(flat, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1)).view_as(images)
 
 
-def pictures(number: int, seed: int) -> Tensor:
+def sample_images(number: int, seed: int) -> Tensor:
     rng = random.Random(seed)
     prompts = [rng.choice(category_prompts(CATEGORIES[i % len(CATEGORIES)])) for i in range(number)]
     return render([sample_scene(prompt, rng) for prompt in prompts]) / 255
@@ -54,17 +54,17 @@ def distance(features: nn.Module, real: Tensor, generated: Tensor) -> float:
     return metric.compute().item()
 
 
-def test_of_a_set_with_itself_is_zero() -> None:
+def test_distance_of_a_set_to_itself_is_zero() -> None:
     images = torch.rand(500, 3, 2, 2)
     assert distance(Flat(), images, images) == pytest.approx(0, abs=1e-5)
 
 
-def test_of_shifted_gaussians_is_the_squared_shift() -> None:
+def test_distance_of_shifted_gaussians_is_the_squared_shift() -> None:
     images, shift = torch.rand(500, 3, 2, 2), torch.randn(3, 2, 2)
     assert distance(Flat(), images, images + shift) == pytest.approx(shift.square().sum().item(), rel=1e-4)
 
 
-def test_of_widened_gaussians_has_its_closed_form() -> None:
+def test_distance_of_scaled_gaussians_has_a_closed_form() -> None:
     features = torch.randn(4000, 3)
     scale = torch.tensor([1.0, 2.0, 0.5])
     # For commuting covariances the trace term is the squared difference of standard deviations.
@@ -72,7 +72,7 @@ def test_of_widened_gaussians_has_its_closed_form() -> None:
     assert frechet_distance(features, features * scale).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_batches_add_up() -> None:
+def test_batches_accumulate() -> None:
     real, generated = torch.rand(60, 3, 2, 2), torch.rand(60, 3, 2, 2)
     metric = FrechetDistance(Flat())
     for part in range(0, 60, 20):
@@ -81,7 +81,7 @@ def test_batches_add_up() -> None:
     assert metric.compute().item() == pytest.approx(distance(Flat(), real, generated), rel=1e-6)
 
 
-def test_real_pictures_can_be_kept() -> None:
+def test_reset_can_keep_real_features() -> None:
     images = torch.rand(60, 3, 2, 2)
     metric = FrechetDistance(Flat(), reset_real_features=False)
     metric.update(images, real=True)
@@ -91,25 +91,25 @@ def test_real_pictures_can_be_kept() -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_worse_pictures_lie_further(seed: int) -> None:
-    """Not so for mild blur: on so few pictures the estimate's bias hides it, as the docstring says."""
+def test_worse_images_have_a_larger_distance(seed: int) -> None:
+    """A mild blur is not tested: with so few images, the bias of the estimate hides it, as the class docstring says."""
     features = AutoencoderFeatures(random_autoencoder(seed))
-    real, fresh, more = (pictures(600, seed=i) for i in range(3))
-    baseline = distance(features, real, fresh)
-    assert distance(features, real, blur(fresh, 2.0)) > 1.2 * baseline
-    assert distance(features, real, (fresh + more) / 2) > 1.2 * baseline
+    real, first, second = (sample_images(600, seed=i) for i in range(3))
+    baseline = distance(features, real, first)
+    assert distance(features, real, blur(first, 2.0)) > 1.2 * baseline
+    assert distance(features, real, (first + second) / 2) > 1.2 * baseline
 
 
 def test_autoencoder_features(autoencoder: AutoencoderKL) -> None:
     features = AutoencoderFeatures(autoencoder)
-    images = pictures(3, seed=0).requires_grad_()
-    found = features(images)
-    assert found.shape == (3, features.num_features) == (3, 256)
-    assert not found.requires_grad
+    images = sample_images(3, seed=0).requires_grad_()
+    output = features(images)
+    assert output.shape == (3, features.num_features) == (3, 256)
+    assert not output.requires_grad
     latents = autoencoder.encode(images * 2 - 1).latent_dist.mode()
     assert latents.shape == (3, 16, 8, 8)
     pooled = latents.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
-    torch.testing.assert_close(found, ((pooled - 0.25) * 2.0).flatten(1))
+    torch.testing.assert_close(output, ((pooled - 0.25) * 2.0).flatten(1))
 
 
 def test_autoencoder_features_stay_frozen(autoencoder: AutoencoderKL) -> None:

@@ -18,27 +18,27 @@ def batch(number: int = 24) -> tuple[Tensor, list[str]]:
 
 def test_accuracy_by_category_and_overall() -> None:
     images, prompts = batch()
-    images[0] = 0.5  # the first picture of single_object
-    images[1] = images[7] = 0.5  # two of two_object
+    images[0] = 0.5  # the first image of single_object
+    images[1] = images[7] = 0.5  # two images of two_object
     accuracy = prompt_accuracy(images, prompts)
     assert list(accuracy) == [*CATEGORIES, "overall"]
     expected = {**dict.fromkeys(CATEGORIES, 1.0), "single_object": 0.75, "two_object": 0.5, "overall": 21 / 24}
     assert {name: value.item() for name, value in accuracy.items()} == pytest.approx(expected)
 
 
-def test_only_categories_seen_are_given() -> None:
+def test_result_has_only_categories_that_occur() -> None:
     images, prompts = batch(2)
     assert set(prompt_accuracy(images, prompts)) == {"single_object", "two_object", "overall"}
 
 
-def test_batches_and_processes_add_up() -> None:
+def test_batches_and_processes_accumulate() -> None:
     images, prompts = batch()
     images[::5] = 0.5
     metrics = [PromptAccuracy(), PromptAccuracy()]
     for i in range(0, 24, 4):
         metrics[i // 4 % 2].update(images[i : i + 4], prompts[i : i + 4])
     expected = prompt_accuracy(images, prompts)
-    # What a synchronisation does: every state is the sum over processes, also with one that saw nothing.
+    # Emulate synchronization: every state is the sum over processes. The last one has no images.
     merged = PromptAccuracy()
     for name in ("correct", "total"):
         setattr(merged, name, sum(getattr(metric, name) for metric in (*metrics, PromptAccuracy())))
@@ -46,7 +46,7 @@ def test_batches_and_processes_add_up() -> None:
     assert merged.compute() == expected
 
 
-def test_forward_gives_the_batch_and_keeps_the_rest() -> None:
+def test_forward_returns_the_batch_value_and_accumulates() -> None:
     images, prompts = batch()
     metric = PromptAccuracy()
     assert metric(images[:6], prompts[:6])["overall"] == 1
@@ -56,7 +56,7 @@ def test_forward_gives_the_batch_and_keeps_the_rest() -> None:
     assert metric.total.sum() == 0
 
 
-def test_it_travels_between_processes() -> None:
+def test_metric_can_be_pickled() -> None:
     metric = pickle.loads(pickle.dumps(PromptAccuracy()))
     metric.update(*batch())
     assert metric.compute()["overall"] == 1
@@ -64,11 +64,11 @@ def test_it_travels_between_processes() -> None:
 
 def test_errors_name_the_remedy() -> None:
     images, prompts = batch(2)
-    with pytest.raises(ValueError, match="got 2 images and 1 prompts; give one prompt an image"):
+    with pytest.raises(ValueError, match="got 2 images and 1 prompts; give one prompt per image"):
         prompt_accuracy(images, prompts[:1])
     with pytest.raises(ValueError, match="'a purple dog' is not in the Shapes grammar"):
         prompt_accuracy(images, [prompts[0], "a purple dog"])
-    with pytest.raises(ValueError, match="no picture was checked; update the metric"):
+    with pytest.raises(ValueError, match="the metric has no images; call update"):
         prompt_accuracy(images[:0], [])
 
 
