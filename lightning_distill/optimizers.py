@@ -1,4 +1,4 @@
-"""Optimizers and schedules that the configs name and torch does not have."""
+"""Optimizers and learning-rate schedules for the configs that torch does not provide."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,21 +13,24 @@ from torch.serialization import get_safe_globals
 from lightning_distill.errors import ConfigurationError
 
 BLOCKS = "blocks"
-"""Key of what `packed` makes of a tensor, under which its class is named."""
+"""Key of a flattened block tensor; its value is the name of the tensor's class."""
 
 
 class MuonWithAdamW(Optimizer):
-    """Muon (Jordan et al. 2024) for the matrices of transformer blocks and AdamW for everything else, as one optimizer.
+    """Muon (Jordan et al. 2024) for the matrices of transformer blocks and AdamW for all other parameters, as one optimizer.
 
-    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that both live with one kind of learning rate.
+    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that learning rates of both are comparable.
 
     Args:
-        params: Parameter groups; those that say `block_matrices: True` go to Muon.
-        lr: Learning rate of the block matrices.
-        adamw_lr: Learning rate of the rest.
-        momentum: Muon's momentum, in [0, 1).
-        betas: AdamW's.
+        params: Parameter groups; Muon updates those with `block_matrices: True`.
+        lr: Learning rate of Muon, for the block matrices.
+        adamw_lr: Learning rate of AdamW, for all other parameters.
+        momentum: Momentum of Muon, in [0, 1).
+        betas: Betas of AdamW.
         weight_decay: Decoupled weight decay of both.
+
+    Raises:
+        ConfigurationError: If the parameter groups are not of both kinds.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class MuonWithAdamW(Optimizer):
         matrices = [group for group in groups if group.get("block_matrices") and group["params"]]
         rest = [group for group in groups if not group.get("block_matrices") and group["params"]]
         if not matrices or not rest:
-            raise ConfigurationError("MuonWithAdamW needs parameter groups of both kinds; use torch.optim.AdamW for this model")
+            raise ConfigurationError(
+                "MuonWithAdamW needs both block matrices and other parameters; set model.optimizer to torch.optim.AdamW"
+            )
         self.muon = Muon(
             [p for group in matrices for p in group["params"]],
             lr=lr,
@@ -53,12 +58,12 @@ class MuonWithAdamW(Optimizer):
         )
         self.adamw = AdamW([p for group in rest for p in group["params"]], lr=adamw_lr, betas=betas, weight_decay=weight_decay)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
-        # The very same dicts, so that a scheduler's new learning rate reaches the optimizer that uses it.
+        # The same dict objects, so that a scheduler's learning rate reaches the inner optimizers.
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of both optimizers."""
+        """Run one step of both optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,7 +73,7 @@ class MuonWithAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of both optimizers."""
+        """Return the state of both optimizers."""
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -79,16 +84,16 @@ class MuonWithAdamW(Optimizer):
 
 
 def has_block_state(optimizer: Optimizer) -> bool:
-    """Whether an optimizer keeps its state in blocks of a few bits a number and a scale: those of torchao do."""
+    """Whether an optimizer stores its state as blocks of low-bit numbers with a scale, as those of torchao do."""
     return type(optimizer).__module__.startswith("torchao.") and hasattr(optimizer, "block_size")
 
 
-def packed(state: Any) -> Any:
-    """The state of optimizers with its blocks taken apart into plain tensors: Lightning cannot read back others."""
+def flatten_block_state(state: Any) -> Any:
+    """Replace block tensors in the state of optimizers by dicts of plain tensors; Lightning cannot load other tensors."""
     if isinstance(state, dict):
-        return {name: packed(value) for name, value in state.items()}
+        return {name: flatten_block_state(value) for name, value in state.items()}
     if isinstance(state, list):
-        return [packed(value) for value in state]
+        return [flatten_block_state(value) for value in state]
     if not isinstance(state, Tensor) or not type(state).__module__.startswith("torchao."):
         return state
     names, attributes = state.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -96,38 +101,41 @@ def packed(state: Any) -> Any:
     return {BLOCKS: f"{type(state).__module__}.{type(state).__qualname__}", "parts": parts, "attributes": attributes}
 
 
-def unpacked(state: Any) -> Any:
-    """What `packed` was given.
+def unflatten_block_state(state: Any) -> Any:
+    """Restore the state that `flatten_block_state` has flattened.
 
     Raises:
-        ConfigurationError: If there are blocks of a kind that is not known here.
+        ConfigurationError: If the class of a block tensor is unknown.
     """
     if isinstance(state, list):
-        return [unpacked(value) for value in state]
+        return [unflatten_block_state(value) for value in state]
     if not isinstance(state, dict):
         return state
     if BLOCKS not in state:
-        return {name: unpacked(value) for name, value in state.items()}
-    # Those that torchao has declared safe to load.
+        return {name: unflatten_block_state(value) for name, value in state.items()}
+    # The classes that torchao has registered as safe to load.
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in get_safe_globals() if isinstance(kind, type)}
     if state[BLOCKS] not in kinds:
         raise ConfigurationError(
-            f"the checkpoint's optimizer kept its state as {state[BLOCKS]}; resume with the model.optimizer it was trained with"
+            f"the checkpoint's optimizer state has the unknown class {state[BLOCKS]}; set model.optimizer as in the training "
+            "that wrote it"
         )
     kind: Any = kinds[state[BLOCKS]]
     return kind.__tensor_unflatten__(state["parts"], state["attributes"])
 
 
 def allow_clipping(optimizer: Optimizer, scaled: bool, clip: float | None) -> None:
-    """Let gradients be clipped before a fused step, which can undo a scale of gradients itself, so that Lightning refuses to.
+    """Let Lightning clip gradients before a fused optimizer step.
+
+    Lightning rejects this combination, because a fused step can unscale gradients itself.
 
     Args:
-        optimizer: Of the trainer.
-        scaled: Whether gradients have a scale, as in float16 alone.
-        clip: The norm that they are clipped to, if they are.
+        optimizer: Optimizer of the trainer.
+        scaled: Whether gradients are scaled, as only float16 does.
+        clip: Norm that gradients are clipped to, or None.
 
     Raises:
-        ConfigurationError: If they are to be clipped under a scale.
+        ConfigurationError: If scaled gradients would be clipped.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return
@@ -136,14 +144,14 @@ def allow_clipping(optimizer: Optimizer, scaled: bool, clip: float | None) -> No
     elif clip:
         raise ConfigurationError(
             f"model.optimizer is a fused {type(optimizer).__name__}, whose gradients trainer.precision 16-mixed cannot clip; "
-            "set it to bf16-mixed, trainer.gradient_clip_val to null, or the optimizer's fused to false"
+            "set trainer.precision to bf16-mixed, trainer.gradient_clip_val to null, or model.optimizer.fused to false"
         )
 
 
 def split_parameters(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
-    """Two parameter groups: the matrices inside transformer blocks, marked `block_matrices`, and the rest.
+    """Split trainable parameters into two groups: matrices of transformer blocks, marked `block_matrices`, and all others.
 
-    Optimizers that do not know the mark ignore it.
+    Other optimizers than `MuonWithAdamW` ignore the mark.
     """
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
@@ -155,17 +163,19 @@ def split_parameters(named_parameters: Iterable[tuple[str, Tensor]]) -> list[dic
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up, then half a cosine down to a last fraction of the learning rate; steps once a batch.
+    """Linear warm-up, then a half cosine to a fraction of the learning rate; one scheduler step per batch.
 
     Args:
         optimizer: The optimizer.
-        total_steps: Steps of the whole schedule.
-        warmup_steps: Steps of the linear part.
+        total_steps: Steps of the full schedule.
+        warmup_steps: Steps of the linear warm-up.
         last_fraction: Fraction of the learning rate at the end, in [0, 1].
-        hold_steps: Steps before the warm-up, at a rate of 0: networks beside the student, such as a critic, learn alone.
+        hold_steps: Steps with a learning rate of 0 before the warm-up. Only auxiliary networks, such as a critic, train
+            meanwhile.
 
     Raises:
-        ConfigurationError: If a setting is out of its range.
+        ConfigurationError: If warmup_steps or hold_steps is negative, their sum is not below total_steps, or last_fraction is
+            outside [0, 1].
     """
 
     def __init__(
@@ -177,22 +187,22 @@ class WarmupCosine(LambdaLR):
         hold_steps: int = 0,
     ) -> None:
         if min(warmup_steps, hold_steps) < 0 or not hold_steps + warmup_steps < total_steps:
-            held = f" and lr_scheduler.hold_steps {hold_steps}" if hold_steps else ""
+            hold = f" and lr_scheduler.hold_steps {hold_steps}" if hold_steps else ""
             raise ConfigurationError(
-                f"lr_scheduler.warmup_steps is {warmup_steps}{held}; set them to 0 or more and, together, below total_steps, "
+                f"lr_scheduler.warmup_steps is {warmup_steps}{hold}; set them to 0 or more, and their sum below total_steps, "
                 f"which is {total_steps}"
             )
 
         if not 0 <= last_fraction <= 1:
-            raise ConfigurationError(f"lr_scheduler.last_fraction is {last_fraction}; choose a fraction in [0, 1]")
+            raise ConfigurationError(f"lr_scheduler.last_fraction is {last_fraction}; set it to a fraction in [0, 1]")
 
         def factor(step: int) -> float:
-            since = step - hold_steps
-            if since < 0:
+            elapsed = step - hold_steps
+            if elapsed < 0:
                 return 0.0
-            if since < warmup_steps:
-                return (since + 1) / warmup_steps
-            progress = min(1.0, (since - warmup_steps) / (total_steps - hold_steps - warmup_steps))
+            if elapsed < warmup_steps:
+                return (elapsed + 1) / warmup_steps
+            progress = min(1.0, (elapsed - warmup_steps) / (total_steps - hold_steps - warmup_steps))
             return last_fraction + (1 - last_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
         super().__init__(optimizer, factor)

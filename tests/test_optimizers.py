@@ -1,4 +1,4 @@
-"""What optimizers of several kinds are to a trainer."""
+"""Optimizer settings, state and clipping for several kinds of optimizers."""
 
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ import yaml
 from lightning_distill.callbacks.optimizer_settings import _apply, _settings
 from lightning_distill.commands.main import main
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.optimizers import BLOCKS, allow_clipping, has_block_state, packed, unpacked
+from lightning_distill.optimizers import BLOCKS, allow_clipping, flatten_block_state, has_block_state, unflatten_block_state
 
 
-def fused() -> torch.optim.Optimizer:
+def fused_optimizer() -> torch.optim.Optimizer:
     return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=True)
 
 
-def test_gradients_are_clipped_before_fused_steps_but_not_under_a_scale() -> None:
-    optimizer = fused()
+def test_clipping_is_allowed_for_fused_steps_without_gradient_scale() -> None:
+    optimizer = fused_optimizer()
     assert optimizer._step_supports_amp_scaling
     allow_clipping(optimizer, scaled=True, clip=None)
     assert optimizer._step_supports_amp_scaling
@@ -28,7 +28,7 @@ def test_gradients_are_clipped_before_fused_steps_but_not_under_a_scale() -> Non
     assert not optimizer._step_supports_amp_scaling
 
 
-def test_a_learning_rate_may_be_a_tensor() -> None:
+def test_learning_rate_may_be_a_tensor() -> None:
     group = {"params": [], "lr": torch.tensor(0.5), "weight_decay": 0.1, "foreach": None}
     assert _settings(group) == {"lr": 0.5, "weight_decay": 0.1}
     rate = group["lr"]
@@ -41,7 +41,7 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
     assert (scheduled["lr"], scheduled["initial_lr"]) == (0.5, 1.0)
 
 
-def test_a_config_names_them_by_path(adamw_8bit: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_selects_an_optimizer_by_class_path(adamw_8bit: Any, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--model.optimizer=torchao.optim.AdamW8bit", "--model.optimizer.lr=0.5"]
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", "flux_meanflow.yaml", *chosen, "--print_config"])
@@ -51,23 +51,23 @@ def test_a_config_names_them_by_path(adamw_8bit: Any, capsys: pytest.CaptureFixt
     assert optimizer["init_args"]["lr"] == 0.5
 
 
-def test_optimizers_of_torchao_keep_blocks(adamw_8bit: Any) -> None:
+def test_torchao_optimizers_have_block_state(adamw_8bit: Any) -> None:
     assert has_block_state(adamw_8bit([torch.nn.Parameter(torch.zeros(2))]))
-    assert not has_block_state(fused())
+    assert not has_block_state(fused_optimizer())
 
 
-def test_blocks_are_taken_apart_and_put_together(adamw_8bit: Any, tmp_path: Path) -> None:
+def test_block_state_is_flattened_and_restored(adamw_8bit: Any, tmp_path: Path) -> None:
     weights = [torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(3))]
     optimizer = adamw_8bit(weights)
     state = optimizer._new_buffer(weights[0], signed=True)
     state.copy_(torch.randn(64, 64))
-    torch.save(packed([{"state": {0: {"exp_avg": state, "step": torch.tensor(1.0)}}}]), tmp_path / "state.pt")
-    # As Lightning reads a checkpoint.
+    torch.save(flatten_block_state([{"state": {0: {"exp_avg": state, "step": torch.tensor(1.0)}}}]), tmp_path / "state.pt")
+    # Lightning loads checkpoints with these arguments.
     read = torch.load(tmp_path / "state.pt", map_location=lambda storage, _: storage, weights_only=True)
-    back = unpacked(read)[0]["state"][0]
-    assert type(back["exp_avg"]) is type(state)
-    assert torch.equal(back["exp_avg"].dequantize(), state.dequantize())
-    assert back["step"] == 1
+    restored = unflatten_block_state(read)[0]["state"][0]
+    assert type(restored["exp_avg"]) is type(state)
+    assert torch.equal(restored["exp_avg"].dequantize(), state.dequantize())
+    assert restored["step"] == 1
     read[0]["state"][0]["exp_avg"][BLOCKS] = "os.system"
-    with pytest.raises(ConfigurationError, match=r"kept its state as os\.system; resume with the model\.optimizer"):
-        unpacked(read)
+    with pytest.raises(ConfigurationError, match=r"unknown class os\.system; set model\.optimizer"):
+        unflatten_block_state(read)

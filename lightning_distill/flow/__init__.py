@@ -1,4 +1,4 @@
-"""The mathematics every method shares: pure functions of tensors, without networks and without Lightning."""
+"""Mathematics shared by all methods: pure functions of tensors, without networks and without Lightning."""
 
 from lightning_distill.flow.adversarial import (
     hinge_discriminator,

@@ -1,7 +1,7 @@
-"""Derivative of attention by the Triton kernel of `jvp_flash_attention` (MIT), an optional package, on CUDA.
+"""Derivative of attention by the Triton kernel of `jvp_flash_attention` (MIT), an optional package for CUDA.
 
-The kernel says little about what it cannot do: with keys of another number than queries, or with a length that is no multiple
-of 32, its results are wrong without a word. So it is given only what `refusal` lets pass, and lengths are padded.
+The kernel does not check its input. Its results are silently wrong if the number of keys differs from that of queries, or if
+the length is no multiple of 32. `unsupported_reason` therefore filters the input, and `kernel_tangent` pads the length.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from torch import Tensor
 
 DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float16)
-"""In float32 the kernel multiplies in TF32, which is not what a run in float32 asks for."""
+"""Supported dtypes. In float32 the kernel multiplies in TF32, which is less precise than a float32 run expects."""
 HEAD_DIMS = (32, 64, 128, 256)
 MULTIPLE = 32
 
 
-def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not derive an attention, or None where it does.
+def unsupported_reason(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, dtype: torch.dtype
+) -> str | None:
+    """Return the reason why the kernel cannot differentiate an attention, or None if it can.
 
     Args:
         query: (B, H, N, d).
         key: (B, H, M, d).
         value: (B, H, M, d).
-        mask: As for `dual_rules.attention_tangent`, or None.
-        is_causal: Whether query i sees keys up to i only.
-        dtype: Of the attention's result: that of its inputs, or of autocast.
+        mask: Mask as in `dual_rules.attention_tangent`, or None.
+        is_causal: Whether query i attends to keys up to i only.
+        dtype: dtype of the attention's result: that of its inputs, or that of autocast.
     """
     if query.device.type != DEVICE:
         return f"on {query.device.type}"
@@ -43,9 +45,9 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_c
     if not query.shape == key.shape == value.shape or query.ndim != 4:
         return "queries, keys and values differ in shape"
     if query.shape[-1] not in HEAD_DIMS:
-        return f"heads of width {query.shape[-1]}"
+        return f"head width {query.shape[-1]}"
     if mask is not None and (mask.dtype != torch.bool or is_causal):
-        return "a mask that is added, or besides a causal one"
+        return "an additive mask, or a mask combined with is_causal"
     return None
 
 
@@ -57,50 +59,53 @@ def kernel_tangent(
     scale: float | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Derivative (B, H, N, d) of softmax attention, for what `refusal` lets pass.
+    """Compute the derivative of softmax attention, for inputs that `unsupported_reason` accepts.
 
-    Where N is no multiple of 32, or with a mask, the kernel needs a mask of B H N^2 bytes; else memory grows with N.
+    The kernel needs a mask of B H N^2 bytes if a mask is given, or if N is no multiple of 32. Otherwise memory grows with N.
 
     Args:
         values: Queries, keys and values, (B, H, N, d) each.
-        tangents: Their derivatives; None is 0.
-        mask: Of booleans, true where attended, broadcast to (B, H, N, N), or None.
-        is_causal: Whether query i sees keys up to i only.
-        scale: Of the logits; None is `d ** -0.5`.
-        dtype: In which to compute.
+        tangents: Derivatives of the values; None means 0.
+        mask: Boolean mask, true where a query attends to a key, broadcastable to (B, H, N, N), or None.
+        is_causal: Whether query i attends to keys up to i only.
+        scale: Factor of the logits; None means `d ** -0.5`.
+        dtype: dtype of the computation.
+
+    Returns:
+        Derivative, (B, H, N, d).
     """
     batch, heads, length, _ = values[0].shape
-    missing = -length % MULTIPLE
-    seeing = None if mask is None else mask.any(-1, keepdim=True)
-    if mask is not None and seeing is not None:
-        mask = mask | ~seeing  # a softmax of nothing is NaN; torch's attention of nothing is 0
-    mask = _padded_mask(mask, (batch, heads, length), missing, values[0].device, is_causal)
+    padding = -length % MULTIPLE
+    has_keys = None if mask is None else mask.any(-1, keepdim=True)
+    if mask is not None and has_keys is not None:
+        mask = mask | ~has_keys  # a softmax over no keys is NaN; torch's attention over no keys is 0
+    mask = _padded_mask(mask, (batch, heads, length), padding, values[0].device, is_causal)
 
-    def prepared(x: Tensor) -> Tensor:
-        return F.pad(x.to(dtype), (0, 0, 0, missing)).contiguous()
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x.to(dtype), (0, 0, 0, padding)).contiguous()
 
     derivatives = [
-        prepared(torch.zeros_like(x) if tangent is None else tangent) for x, tangent in zip(values, tangents, strict=True)
+        pad(torch.zeros_like(x) if tangent is None else tangent) for x, tangent in zip(values, tangents, strict=True)
     ]
-    _, (result, *_) = _kernel()(*map(prepared, values), *derivatives, mask, 0.0, is_causal, scale, verify_attn_mask=False)
+    _, (result, *_) = _kernel()(*map(pad, values), *derivatives, mask, 0.0, is_causal, scale, verify_attn_mask=False)
     derivative: Tensor = result[..., :length, :]
-    return derivative if seeing is None else derivative.masked_fill(~seeing, 0)
+    return derivative if has_keys is None else derivative.masked_fill(~has_keys, 0)
 
 
 def _padded_mask(
-    mask: Tensor | None, shape: tuple[int, int, int], missing: int, device: torch.device, is_causal: bool
+    mask: Tensor | None, shape: tuple[int, int, int], padding: int, device: torch.device, is_causal: bool
 ) -> Tensor | None:
     batch, heads, length = shape
-    if mask is None and (missing == 0 or is_causal):  # behind a causal one, added keys are seen by added queries only
+    if mask is None and (padding == 0 or is_causal):  # in causal attention, only padded queries attend to padded keys
         return None
-    padded = torch.zeros(batch, heads, length + missing, length + missing, dtype=torch.bool, device=device)
-    padded[..., :length] = True  # to added queries too
+    padded = torch.zeros(batch, heads, length + padding, length + padding, dtype=torch.bool, device=device)
+    padded[..., :length] = True  # also for padded queries
     if mask is not None:
         padded[..., :length, :length] = mask
     return padded
 
 
-@functools.cache  # asked for every attention
+@functools.cache  # called for every attention
 def _installed() -> bool:
     return importlib.util.find_spec("jvp_flash_attention") is not None
 

@@ -1,7 +1,7 @@
-"""Derivatives of single operations, for `dual.DualNumbers`.
+"""Derivative rules of single operations, for `dual.DualNumbers`.
 
-A rule takes the operation's value and its arguments, with `Dual` in place of tensors, and gives the derivative of the value.
-Rules run without gradients. What has no rule here is derived by torch.
+A rule takes the value of the operation and its arguments, with `Dual` in place of tensors. It returns the derivative of the
+value. Rules run without gradients. PyTorch differentiates operations that have no rule here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_distill.flow.attention_kernel import kernel_tangent, refusal
+from lightning_distill.flow.attention_kernel import kernel_tangent, unsupported_reason
 
 CPU_BLOCK_BYTES = 2 * 2**20
-"""Of a block of attention weights in `attention_tangent` on a CPU, of the size of its caches; some four are alive at a time."""
+"""Size of an attention-weight block in `attention_tangent` on a CPU: that of its caches. About four are alive at a time."""
 DEVICE_BLOCK_BYTES = 64 * 2**20
-"""The same elsewhere, where every block costs a few launches."""
+"""Size of a block on other devices, where every block costs a few launches."""
 
 
 class Dual:
-    """A value, with its graph, and its derivative of the same shape; None is a derivative of 0."""
+    """A value, with its graph, and its derivative of the same shape; None means a derivative of 0."""
 
     __slots__ = ("tangent", "value")
 
@@ -41,7 +41,7 @@ def _linear(out: Tensor, /, input: Dual, weight: Dual, bias: Dual | None = None)
         terms.append(F.linear(input.value, weight.tangent))
     if bias is not None and bias.tangent is not None:
         terms.append(bias.tangent)
-    return _total(terms)
+    return _sum(terms)
 
 
 def _matmul(out: Tensor, /, input: Dual, other: Dual) -> Tensor:
@@ -50,7 +50,7 @@ def _matmul(out: Tensor, /, input: Dual, other: Dual) -> Tensor:
         terms.append(torch.matmul(input.tangent, other.value))
     if other.tangent is not None:
         terms.append(torch.matmul(input.value, other.tangent))
-    return _total(terms)
+    return _sum(terms)
 
 
 def _mul(out: Tensor, /, input: Dual, other: Any) -> Tensor:
@@ -111,10 +111,10 @@ def _rms_norm(
 def _group_norm(
     out: Tensor, /, input: Dual, num_groups: int, weight: Dual | None = None, bias: Dual | None = None, eps: float = 1e-5
 ) -> Tensor:
-    # torch's own rule fails where a channel does not lie in one piece, as of tokens that become a picture.
+    # torch's own rule fails if a channel is not contiguous, such as in tokens that are reshaped to an image.
     shape = input.value.shape
-    value, change = (part.reshape(shape[0], num_groups, -1) for part in (input.value, _tangent(input)))
-    tangent = _layer_norm(out, Dual(value, change), value.shape[-1:], eps=eps).reshape(shape)
+    value, tangent = (part.reshape(shape[0], num_groups, -1) for part in (input.value, _tangent(input)))
+    tangent = _layer_norm(out, Dual(value, tangent), value.shape[-1:], eps=eps).reshape(shape)
     return tangent if weight is None else tangent * weight.value.reshape(-1, *[1] * (len(shape) - 2))
 
 
@@ -133,7 +133,7 @@ def _attention(
     if dropout_p > 0:
         raise RuntimeError("attention with dropout has no derivative rule; set the attention's dropout to 0")
     if attn_mask is not None and attn_mask.tangent is not None:
-        raise RuntimeError("an attention mask that depends on time has no derivative rule")
+        raise RuntimeError("an attention mask that depends on time has no derivative rule; use a constant mask")
     if enable_gqa:
         groups = query.value.shape[-3] // key.value.shape[-3]
         key, value = (
@@ -141,7 +141,7 @@ def _attention(
             for dual in (key, value)
         )
     mask, values = None if attn_mask is None else attn_mask.value, (query.value, key.value, value.value)
-    if refusal(*values, mask, is_causal, out.dtype) is None:
+    if unsupported_reason(*values, mask, is_causal, out.dtype) is None:
         tangents = query.tangent, key.tangent, value.tangent
         return kernel_tangent(values, tangents, mask, is_causal, scale, out.dtype)
     return attention_tangent(query, key, value, out, mask, is_causal, scale)
@@ -150,7 +150,7 @@ def _attention(
 def attention_tangent(
     query: Dual, key: Dual, value: Dual, out: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:
-    r"""Derivative of softmax attention, a block of a head's queries at a time: memory grows with the sequence, not its square.
+    r"""Derivative of softmax attention in blocks of a head's queries: memory grows with the sequence length, not its square.
 
     With the weights :math:`p` and the derivative of their logits :math:`\dot s`, it is
     :math:`(p \dot s) v - \mathrm{rowsum}(p \dot s) \, out + p \dot v`. Softmax and sums are in float32 or above.
@@ -159,20 +159,21 @@ def attention_tangent(
         query: (..., N, d).
         key: (..., M, d).
         value: (..., M, e).
-        out: The attention's value, (..., N, e).
-        mask: Of booleans, true where attended, or added to the logits; broadcast to (..., N, M).
-        is_causal: Whether query i sees keys up to i only.
-        scale: Of the logits; None is `d ** -0.5`.
+        out: Value of the attention, (..., N, e).
+        mask: Boolean mask, true where a query attends to a key, or a mask that is added to the logits. Broadcastable to
+            (..., N, M).
+        is_causal: Whether query i attends to keys up to i only.
+        scale: Factor of the logits; None means `d ** -0.5`.
 
     Returns:
-        (..., N, e), of the dtype of `out`.
+        Derivative, (..., N, e), with the dtype of `out`.
     """
     lead, n, m = out.shape[:-2] or torch.Size((1,)), out.shape[-2], key.value.shape[-2]
     q, k, v, values = (_heads(part, lead) for part in (query.value, key.value, value.value, out))
     dq, dk, dv = (None if dual.tangent is None else _heads(dual.tangent, lead) for dual in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(out.dtype, torch.float32)
-    # The derivative of the logits is one product, of twice the width.
+    # The derivative of the logits is a single product of twice the width.
     pairs = [(x, y) for x, y in ((dq, k), (q, dk)) if x is not None and y is not None]
     left, right = (torch.cat(side, -1) for side in zip(*pairs, strict=True)) if pairs else (None, None)
     block_bytes = CPU_BLOCK_BYTES if out.device.type == "cpu" else DEVICE_BLOCK_BYTES
@@ -189,7 +190,7 @@ def attention_tangent(
         if part is not None:
             logits = logits.masked_fill_(~part, float("-inf")) if part.dtype == torch.bool else logits.add_(part)
         weights = torch.softmax(logits, -1)
-        if part is not None:  # attention to nothing is 0
+        if part is not None:  # attention over no keys is 0
             weights.masked_fill_(logits.amax(-1, keepdim=True) == float("-inf"), 0)
         terms = []
         if left is not None and right is not None:
@@ -198,22 +199,22 @@ def attention_tangent(
             terms.append(change.sum(-1, keepdim=True).neg_() * values[h, i])
         if dv is not None:
             terms.append((weights.to(v.dtype) @ dv[h]).to(wide))
-        result[h, i] = _total(terms)
+        result[h, i] = _sum(terms)
     return result.view(out.shape)
 
 
 def _heads(x: Tensor, lead: torch.Size) -> Tensor:
-    """As one batch of heads, (heads, N, d)."""
+    """Flatten the leading dimensions to one batch of heads, (heads, N, d)."""
     return x.expand(*lead, *x.shape[-2:]).flatten(0, -3)
 
 
 def _product(rows: Tensor, columns: Tensor, scale: float) -> Tensor:
-    """`scale * rows @ columns.mT` of two batches of matrices, scaled before it is rounded."""
+    """Compute `scale * rows @ columns.mT` of two batches of matrices, scaled before rounding."""
     return torch.baddbmm(rows.new_empty(()), rows, columns.mT, beta=0, alpha=scale)
 
 
 def _rows_of_heads(mask: Tensor, lead: torch.Size, heads: slice, rows: slice) -> Tensor:
-    """The part of a mask for some rows of some of the flattened heads, without the whole mask for each head."""
+    """Slice a mask for some rows of some flattened heads, without expanding the full mask to every head."""
     part = mask[..., rows, :] if mask.shape[-2] > 1 else mask
     index = torch.unravel_index(torch.arange(lead.numel(), device=mask.device)[heads], lead)
     return part.expand(*lead, *part.shape[-2:])[index]
@@ -229,12 +230,12 @@ def _tangent(x: Dual) -> Tensor:
     return torch.zeros_like(x.value) if x.tangent is None else x.tangent
 
 
-def _total(terms: list[Tensor]) -> Tensor:
+def _sum(terms: list[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-def _found(*names: str) -> set[Any]:
-    """The functions and methods of these names, which are separated by spaces."""
+def _functions_named(*names: str) -> set[Any]:
+    """Return the functions and methods with these space-separated names."""
     owners = (torch, Tensor, F, torch._C._nn, torch.special)
     return {getattr(owner, name) for name in " ".join(names).split() for owner in owners if hasattr(owner, name)}
 
@@ -251,14 +252,14 @@ _NAMES: dict[Callable[..., Tensor], tuple[str, ...]] = {
     _group_norm: ("group_norm",),
     _attention: ("scaled_dot_product_attention",),
 }
-RULES = {func: rule for rule, names in _NAMES.items() for func in _found(*names)}
+RULES = {func: rule for rule, names in _NAMES.items() for func in _functions_named(*names)}
 RULES |= dict.fromkeys((F.softmax, Tensor.softmax, torch.softmax), _softmax)
-RANDOM = _found("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout")
-LINEAR = _found(
+RANDOM = _functions_named("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout")
+LINEAR = _functions_named(
     "add sub subtract neg rsub __rsub__ sum mean cumsum cat concat stack chunk split split_with_sizes tensor_split unbind",
     "reshape view view_as flatten unflatten transpose permute movedim swapaxes t squeeze unsqueeze expand expand_as",
     "repeat repeat_interleave tile roll flip pad tril triu narrow select index_select gather take_along_dim where",
     "masked_fill view_as_complex view_as_real contiguous clone detach to type_as float double half bfloat16 __getitem__",
     "size dim numel stride is_floating_point is_contiguous zeros_like ones_like empty_like new_zeros",
 )
-"""Operations without a product of two inputs: torch's own derivative of them has no graph and costs no more than they do."""
+"""Operations without a product of two inputs. torch's derivatives of them have no graph and cost no more."""

@@ -1,7 +1,7 @@
-"""Losses of an average velocity, or of the state that it leads to, against its target, one value a sample.
+"""Losses of an average velocity, or of the state that it leads to, against a target, one value per sample.
 
-The squared norm of an error is its mean over a sample's entries, so that values, `c` and learning rates carry over from one
-size of latents to another. (MeanFlow's code takes the sum over D entries: its c is D times this one.)
+The squared norm of an error is the mean over a sample's entries. Values, `c` and learning rates therefore carry over to other
+latent sizes. (MeanFlow's code takes the sum over D entries: its c is D times this one.)
 """
 
 from abc import ABC, abstractmethod
@@ -18,13 +18,13 @@ def power_loss(u: Tensor, target: Tensor, gamma: float) -> Tensor:
     Args:
         u: Average velocity, (B, ...).
         target: u*, (B, ...), without gradient.
-        gamma: At least 1; 1 is the mean squared error.
+        gamma: Exponent, at least 1; 1 is the mean squared error.
 
     Returns:
         Loss, (B,).
 
     Raises:
-        ConfigurationError: If gamma is less than 1: the gradient is then NaN at an error of 0, where an identical student
+        ConfigurationError: If gamma is less than 1. The gradient would be NaN at an error of 0, where an identical student
             starts.
     """
     if not gamma >= 1:
@@ -35,14 +35,14 @@ def power_loss(u: Tensor, target: Tensor, gamma: float) -> Tensor:
 def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float = 1e-3) -> Tensor:
     """Adaptively weighted squared error, `sg[w] ||u - u*||^2` with `w = 1 / (||u - u*||^2 + c)^p`.
 
-    Its gradient is, up to c and a constant factor, that of the power loss with `gamma = 1 - p` (MeanFlow, arXiv 2505.13447,
-    section 4.3, which takes p = 1; p = 0.5 is like the pseudo-Huber loss).
+    Its gradient equals that of the power loss with `gamma = 1 - p`, up to c and a constant factor. Source: MeanFlow, arXiv
+    2505.13447, section 4.3, with p = 1; p = 0.5 is like the pseudo-Huber loss.
 
     Args:
         u: Average velocity, (B, ...).
         target: u*, (B, ...), without gradient.
         p: Strength; 0 is the mean squared error, 1 makes every sample's loss about 1.
-        c: Keeps the weight of a vanishing error finite; above 0.
+        c: Constant that bounds the weight of a vanishing error, above 0.
 
     Returns:
         Loss, (B,).
@@ -59,12 +59,12 @@ def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float = 1e-3) -> Tenso
 def pseudo_huber_loss(u: Tensor, target: Tensor, c: float = 5.4e-4) -> Tensor:
     """Pseudo-Huber loss, `sqrt(||u - u*||^2 + c^2) - c`: quadratic for errors below c, linear above (arXiv 2310.14189).
 
-    Its paper, on consistency models, takes c = 0.00054 sqrt(D) with the sum over D entries, which is 0.00054 here.
+    The paper, on consistency models, sets c = 0.00054 sqrt(D) for the sum over D entries, which is 0.00054 here.
 
     Args:
         u: Prediction, (B, ...).
-        target: Of it, (B, ...), without gradient.
-        c: Above 0.
+        target: Target of the prediction, (B, ...), without gradient.
+        c: Error above which the loss is linear, above 0.
 
     Returns:
         Loss, (B,).
@@ -82,19 +82,19 @@ def _squared_norm(error: Tensor) -> Tensor:
 
 
 class Loss(ABC):
-    """A loss of an average velocity, or of the state that it leads to, against its target, as a setting."""
+    """Configurable loss of an average velocity, or of the state that it leads to, against a target."""
 
     @abstractmethod
     def __call__(self, u: Tensor, target: Tensor) -> Tensor:
-        """Loss (B,) of u against the target, (B, ...) each."""
+        """Compute the loss (B,) of u against the target, (B, ...) each."""
 
 
 @dataclass(frozen=True)
 class PowerLoss(Loss):
-    """`power_loss` with its exponent.
+    """`power_loss` with its exponent as a setting.
 
     Args:
-        gamma: At least 1; 1 is the mean squared error.
+        gamma: Exponent, at least 1; 1 is the mean squared error.
 
     Raises:
         ConfigurationError: If gamma is less than 1.
@@ -114,11 +114,11 @@ class PowerLoss(Loss):
 
 @dataclass(frozen=True)
 class AdaptiveLoss(Loss):
-    """`adaptive_loss` with its strength.
+    """`adaptive_loss` with its strength as a setting.
 
     Args:
         p: Strength; 0 is the mean squared error, 1 makes every sample's loss about 1.
-        c: Keeps the weight of a vanishing error finite; above 0.
+        c: Constant that bounds the weight of a vanishing error, above 0.
 
     Raises:
         ConfigurationError: If c is not above 0.
@@ -137,7 +137,7 @@ class AdaptiveLoss(Loss):
 
 @dataclass(frozen=True)
 class PseudoHuberLoss(Loss):
-    """`pseudo_huber_loss` with its threshold.
+    """`pseudo_huber_loss` with its threshold as a setting.
 
     Args:
         c: Error above which the loss is linear, above 0.

@@ -1,6 +1,6 @@
-"""Inductive moment matching (IMM, arXiv 2503.07565): times, weights and kernels by which groups of particles are compared.
+"""Inductive moment matching (IMM, arXiv 2503.07565): times, weights and kernels that compare groups of particles.
 
-Particles are (G, M, D): G groups of M states, flattened. What is given for each group is (G,).
+Particles are (G, M, D): G groups of M flattened states. Values for each group are (G,).
 """
 
 from abc import ABC, abstractmethod
@@ -13,15 +13,15 @@ from lightning_distill.errors import ConfigurationError
 
 
 def constant_decrement(t: Tensor, s: Tensor, step: float, eta_max: float) -> Tensor:
-    """Time r between s and t that is a constant step below t in `eta = t / (1 - t)`, noise over data.
+    """Time r in [s, t], a constant step below t in the noise-to-data ratio `eta = t / (1 - t)`.
 
-    Eta grows beyond all bounds toward t = 1, where sampling starts. Times beyond `eta_max / (1 + eta_max)` therefore go to
-    where that one goes, so that r < t for every t.
+    Eta is unbounded toward t = 1, where sampling starts. Times beyond `eta_max / (1 + eta_max)` therefore get the same r as
+    that time, so that r < t for every t.
 
     Args:
         t: Starts (G,), in [0, 1].
-        s: Times (G,) that r does not go below, in [0, t].
-        step: Of eta, above 0.
+        s: Lower bounds of r (G,), in [0, t].
+        step: Step of eta, above 0.
         eta_max: Largest eta that a step is taken from, above `step`.
 
     Returns:
@@ -32,45 +32,45 @@ def constant_decrement(t: Tensor, s: Tensor, step: float, eta_max: float) -> Ten
 
 
 def time_weight(t: Tensor, power: float, bias: float) -> Tensor:
-    r"""Weight of the discrepancy at t (arXiv 2503.07565), of the path with :math:`\alpha = 1 - t, \sigma = t`.
+    r"""Weight of the discrepancy at t (arXiv 2503.07565), for the path with :math:`\alpha = 1 - t, \sigma = t`.
 
     .. math:: w(t) = \frac12 \, \mathrm{sigmoid}(b - \lambda_t) \Big(-\frac{d\lambda_t}{dt}\Big)
         \frac{\alpha^a}{\alpha^2 + \sigma^2}, \quad \lambda_t = \log \frac{\alpha^2}{\sigma^2}.
 
     Args:
         t: (G,), in [0, 1].
-        power: a, at least 1, with which the weight is finite at t = 1.
+        power: a, at least 1, which makes the weight finite at t = 1.
         bias: b.
 
     Returns:
         w (G,).
     """
-    # Multiplied out, since lambda and its derivative are infinite at both ends and their product is not.
+    # The product is simplified: lambda and its derivative are infinite at both ends, but the weight is finite.
     data, noise = (1 - t).square(), t.square()
     ratio = torch.exp(torch.tensor(-bias, dtype=t.dtype, device=t.device))
     return t * (1 - t) ** (power - 1) / ((noise + ratio * data) * (noise + data))
 
 
 class Kernel(ABC):
-    """A kernel of particles, as a setting."""
+    """Configurable kernel of particles."""
 
     @abstractmethod
     def __call__(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        """k(x_i, y_j) of all pairs within a group.
+        """Compute k(x_i, y_j) of all pairs within a group.
 
         Args:
             x: Particles (G, M, D).
             y: Particles (G, M, D).
-            scale: Length (G,) by which distances are measured: that of the jumps which led to x and y.
+            scale: Unit of length for distances (G,): the length of the steps that led to x and y.
 
         Returns:
-            (G, M, M).
+            Kernel values, (G, M, M).
         """
 
 
 @dataclass(frozen=True)
 class LaplaceKernel(Kernel):
-    r""":math:`\exp(-\max(\| x - y \|, \epsilon) / (D c))` with the scale c (arXiv 2503.07565).
+    r"""Laplace kernel :math:`\exp(-\max(\| x - y \|, \epsilon) / (D c))` with the scale c (arXiv 2503.07565).
 
     Args:
         epsilon: Distance below which there is no gradient, above 0.
@@ -90,7 +90,7 @@ class LaplaceKernel(Kernel):
 
 @dataclass(frozen=True)
 class RBFKernel(Kernel):
-    r""":math:`\exp(-\frac12 d^2)` of the Laplace kernel's distance, :math:`d = \max(\| x - y \|, \epsilon) / (D c)`.
+    r"""RBF kernel :math:`\exp(-\frac12 d^2)` of the Laplace kernel's distance, :math:`d = \max(\| x - y \|, \epsilon) / (D c)`.
 
     Args:
         epsilon: Distance below which there is no gradient, above 0.
@@ -116,18 +116,18 @@ def discrepancy(y: Tensor, z: Tensor, kernel: Kernel, scale: Tensor) -> Tensor:
     Args:
         y: Particles (G, M, D).
         z: Particles (G, M, D).
-        kernel: k.
-        scale: Of the kernel (G,).
+        kernel: Kernel k.
+        scale: Scale of the kernel (G,).
 
     Returns:
-        (G,), at least 0 for a positive definite kernel, and 0 where the sets are the same.
+        Discrepancy (G,): at least 0 for a positive definite kernel, and 0 for equal sets.
     """
     return (kernel(y, y, scale) + kernel(z, z, scale) - 2 * kernel(y, z, scale)).mean((1, 2))
 
 
 def _distances(x: Tensor, y: Tensor, scale: Tensor, epsilon: float) -> Tensor:
     norms = torch.linalg.vector_norm(x[:, :, None] - y[:, None], dim=-1).clamp_min(epsilon)
-    # A jump of no length has no scale; its particles are where they were, and have no gradient.
+    # A step of length 0 has a scale of 0. Its particles do not move, and have no gradient.
     return norms / (x.shape[-1] * scale.clamp_min(torch.finfo(scale.dtype).eps)[:, None, None])
 
 

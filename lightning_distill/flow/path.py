@@ -1,14 +1,14 @@
 """The linear path between data and noise, `x_t = (1 - t) x0 + t noise` (arXiv 2209.03003, 2210.02747).
 
-Times are (B,), in [0, 1], and 1 is noise; states are (B, ...), most often latents (B, C, h, w). Times in float32 lift states
-of lower precision to float32, which is wanted: a jump of 1/32 is lost in the rounding of bfloat16.
+Times are (B,), in [0, 1]; 1 is noise. States are (B, ...), usually latents (B, C, h, w). Times in float32 promote states of
+lower precision to float32. This is intended: bfloat16 would round a step of 1/32 away.
 """
 
 from torch import Tensor
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
-    """Times (B,) as (B, 1, ..., 1), to be multiplied with states `like` (B, ...)."""
+    """Reshape times (B,) to (B, 1, ..., 1), so that they broadcast against states `like` (B, ...)."""
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
 
 
@@ -17,7 +17,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
     Args:
         x0: Data, (B, ...).
-        noise: Standard normal, (B, ...).
+        noise: Standard normal noise, (B, ...).
         t: (B,), in [0, 1].
 
     Returns:
@@ -28,7 +28,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def conditional_velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """Velocity of one pair's path, `d x_t / dt = noise - x0`, (B, ...); its mean given x_t is the velocity field."""
+    """Velocity along the path of one pair, `d x_t / dt = noise - x0`, (B, ...); its mean given x_t is the velocity field."""
     return noise - x0
 
 
@@ -43,13 +43,13 @@ def predict_noise(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def flow_step(x_t: Tensor, u: Tensor, r: Tensor, t: Tensor) -> Tensor:
-    """State at r reached from t with average velocity u, `x_r = x_t - (t - r) u` (MeanFlow, arXiv 2505.13447, Eq. 12).
+    """State at r, reached from t with average velocity u, `x_r = x_t - (t - r) u` (MeanFlow, arXiv 2505.13447, Eq. 12).
 
     Args:
-        x_t: (B, ...).
+        x_t: State at t, (B, ...).
         u: Average velocity between r and t at x_t, (B, ...).
         r: End, (B,).
-        t: Start, (B,). `r > t` goes toward noise.
+        t: Start, (B,). `r > t` steps toward noise.
 
     Returns:
         x_r, (B, ...).
@@ -58,21 +58,21 @@ def flow_step(x_t: Tensor, u: Tensor, r: Tensor, t: Tensor) -> Tensor:
 
 
 def renoise(x_s: Tensor, s: Tensor, tau: Tensor, noise: Tensor) -> Tensor:
-    """Diffuse a state from s on to tau, `x_tau = a x_s + b noise`, such that the path's marginals are kept.
+    """Re-noise a state from s to tau, `x_tau = a x_s + b noise`, without changing the path's marginals.
 
-    With `a = (1 - tau) / (1 - s)` the data's share of x_tau is `1 - tau`, and with `b^2 = tau^2 - a^2 s^2` the variance of
-    the old and the new noise together is `tau^2`.
+    The coefficient `a = (1 - tau) / (1 - s)` gives the data in x_tau the coefficient `1 - tau`. The coefficient b, with
+    `b^2 = tau^2 - a^2 s^2`, gives the old and new noise together the variance `tau^2`.
 
     Args:
-        x_s: (B, ...).
+        x_s: State at s, (B, ...).
         s: Time of x_s, (B,), in [0, 1).
-        tau: (B,), in [s, 1]. The result is NaN where `tau < s`.
+        tau: (B,), in [s, 1]. The result is NaN if `tau < s`.
         noise: Standard normal, independent of the noise in x_s, (B, ...).
 
     Returns:
         x_tau, (B, ...).
     """
     a = (1 - tau) / (1 - s)
-    # b^2 factored: the difference of the two squares cancels, and may turn negative, where tau is just above s
+    # b^2 is factored: where tau is just above s, the difference of squares cancels and may become negative.
     b = ((tau - s) * (tau + s - 2 * tau * s)).sqrt() / (1 - s)
     return expand(a, x_s) * x_s + expand(b, x_s) * noise

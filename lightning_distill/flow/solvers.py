@@ -1,4 +1,4 @@
-"""Explicit solvers of the flow `dx/dt = v(x, t)`, each sample between times of its own."""
+"""Explicit solvers of the flow `dx/dt = v(x, t)`, with separate times for each sample."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.times import substeps
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
-"""`velocity(x, t)`: (B, ...) and (B,) to (B, ...)."""
+"""`velocity(x, t)` maps (B, ...) and (B,) to (B, ...)."""
 
 StepFn = Callable[[VelocityFn, Tensor, Tensor, Tensor], Tensor]
 
@@ -20,7 +20,7 @@ def euler_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """One Euler step: the velocity at the start. Order 1, one evaluation.
 
     Args:
-        velocity: Field of the flow.
+        velocity: Velocity field of the flow.
         x: State at t, (B, ...).
         t: Start, (B,).
         s: End, (B,).
@@ -34,7 +34,7 @@ def euler_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
 def heun_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """One step of Heun's method: the mean of the velocities at the start and at Euler's end. Order 2, two evaluations.
 
-    Arguments and result as in `euler_step`. The field is asked at s, which may be 0.
+    Arguments and result are those of `euler_step`. The velocity is evaluated at s, which may be 0.
     """
     v = velocity(x, t)
     return flow_step(x, (v + velocity(flow_step(x, v, s, t), s)) / 2, s, t)
@@ -43,7 +43,7 @@ def heun_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
 def midpoint_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """One step of the midpoint method: the velocity at Euler's half step. Order 2, two evaluations.
 
-    Arguments and result as in `euler_step`. The field is never asked at s.
+    Arguments and result are those of `euler_step`. The velocity is never evaluated at s.
     """
     middle = (t + s) / 2
     return flow_step(x, velocity(euler_step(velocity, x, t, middle), middle), s, t)
@@ -51,12 +51,12 @@ def midpoint_step(velocity: VelocityFn, x: Tensor, t: Tensor, s: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Solver:
-    """A named one-step method.
+    """A one-step method.
 
     Args:
-        step: `step(velocity, x, t, s)`, state at t to state at s.
-        order: Order of convergence: the global error falls as `steps ** -order`.
-        evaluations: Of the velocity, a step.
+        step: `step(velocity, x, t, s)`, from the state at t to the state at s.
+        order: Order of convergence: the global error decreases as `steps ** -order`.
+        evaluations: Velocity evaluations per step.
     """
 
     step: StepFn
@@ -74,24 +74,24 @@ SOLVERS: dict[str, Solver] = {
 def integrate(
     velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, steps: int, solver: str = "euler", shift: float = 1.0
 ) -> Tensor:
-    """Follow the flow from t to r in sub-steps that are even on the sampling grid.
+    """Integrate the flow from t to r in sub-steps that are even on the sampling grid.
 
     Args:
-        velocity: Field of the flow; a teacher's is called without gradient if the caller says so.
+        velocity: Velocity field of the flow. The caller disables gradients, for example those of a teacher.
         x_t: State at t, (B, ...).
         t: Start, (B,).
-        r: End, (B,); where `r = t` the state stays as it is.
+        r: End, (B,). Rows with `r = t` are unchanged.
         steps: Number of sub-steps, at least 1.
-        solver: A name in `SOLVERS`.
-        shift: Of the grid (`flow.step_grid`), above 0; 1 makes the sub-steps even in t.
+        solver: Name in `SOLVERS`.
+        shift: Shift of the grid (`flow.step_grid`), above 0; 1 makes the sub-steps even in t.
 
     Returns:
         x_r, (B, ...).
 
     Raises:
-        ConfigurationError: If the solver is unknown or steps is less than 1.
+        ConfigurationError: If the solver is unknown, or steps is less than 1.
     """
-    step = _named(solver, steps).step
+    step = _get_solver(solver, steps).step
     x = x_t
     for start, end in pairwise(substeps(t, r, steps, shift)):
         x = step(velocity, x, start, end)
@@ -99,13 +99,17 @@ def integrate(
 
 
 def evaluations(solver: str, steps: int) -> int:
-    """How often `integrate` asks for the velocity; raises as it does."""
-    return _named(solver, steps).evaluations * steps
+    """Number of velocity evaluations of `integrate`.
+
+    Raises:
+        ConfigurationError: If the solver is unknown, or steps is less than 1.
+    """
+    return _get_solver(solver, steps).evaluations * steps
 
 
-def _named(solver: str, steps: int) -> Solver:
+def _get_solver(solver: str, steps: int) -> Solver:
     if solver not in SOLVERS:
         raise ConfigurationError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     if steps < 1:
-        raise ConfigurationError(f"the solver's steps are {steps}; set at least 1")
+        raise ConfigurationError(f"the number of solver steps is {steps}; set it to at least 1")
     return SOLVERS[solver]

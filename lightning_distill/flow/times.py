@@ -1,4 +1,4 @@
-"""Where on the path: samplers of times for training, and the grid of few-step sampling."""
+"""Time samplers for training, and the time grid of few-step sampling."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ TimesT = TypeVar("TimesT", float, Tensor)
 
 
 class TimeSampler(ABC):
-    """A distribution on [0, 1] from which training times are drawn; 1 is noise."""
+    """Distribution of training times on [0, 1]; 1 is noise."""
 
     @abstractmethod
     def __call__(
         self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Independent times (batch,), float32, in [0, 1]."""
+        """Sample independent times (batch,), float32, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LogitNormal(TimeSampler):
     The defaults are those of MeanFlow (arXiv 2505.13447) and of its distillation (arXiv 2512.13006).
 
     Args:
-        mean: Of z; the median of t is `1 / (1 + exp(-mean))`.
-        std: Of z, above 0.
+        mean: Mean of z; the median of t is `1 / (1 + exp(-mean))`.
+        std: Standard deviation of z, above 0.
 
     Raises:
         ConfigurationError: If std is not above 0.
@@ -47,22 +47,22 @@ class LogitNormal(TimeSampler):
     def __call__(
         self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Independent times (batch,), float32; see `TimeSampler`."""
+        """Sample independent times (batch,), float32; see `TimeSampler`."""
         z = torch.randn(batch, device=device, dtype=torch.float32, generator=generator)
         return torch.sigmoid(self.mean + self.std * z)
 
 
 @dataclass(frozen=True)
 class Uniform(TimeSampler):
-    """Times uniform in [low, high), then shifted as a sampling grid is.
+    """Times that are uniform in [low, high), then shifted like a sampling grid.
 
     Args:
-        low: At least 0.
-        high: At most 1.
-        shift: Of `shift_times`, above 0; 1 leaves them uniform, above 1 moves them toward noise.
+        low: Lower bound, at least 0.
+        high: Upper bound, at most 1.
+        shift: Shift as in `shift_times`, above 0; 1 leaves the times uniform, above 1 moves them toward noise.
 
     Raises:
-        ConfigurationError: If not `0 <= low < high <= 1`, or shift is not above 0.
+        ConfigurationError: If `0 <= low < high <= 1` does not hold, or shift is not above 0.
     """
 
     low: float = 0.0
@@ -73,7 +73,7 @@ class Uniform(TimeSampler):
         """Check the settings."""
         if not 0 <= self.low < self.high <= 1:
             raise ConfigurationError(
-                f"low {self.low} and high {self.high} of the uniform time sampler must be 0 <= low < high <= 1"
+                f"low {self.low} and high {self.high} of the uniform time sampler are out of range; set 0 <= low < high <= 1"
             )
         if not self.shift > 0:
             raise ConfigurationError(f"shift of the uniform time sampler is {self.shift}; set it above 0, 1 is uniform")
@@ -81,9 +81,9 @@ class Uniform(TimeSampler):
     def __call__(
         self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Independent times (batch,), float32; see `TimeSampler`."""
-        share = torch.rand(batch, device=device, dtype=torch.float32, generator=generator)
-        return shift_times(self.low + (self.high - self.low) * share, self.shift)
+        """Sample independent times (batch,), float32; see `TimeSampler`."""
+        uniform = torch.rand(batch, device=device, dtype=torch.float32, generator=generator)
+        return shift_times(self.low + (self.high - self.low) * uniform, self.shift)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Interval:
     """A start and an end on the path for each sample.
 
     Args:
-        r: Ends, the cleaner, (B,).
-        t: Starts, the noisier, (B,), `r <= t`.
+        r: Ends, the cleaner times, (B,), `r <= t`.
+        t: Starts, the noisier times, (B,).
     """
 
     r: Tensor
@@ -106,17 +106,18 @@ def sample_interval(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Interval:
-    """Two draws for each sample, sorted, with `r = t` for a fraction (MeanFlow, arXiv 2505.13447, section 4.3).
+    """Sample two times per sample, sort them, and set `r = t` for a fraction (MeanFlow, arXiv 2505.13447, section 4.3).
 
-    The rows are alike, so the first ones are those with `r = t`. Their number is `equal_fraction * batch`; where that is
-    not whole, one row more has `r = t` with the probability that keeps the fraction right on average, also for a batch of 1.
+    All rows have the same distribution, so the first ones get `r = t`. Their number is `equal_fraction * batch`. If that is no
+    integer, one more row gets `r = t`, with the probability that makes the fraction right on average. This holds for a batch of
+    1 as well.
 
     Args:
-        sampler: Distribution of each draw.
+        sampler: Distribution of both times.
         batch: Number of samples, B.
-        equal_fraction: Share of samples with `r = t`, in [0, 1]; 1 is flow matching.
-        device: Of the result; a generator must be of the same one.
-        generator: Source of randomness; None is torch's default.
+        equal_fraction: Fraction of samples with `r = t`, in [0, 1]; 1 is flow matching.
+        device: Device of the result, and of the generator if there is one.
+        generator: Random number generator; None is torch's default.
 
     Returns:
         r and t, (B,), float32, `0 <= r <= t <= 1`.
@@ -129,20 +130,20 @@ def sample_interval(
     first, second = sampler(batch, device, generator), sampler(batch, device, generator)
     r, t = torch.minimum(first, second), torch.maximum(first, second)
     expected = round(equal_fraction * batch, 6)  # 0.29 * 100 is 28.999999999999996
-    whole, rest = int(expected), expected % 1
+    count, remainder = int(expected), expected % 1
     row = torch.arange(batch, device=device)
-    equal = row < whole
-    if rest:
-        equal |= (row == whole) & (torch.rand((), device=device, generator=generator) < rest)
+    equal = row < count
+    if remainder:
+        equal |= (row == count) & (torch.rand((), device=device, generator=generator) < remainder)
     return Interval(r=torch.where(equal, t, r), t=t)
 
 
 def shift_times(t: TimesT, shift: float) -> TimesT:
-    """Move times toward noise, `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206, Eq. 23).
+    """Shift times toward noise, `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206, Eq. 23).
 
     Args:
-        t: In [0, 1], of any shape; 0 and 1 stay.
-        shift: Above 0; 1 changes nothing, above 1 goes toward noise. It is `exp(mu)` of diffusers' FLUX scheduler.
+        t: In [0, 1], of any shape; 0 and 1 are unchanged.
+        shift: Above 0; 1 changes nothing, above 1 shifts toward noise. It is `exp(mu)` of diffusers' FLUX scheduler.
 
     Returns:
         Shifted times, shaped like t.
@@ -151,12 +152,13 @@ def shift_times(t: TimesT, shift: float) -> TimesT:
 
 
 def move_on_grid(t: Tensor, step: float, shift: float = 1.0) -> Tensor:
-    """Go a stretch of the sampling grid toward data; a step of 1 is the whole way from noise, and 0 is never passed.
+    """Move times toward data by a distance on the sampling grid, and stop at 0.
 
     Args:
         t: Times in [0, 1], of any shape.
-        step: Length in the grid's own, evenly spaced coordinate, at least 0; 1/8 is one of eight sampling steps.
-        shift: The grid's, as in `shift_times`.
+        step: Distance in the evenly spaced coordinate of the grid, at least 0. 1 is the full distance from noise to data, 1/8
+            one of eight sampling steps.
+        shift: Shift of the grid, as in `shift_times`.
 
     Returns:
         Times shaped like t, at most t.
@@ -172,35 +174,35 @@ def substeps(t: Tensor, r: Tensor, steps: int, shift: float = 1.0) -> list[Tenso
         t: Starts, (B,), in [0, 1].
         r: Ends, (B,), in [0, 1].
         steps: Number of sub-steps, at least 1.
-        shift: The grid's, as in `shift_times`.
+        shift: Shift of the grid, as in `shift_times`.
 
     Returns:
-        steps + 1 tensors (B,), the first t itself and the last r itself.
+        steps + 1 tensors (B,); the first is t itself, the last is r itself.
     """
     start, end = shift_times(t, 1 / shift), shift_times(r, 1 / shift)
     inner = [shift_times(torch.lerp(start, end, k / steps), shift) for k in range(1, steps)]
-    # rounding must not lead out of the interval, nor move a row with t = r
+    # Rounding must neither leave the interval nor move a row with t = r.
     return [t, *(torch.clamp(time, torch.minimum(t, r), torch.maximum(t, r)) for time in inner), r]
 
 
 def step_grid(nfe: int, shift: float = 1.0) -> Tensor:
-    """Times of few-step sampling, evenly spaced and then shifted.
+    """Time grid of few-step sampling, evenly spaced and then shifted.
 
-    Computed in float64 on the CPU and rounded once, so that an exported pipeline repeats it bit for bit.
+    The grid is computed in float64 on the CPU and rounded once, so that an exported pipeline reproduces it bit for bit.
 
     Args:
         nfe: Number of steps, at least 1.
-        shift: As in `shift_times`.
+        shift: Shift as in `shift_times`, above 0.
 
     Returns:
-        Times (nfe + 1,), float32, on the CPU, falling from exactly 1 to exactly 0.
+        Times (nfe + 1,), float32, on the CPU, decreasing from exactly 1 to exactly 0.
 
     Raises:
-        ConfigurationError: If nfe is less than 1 or shift not above 0.
+        ConfigurationError: If nfe is less than 1, or shift is not above 0.
     """
     if nfe < 1:
-        raise ConfigurationError(f"nfe is {nfe}; set a number of steps of at least 1")
+        raise ConfigurationError(f"nfe is {nfe}; set it to at least 1")
     if not shift > 0:
-        raise ConfigurationError(f"shift is {shift}; set it above 0, 1 is an evenly spaced grid")
+        raise ConfigurationError(f"shift is {shift}; set it above 0, 1 is an even grid")
     even = torch.linspace(1, 0, nfe + 1, dtype=torch.float64, device="cpu")
     return shift_times(even, shift).to(torch.float32)

@@ -1,5 +1,5 @@
-"""What any-step students take along: these files are copied into every exported pipeline.
+"""Code of any-step students: every exported pipeline contains a copy of these files.
 
-They import torch, diffusers, transformers and peft, and each other by relative imports, so that they run without this package.
-The folder is flat because diffusers puts the code of a pipeline into one flat folder.
+They import only torch, diffusers, transformers, peft and accelerate, and each other by relative imports, so that they run
+without this package. The folder is flat because diffusers stores the code of a pipeline in one flat folder.
 """

@@ -1,6 +1,6 @@
-"""The scheduler of few-step students: jumps along average velocities.
+"""Scheduler of few-step students: steps along average velocities.
 
-This file imports torch and diffusers only: it travels with every exported student and must run without this package.
+Every exported student contains a copy of this file. It imports only torch and diffusers, and runs without this package.
 """
 
 import torch
@@ -11,25 +11,26 @@ from torch import Generator, Tensor
 
 
 class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
-    r"""Steps of a network that predicts average velocities (MeanFlow, arXiv 2505.13447, Eq. 12).
+    r"""Scheduler for networks that predict average velocities (MeanFlow, arXiv 2505.13447, Eq. 12).
 
     .. math:: x_r = x_t - (t - r) \, u(x_t, r, t).
 
-    Under stochastic sampling, that of consistency models (arXiv 2303.01469, Algorithm 1), each step goes to data and back by
-    fresh noise, and the network is asked for r = 0 only:
+    Stochastic sampling is that of consistency models (arXiv 2303.01469, Algorithm 1). Each step predicts x0 and re-noises it,
+    and the network always receives r = 0:
 
     .. math:: x_r = (1 - r) (x_t - t \, u(x_t, 0, t)) + r \, \text{noise}.
 
-    Times lie in [0, 1] and 1 is noise; the network is told them as they are, not times 1000.
+    Times are in [0, 1]; 1 is noise. The network receives them unscaled, not times 1000.
 
     Args:
-        shift: Shift of the grid of times toward noise; 1 is an evenly spaced grid.
-        use_dynamic_shifting: Whether the shift grows with the resolution, as `exp(mu)` with FLUX's mu; the pipeline knows how.
+        shift: Shift of the time grid toward noise; 1 is an evenly spaced grid.
+        use_dynamic_shifting: Whether the shift grows with the resolution, as `exp(mu)` with FLUX's mu. The pipeline computes
+            it.
         base_shift: mu at `base_image_seq_len` tokens.
         max_shift: mu at `max_image_seq_len` tokens.
         base_image_seq_len: Image tokens of the smallest resolution.
         max_image_seq_len: Image tokens of the largest resolution.
-        stochastic_sampling: Whether steps go to data and back by fresh noise.
+        stochastic_sampling: Whether steps predict x0 and re-noise it.
     """
 
     order = 1
@@ -49,35 +50,35 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def timesteps(self) -> Tensor:
-        """Start of each step (N,), falling from 1."""
+        """Start of each step (N,), decreasing from 1."""
         return self.times[:-1]
 
     @property
     def intervals(self) -> list[tuple[Tensor, Tensor]]:
-        """Start t of each step and the end r that the network is told, each a float32 scalar."""
+        """Start t of each step and the end r that the network receives, as float32 scalars."""
         ends = torch.zeros_like(self.times[1:]) if self.config.stochastic_sampling else self.times[1:]
         return list(zip(self.times[:-1].unbind(), ends.unbind(), strict=True))
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None, shift: float | None = None
     ) -> None:
-        """Lay out the grid of times.
+        """Set the time grid.
 
-        The grid is computed in float64 on the CPU and rounded once: bit for bit the grid that the student was trained with.
+        The grid is computed in float64 on the CPU and rounded once. It equals the training grid bit for bit.
 
         Args:
             num_inference_steps: Number of steps, at least 1.
-            device: Where the times are kept.
-            shift: In place of the configured one; needed under `use_dynamic_shifting`.
+            device: Device of the times.
+            shift: Shift instead of the configured one; required under `use_dynamic_shifting`.
 
         Raises:
-            ValueError: If there are no steps, or the shift is missing.
+            ValueError: If num_inference_steps is less than 1, or a required shift is missing.
         """
         if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps is {num_inference_steps}; give at least 1")
+            raise ValueError(f"num_inference_steps is {num_inference_steps}; set it to at least 1")
         if shift is None:
             if self.config.use_dynamic_shifting:
-                raise ValueError("this scheduler shifts its times with the resolution; pass the shift")
+                raise ValueError("use_dynamic_shifting is true, but no shift is given; pass the shift")
             shift = self.config.shift
         even = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")
         self.times = (shift * even / (1 + (shift - 1) * even)).to(torch.float32).to(device)
@@ -90,14 +91,14 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """The state at the end of the step that starts at `timestep`.
+        """State at the end of the step that starts at `timestep`.
 
         Args:
             model_output: Average velocity u over the step, (B, ...).
             timestep: Start t of the step, one of `timesteps`.
             sample: State x_t, (B, ...).
-            generator: Source of the noise of stochastic sampling, one for all samples or one a sample.
-            return_dict: Whether to wrap the result.
+            generator: Random number generator of stochastic sampling, one for all samples or one per sample.
+            return_dict: Whether to return a `SchedulerOutput` instead of a tuple.
 
         Returns:
             x_r, float32, as `prev_sample` or in a tuple.
@@ -105,13 +106,13 @@ class AverageVelocityScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If no step of the grid starts at `timestep`.
         """
-        places = (self.timesteps == torch.as_tensor(timestep, device=self.times.device)).nonzero()
-        if not len(places):
-            raise ValueError(f"no step starts at timestep {float(timestep)}; take one of {self.timesteps.tolist()}")
-        t, r = self.intervals[places[0]]
-        # In bfloat16 the result would lose jumps of 1/32 and below.
+        matches = (self.timesteps == torch.as_tensor(timestep, device=self.times.device)).nonzero()
+        if not len(matches):
+            raise ValueError(f"no step starts at timestep {float(timestep)}; pass one of {self.timesteps.tolist()}")
+        t, r = self.intervals[matches[0]]
+        # bfloat16 would round steps of 1/32 and below away.
         x_r = sample.float() - (t - r) * model_output.float()
-        end = self.times[int(places[0]) + 1]
+        end = self.times[int(matches[0]) + 1]
         if self.config.stochastic_sampling and end > 0:
             noise = randn_tensor(x_r.shape, generator=generator, device=x_r.device, dtype=torch.float32)
             x_r = (1 - end) * x_r + end * noise

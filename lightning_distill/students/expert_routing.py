@@ -1,10 +1,11 @@
-"""Mixtures of experts whose routing can be held: a later pass sends its tokens where an earlier one sent them.
+"""Mixtures of experts with frozen routing: a later pass sends its tokens to the experts of an earlier pass.
 
-The choice of the k best experts is piecewise constant, so its derivative is that of the routing weights with the choice held.
-Passes that are compared, as of a difference in time, must not choose anew: where one of them flips a choice, they differ by
-a jump that no derivative has. Nor may a pass that is run again for the backward pass.
+The choice of the k best experts is piecewise constant. Its derivative is therefore that of the routing weights under frozen
+routing. Passes that are compared, as in a finite difference in time, must share the routing. If one pass chose other experts,
+the difference would contain a discontinuity that no derivative has. A recomputation for the backward pass needs frozen routing
+too.
 
-This file imports torch only: it travels with every exported student and must run without this package.
+Every exported student contains a copy of this file. It imports only torch, and runs without this package.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_held: ContextVar[Routing | None] = ContextVar("held routing", default=None)
+_frozen_routing: ContextVar[Routing | None] = ContextVar("frozen routing", default=None)
 
 
 class Routing:
-    """What mixtures chose in the first pass under it, and choose in every later one.
+    """Expert choices of mixtures: made in the first pass under it, and reused in every later pass.
 
     ::
 
@@ -30,95 +31,96 @@ class Routing:
         with routing:
             first = network(x)
         with routing:
-            second = network(x + change)  # by the same experts
+            second = network(x + change)  # with the same experts
 
     Args:
-        within: A routing that is asked where this one has no choice yet.
+        outer: Enclosing routing, which chooses for mixtures that this one has no choice for yet.
     """
 
-    def __init__(self, within: Routing | None = None) -> None:
-        self.within = within
+    def __init__(self, outer: Routing | None = None) -> None:
+        self.outer = outer
         self._chosen: dict[nn.Module, Tensor] = {}
         self._entered: list[Token[Routing | None]] = []
 
     def __enter__(self) -> Routing:
-        self._entered.append(_held.set(self))
+        self._entered.append(_frozen_routing.set(self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _held.reset(self._entered.pop())
+        _frozen_routing.reset(self._entered.pop())
 
     def choose(self, mixture: nn.Module, probabilities: Tensor, count: int) -> Tensor:
-        """Experts (N, count) of the tokens of a mixture: those chosen before, or the most probable.
+        """Experts (N, count) of a mixture's tokens: those chosen before, or the most probable ones.
 
         Args:
-            mixture: Whose experts they are.
+            mixture: Module that contains the experts.
             probabilities: (N, E).
-            count: Experts of a token.
+            count: Experts per token.
 
         Raises:
-            RuntimeError: If the choice was made for another number of tokens.
+            RuntimeError: If the experts were chosen for another number of tokens.
         """
         if mixture not in self._chosen:
-            self._chosen[mixture] = choose_experts(mixture, probabilities, count, self.within)
+            self._chosen[mixture] = choose_experts(mixture, probabilities, count, self.outer)
         chosen = self._chosen[mixture]
         if len(chosen) != len(probabilities):
             raise RuntimeError(
-                f"the routing of {len(chosen)} tokens is held, and a pass has {len(probabilities)}; hold one routing for each "
-                "set of inputs"
+                f"the frozen routing has {len(chosen)} tokens, and this pass has {len(probabilities)}; use one Routing per set "
+                "of inputs"
             )
         return chosen
 
 
 def choose_experts(mixture: nn.Module, probabilities: Tensor, count: int, routing: Routing | None) -> Tensor:
-    """Experts (N, count) of a mixture by a routing, or the most probable where there is none."""
+    """Experts (N, count) of a mixture by a routing, or the most probable ones without a routing."""
     if routing is not None:
         return routing.choose(mixture, probabilities, count)
     with torch.no_grad():
         return probabilities.topk(count, dim=1).indices
 
 
-def tokens_of_each(experts: Tensor, count: int) -> list[int]:
-    """How many tokens each of `count` experts gets, of the expert of each of N tokens (N,)."""
-    shares: list[int] = experts.bincount(minlength=count).tolist()
-    return shares
+def tokens_per_expert(experts: Tensor, count: int) -> list[int]:
+    """Number of tokens of each of `count` experts, from the expert of each of N tokens (N,)."""
+    counts: list[int] = experts.bincount(minlength=count).tolist()
+    return counts
 
 
 def checkpointed(block: Callable[..., tuple[Any, ...]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Call a block, and again in the backward pass, with its tokens at the same experts.
+    """Call a block under activation checkpointing, with frozen routing in the recomputation.
 
-    Two runs of the same operations may round differently, and a token on the border of two experts would change sides: the
-    activations of the second run would not be those that the loss came from.
+    Two runs of the same operations may round differently. A token that is close to the border of two experts could change its
+    expert. The recomputed activations would then differ from those of the loss.
 
     Args:
-        block: Returns a tuple that begins with hidden states.
-        *args: Of the block.
-        **kwargs: Likewise.
+        block: Function that returns a tuple, with hidden states first.
+        *args: Positional arguments of the block.
+        **kwargs: Keyword arguments of the block.
     """
     if not torch.is_grad_enabled():
         return block(*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         hidden_states, *rest = block(*args, **kwargs)
-        # An operation that keeps a number, so that the second run starts before the backward pass of any module and ends after
-        # the forward pass of all: ZeRO-3 takes a module's weights away when its forward pass ends, whoever else needs them.
+        # This product saves a tensor for the backward pass. The recomputation therefore starts before the backward pass of any
+        # module, and ends after the forward pass of all. ZeRO-3 releases a module's weights when its forward pass ends, even if
+        # other modules need them.
         return hidden_states * hidden_states.new_ones(()), *rest
 
-    routing = Routing(within=_held.get())
+    routing = Routing(outer=_frozen_routing.get())
     outputs: tuple[Any, ...] = checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (routing, routing), **kwargs)
     return outputs
 
 
 class RoutedExperts(nn.Module):
-    r"""Stands where HunyuanImage 3.0 has its mixture of experts, computes the same, and asks the held routing first.
+    r"""Replacement of HunyuanImage 3.0's mixture of experts: the same result, with support for frozen routing.
 
     .. math:: y = S(x) + \sum_{e \in K(x)} \frac{p_e(x)}{\sum_{f \in K(x)} p_f(x)} E_e(x), \quad p = \mathrm{softmax}(W x),
 
-    with the k most probable experts K and the shared expert S, where there is one. Unlike the published implementation it runs
-    on any device, and in forward mode.
+    with the k most probable experts K and the shared expert S, if there is one. Unlike the published implementation, it runs on
+    any device and in forward mode.
 
     Args:
-        stock: The mixture that it replaces, whose parts it takes over under their names.
+        stock: Mixture to replace; its modules are reused under the same names.
     """
 
     def __init__(self, stock: Any) -> None:
@@ -129,19 +131,19 @@ class RoutedExperts(nn.Module):
         self.experts_per_token: int = stock.moe_topk
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of hidden states (B, L, D)."""
+        """Compute hidden states (B, L, D) from hidden states (B, L, D)."""
         tokens, count = hidden_states.reshape(-1, hidden_states.shape[-1]), self.experts_per_token
         with torch.autocast(tokens.device.type, enabled=False):
             probabilities = self.gate.wg(tokens.to(next(self.gate.wg.parameters()).dtype)).softmax(dim=1)
-            chosen = choose_experts(self, probabilities, count, _held.get())
+            chosen = choose_experts(self, probabilities, count, _frozen_routing.get())
             weights = probabilities.gather(1, chosen)
             weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-8)
 
         experts = chosen.flatten()
         order = experts.argsort(stable=True)
-        shares = tokens_of_each(experts, len(self.experts))
-        parts = tokens.index_select(0, order // count).split(shares)
-        # Experts without a token run as well: sharded strategies gather their weights on all processes or on none.
+        counts = tokens_per_expert(experts, len(self.experts))
+        parts = tokens.index_select(0, order // count).split(counts)
+        # Experts without a token run too, because sharded strategies gather weights on all processes or on none.
         outputs = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)])
         outputs = outputs.index_select(0, order.argsort()).reshape(-1, count, tokens.shape[1])
         mixed = (outputs * weights.to(outputs.dtype)[..., None]).sum(dim=1)

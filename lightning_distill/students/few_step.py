@@ -1,7 +1,7 @@
-"""Pipelines of diffusers that draw in a few steps, by average velocities.
+"""Pipelines of diffusers that generate images in a few steps, by average velocities.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 import math
@@ -20,9 +20,9 @@ from .two_time import TwoTimeModel
 
 
 def align_weights(module: nn.Module) -> None:
-    """Give weights that lie in a memory-mapped file aligned memory of their own, where torch allocates all others.
+    """Copy weights of memory-mapped files to aligned memory, where torch allocates all other weights.
 
-    The order in which a matrix product is summed, and with it the last bit, depends on the alignment.
+    The summation order of a matrix product depends on the alignment, and so does its last bit.
     """
     for parameter in module.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
@@ -30,49 +30,50 @@ def align_weights(module: nn.Module) -> None:
 
 
 class FewStepPipeline(DiffusionPipeline, ABC):
-    """Draws with a two-time transformer, told start and end of each step, under `AverageVelocityScheduler`.
+    """Generates images with a two-time transformer and `AverageVelocityScheduler`.
 
-    To be inherited before a stock pipeline, whose components, loading and devices it keeps. Guidance is distilled into the
-    transformer, so a step is one forward. A family says how prompts and velocities look, and latents where its autoencoder is
-    not the usual one; training asks the same methods. Latents are (B, C, h, w), float32, normalised to about unit scale; times
-    are (B,), float32, in [0, 1], and 1 is noise.
+    The transformer receives the start and the end of each step. Guidance is distilled into it, so a step is one forward pass.
+
+    Subclasses inherit this class before a stock pipeline, which provides components, loading and devices. A subclass defines
+    the formats of prompts and velocities, and that of latents if its autoencoder is unusual. Training calls the same methods.
+    Latents are (B, C, h, w), float32, normalised to about unit scale. Times are (B,), float32, in [0, 1]; 1 is noise.
     """
 
     stock_class: ClassVar[type[DiffusionPipeline]]
-    """The pipeline of diffusers."""
+    """Stock pipeline of diffusers."""
     network_class: ClassVar[type[TwoTimeModel]]
-    """The two-time transformer."""
+    """Class of the two-time transformer."""
     prompt_tokenizer: ClassVar[str] = "tokenizer"
-    """Component whose `model_max_length` tells how many tokens a prompt is padded to."""
+    """Component whose `model_max_length` is the number of tokens that a prompt is padded to."""
     default_sequence_length: ClassVar[int] = 512
-    """Most of those tokens, unless told otherwise: the stock pipeline's own default."""
+    """Default maximum of that number: the default of the stock pipeline."""
     patch_size = 2
-    """Latents on a side of an image token."""
+    """Latents per side of an image token."""
 
     @abstractmethod
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """What the transformer is told about B prompts: named tensors with the batch in front.
+        """Encode B prompts to inputs of the transformer: named tensors with the batch first.
 
         Args:
-            prompts: The empty prompt gives the null condition of guidance.
-            max_sequence_length: Tokens to pad to.
+            prompts: Prompts; the empty prompt gives the null condition of guidance.
+            max_sequence_length: Number of tokens to pad to.
         """
 
     @abstractmethod
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times.
+        """Arguments of the transformer, without the times.
 
         Args:
-            x_t: Latents (B, C, h, w), of the transformer's dtype.
-            condition: Of `encode_condition`; embeddings are of that dtype too.
-            guidance_scale: (B,), float32, where the transformer embeds it.
+            x_t: Latents (B, C, h, w), with the transformer's dtype.
+            condition: Result of `encode_condition`; embeddings have the transformer's dtype.
+            guidance_scale: (B,), float32, if the transformer embeds it.
             network: The transformer.
         """
 
-    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
-        """Velocity (B, C, height, width) of what the transformer returns."""
+    def velocity_from_output(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) from the transformer's output."""
         velocity: Tensor = output
         return velocity
 
@@ -86,33 +87,33 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         guidance_scale: Tensor | None,
         all_points: bool = False,
     ) -> Tensor:
-        """The network's average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None.
+        """Average velocity of the network from t down to r, (B, C, h, w) in the dtype of `x_t`; the velocity at t if r is None.
 
         Args:
             network: A `network_class`.
             x_t: Latents (B, C, h, w).
-            r: Ends (B,).
+            r: Ends (B,), or None.
             t: Starts (B,).
-            condition: Of `encode_condition`.
-            guidance_scale: (B,), where the network embeds it.
-            all_points: As of `TwoTimeModel`.
+            condition: Result of `encode_condition`.
+            guidance_scale: (B,), if the network embeds it.
+            all_points: Whether to return all outputs of a policy, as in `TwoTimeModel`.
         """
-        # Text encoders may be kept in lower precision than the transformer.
+        # Text encoders may have a lower precision than the transformer.
         dtype = network.dtype
         condition = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         inputs = self.network_inputs(x_t.to(dtype), condition, guidance_scale, network)
-        further = {"all_points": True} if all_points else {}
-        (output,) = network(**inputs, timestep=t, timestep_r=r, return_dict=False, **further)
-        return self.velocity_of(output, *x_t.shape[-2:]).to(x_t.dtype)
+        options = {"all_points": True} if all_points else {}
+        (output,) = network(**inputs, timestep=t, timestep_r=r, return_dict=False, **options)
+        return self.velocity_from_output(output, *x_t.shape[-2:]).to(x_t.dtype)
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, shifted and scaled."""
+        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): the posterior's mean, shifted and scaled."""
         encoded = self.vae.encode(images.to(self.vae.dtype))
         latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
         return ((latents - self._latent_shift) * self.vae.config.scaling_factor).float()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about [-1, 1]."""
         latents = latents / self.vae.config.scaling_factor + self._latent_shift
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
 
@@ -122,7 +123,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents."""
+        """Number of latent channels, C."""
         channels: int = self.vae.config.latent_channels
         return channels
 
@@ -130,7 +131,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         """Shape (C, h, w) of the latents of an image of H x W pixels.
 
         Raises:
-            ValueError: If they are no multiples of the autoencoder's factor times the transformer's patch.
+            ValueError: If H or W is no multiple of the autoencoder's factor times the transformer's patch size.
         """
         factor, multiple = self.vae_scale_factor, self.vae_scale_factor * self.patch_size
         if height % multiple or width % multiple:
@@ -139,12 +140,12 @@ class FewStepPipeline(DiffusionPipeline, ABC):
 
     @property
     def default_size(self) -> int:
-        """Pixels of a side where none are asked for: what the autoencoder was made for, or the stock pipeline's default."""
+        """Default height and width in pixels: that of the autoencoder, or the default of the stock pipeline."""
         size: int = self.vae.config.get("sample_size") or self.default_sample_size * self.vae_scale_factor
         return size
 
     def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """Shift of the grid of times toward noise for latents (C, h, w): the scheduler's, which may grow with their size."""
+        """Shift of the time grid toward noise for latents (C, h, w): that of the scheduler, which may grow with their size."""
         config = self.scheduler.config
         if not config.use_dynamic_shifting:
             return float(config.shift)
@@ -153,27 +154,27 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         return math.exp(mu)
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
-        """The teacher's guided velocity of two branches, (B, C, h, w) each, under scales (B,) (arXiv 2207.12598)."""
+        """Guided velocity of the teacher from two branches, (B, C, h, w) each, with scales (B,) (arXiv 2207.12598)."""
         return v_cond + (scale - 1)[:, None, None, None] * (v_cond - v_null)
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
-        """Arguments by which the stock pipeline guides a teacher; 1 is no guidance where it is not embedded."""
+        """Guidance arguments of a teacher's stock pipeline; without embedded guidance, a scale of 1 means no guidance."""
         return {"guidance_scale": guidance_scale}
 
     @property
     def sequence_length(self) -> int:
-        """Tokens that prompts are padded to, unless told otherwise."""
-        return min(self.default_sequence_length, tokenizer_within(getattr(self, self.prompt_tokenizer)).model_max_length)
+        """Default number of tokens that prompts are padded to."""
+        return min(self.default_sequence_length, unwrap_tokenizer(getattr(self, self.prompt_tokenizer)).model_max_length)
 
     def register_modules(self, **modules: Any) -> None:
-        """Register the components, such that they compute what they compute in training, to the last bit."""
+        """Register the components, so that their results equal those of training to the last bit."""
         super().register_modules(**modules)
         for name, module in modules.items():
             if not isinstance(module, nn.Module):
                 continue
             align_weights(module)
-            # Even under no_grad, torch may order a sum differently where weights require gradients.
+            # Even under no_grad, torch may order a sum differently if weights require gradients.
             if name != "transformer":
                 module.requires_grad_(False)
 
@@ -193,27 +194,28 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         max_sequence_length: int | None = None,
         **condition: Tensor,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+        """Generate images.
 
         Args:
-            prompt: One prompt, or B of them. Leave it out where its embeddings are given.
-            height: Pixels; None is the size that the autoencoder was made for.
-            width: Likewise.
-            num_inference_steps: Steps, one forward each.
-            guidance_scale: For transformers that embed it; others have their guidance built in and ignore this.
-            num_images_per_prompt: Pictures of each prompt, M.
-            generator: Source of the noise, one for all pictures or one a picture.
-            latents: Noise (B M, C, h, w) in place of the generator's.
+            prompt: One prompt, or B prompts. None if embeddings are given.
+            height: Height in pixels; None means `default_size`.
+            width: Width in pixels; None means `default_size`.
+            num_inference_steps: Number of steps, one forward pass each.
+            guidance_scale: Guidance scale for transformers that embed it. Other transformers have built-in guidance and ignore
+                it.
+            num_images_per_prompt: Number of images per prompt, M.
+            generator: Random number generator of the noise, one for all images or one per image.
+            latents: Noise (B M, C, h, w), instead of noise from the generator.
             output_type: "pil", "np", "pt" (in [0, 1]) or "latent".
-            return_dict: Whether to wrap the result.
-            max_sequence_length: Tokens of a prompt; None is what the tokenizer was made for.
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            max_sequence_length: Number of tokens of a prompt; None means `sequence_length`.
             **condition: Embeddings of B prompts, by the names of `encode_condition`.
 
         Returns:
-            The pictures as `images`, or in a tuple.
+            The images as `images`, or in a tuple.
 
         Raises:
-            ValueError: If the pictures' size does not fit, or inputs are missing or doubled.
+            ValueError: If the image size is not supported, or if not exactly one of prompts and embeddings is given.
         """
         if (prompt is None) == (not condition):
             raise ValueError("pass either a prompt or embeddings of prompts")
@@ -224,7 +226,7 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             condition = self.encode_condition(prompts, max_sequence_length or self.sequence_length)
         condition = {name: value.repeat_interleave(num_images_per_prompt, dim=0) for name, value in condition.items()}
         count = len(next(iter(condition.values())))
-        # States stay in float32 between steps, whatever the precision of the transformer.
+        # States are float32 between steps, for any precision of the transformer.
         if latents is None:
             latents = randn_tensor((count, *shape), generator=generator, device=device, dtype=torch.float32)
         x = latents.to(device, torch.float32)
@@ -249,20 +251,20 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         return bool(self.transformer.config.get("guidance_embeds", False))
 
 
-def tokenizer_within(component: Any) -> Any:
-    """The tokenizer of a processor, or the tokenizer itself."""
+def unwrap_tokenizer(component: Any) -> Any:
+    """Tokenizer of a processor, or the component itself if it is a tokenizer."""
     return getattr(component, "tokenizer", component)
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """Tokens (B, h/2 * w/2, 4 C) of latents (B, C, h, w), each a 2 x 2 patch, in FLUX's order."""
+    """Pack latents (B, C, h, w) to tokens (B, h/2 * w/2, 4 C), each a 2 x 2 patch, in FLUX's order."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
 
 
 def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Latents (B, C, height, width) of tokens (B, N, 4 C): the inverse of `pack_latents`."""
+    """Unpack tokens (B, N, 4 C) to latents (B, C, height, width): the inverse of `pack_latents`."""
     batch, _, width_4c = tokens.shape
     patches = tokens.reshape(batch, height // 2, width // 2, width_4c // 4, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, width_4c // 4, height, width)

@@ -1,7 +1,7 @@
-"""What a student's pipeline is made from: its teacher's components, but for the transformer and the scheduler.
+"""Assembly of a student's pipeline: the components of its teacher, except for the transformer and the scheduler.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every student that is exported without its
-base, and must run without this package.
+Every student that is exported without its base contains a copy of this file. It imports only torch, diffusers and sibling
+files, and runs without this package.
 """
 
 import copy
@@ -10,14 +10,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from .average_velocity_scheduler import AverageVelocityScheduler
-from .few_step import FewStepPipeline, tokenizer_within
+from .few_step import FewStepPipeline, unwrap_tokenizer
 from .two_time import TwoTimeModel
 
 SHIFT_SETTINGS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def pipeline_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a pipeline is made from: components and settings."""
+    """Constructor arguments of a pipeline: components and settings."""
     _, optional = pipeline._get_signature_keys(pipeline)
     settings = {name: pipeline.config[name] for name in optional if name not in pipeline.components}
     return {**pipeline.components, **settings}
@@ -30,19 +30,19 @@ def student_pipeline(
     max_sequence_length: int,
     stochastic_sampling: bool,
 ) -> FewStepPipeline:
-    """A student's pipeline, with the components of its teacher's.
+    """Build a student's pipeline from the components of its teacher's.
 
     Args:
-        family: Of the pipeline.
-        teacher: The teacher's pipeline, stock or few-step, of which everything but the transformer and the scheduler is kept.
-        student: A network of the family's `network_class`.
-        max_sequence_length: Tokens that the student's prompts were padded to; becomes the tokenizer's own length.
-        stochastic_sampling: Whether its steps go to data and back by fresh noise.
+        family: Class of the student's pipeline.
+        teacher: Pipeline of the teacher, stock or few-step. Its transformer and scheduler are replaced.
+        student: Network of the class `family.network_class`.
+        max_sequence_length: Number of tokens that the student's prompts were padded to; becomes the tokenizer's maximum length.
+        stochastic_sampling: Whether steps predict x0 and re-noise it.
     """
     tokenizer = copy.deepcopy(getattr(teacher, family.prompt_tokenizer))
-    tokenizer_within(tokenizer).model_max_length = max_sequence_length
-    known = teacher.scheduler.config
-    shift = {name: known[name] for name in SHIFT_SETTINGS if name in known}
+    unwrap_tokenizer(tokenizer).model_max_length = max_sequence_length
+    config = teacher.scheduler.config
+    shift = {name: config[name] for name in SHIFT_SETTINGS if name in config}
     scheduler = AverageVelocityScheduler(**shift, stochastic_sampling=stochastic_sampling)
     replaced = {"transformer": student, family.prompt_tokenizer: tokenizer, "scheduler": scheduler}
     return family(**{**pipeline_arguments(teacher), **replaced})

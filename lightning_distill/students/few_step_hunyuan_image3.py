@@ -1,7 +1,7 @@
-"""HunyuanImage 3.0 in a few steps: prompts to tokens, latents to pictures, and the sampler that every export carries.
+"""HunyuanImage 3.0 in a few steps: prompts to tokens, latents to images, and the sampler of exported students.
 
-This file imports torch, diffusers, transformers and siblings that travel with it: it is part of every exported student and must
-run without this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers, transformers and sibling files, and runs
+without this package.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from transformers import AutoTokenizer
 from .average_velocity_scheduler import AverageVelocityScheduler
 from .few_step import align_weights
 from .hunyuan_image3_layout import TokenLayout
-from .two_time_hunyuan_image3 import TwoTimeHunyuanImage3, is_newer_form
+from .two_time_hunyuan_image3 import TwoTimeHunyuanImage3, is_newer_version
 
 
 class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
-    """A whole student, which draws in a few steps: what an export is loaded as."""
+    """A full student that generates images in a few steps; exported students are loaded as this class."""
 
-    left_out: ClassVar[tuple[str, ...]] = ()
+    removed_modules: ClassVar[tuple[str, ...]] = ()
     vae: Any
     tokenizer: Any
     image_processor: Any
@@ -36,12 +36,12 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
 
     @property
     def layout(self) -> TokenLayout:
-        """How prompts and pictures become tokens."""
-        return layout_of(self, self.config.system_prompt, self.config.max_sequence_length)
+        """Token layout of prompts and images."""
+        return token_layout(self, self.config.system_prompt, self.config.max_sequence_length)
 
     @property
     def default_size(self) -> int:
-        """Pixels of a side where none are asked for: what the checkpoint was made for."""
+        """Default height and width in pixels: the base size of the checkpoint."""
         size: int = self.config.image_base_size
         return size
 
@@ -49,12 +49,12 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
         """Shape (C, h, w) of the latents of an image of H x W pixels.
 
         Raises:
-            ValueError: If the checkpoint has no such size.
+            ValueError: If the checkpoint does not support this size.
         """
         return latent_shape(self.config, self.layout, height, width)
 
     @torch.no_grad()
-    def draw(
+    def sample_images(
         self,
         prompt: str | list[str],
         height: int | None = None,
@@ -65,25 +65,26 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
         latents: Tensor | None = None,
         output_type: str = "pil",
     ) -> Any:
-        """Draw pictures; the tokenizer must have been loaded by `load_tokenizer`.
+        """Generate images; call `load_tokenizer` first.
 
         Args:
-            prompt: One prompt, or B of them.
-            height: Pixels; None is the size that the checkpoint was made for.
-            width: Likewise.
-            num_inference_steps: Steps, one forward each.
-            guidance_scale: Where the checkpoint embeds it; None is the checkpoint's own. Others have it built in.
-            generator: Source of the noise, one for all pictures or one a picture.
-            latents: Noise (B, C, h, w) in place of the generator's.
+            prompt: One prompt, or B prompts.
+            height: Height in pixels; None means `default_size`.
+            width: Width in pixels; None means `default_size`.
+            num_inference_steps: Number of steps, one forward pass each.
+            guidance_scale: Guidance scale for checkpoints that embed it; None means the checkpoint's default. Other checkpoints
+                have built-in guidance.
+            generator: Random number generator of the noise, one for all images or one per image.
+            latents: Noise (B, C, h, w), instead of noise from the generator.
             output_type: "pil", "np" or "pt" (in [0, 1]).
 
         Returns:
-            B pictures.
+            B images.
 
         Raises:
-            ValueError: If the checkpoint has no such size.
+            ValueError: If the checkpoint does not support this size.
         """
-        # The last bit of a sum may decide which expert a token goes to: pictures are to be those that training drew.
+        # The last bit of a sum may decide a token's expert. Images must equal those of training, so weights are aligned.
         align_weights(self)
         self.vae.requires_grad_(False)
         layout = self.layout
@@ -109,19 +110,19 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
 
 
 def load_tokenizer(model: Any, published: Any, directory: str) -> None:
-    """Load a published model's tokenizer, so that it splits text as its files say."""
-    # The older form would ask at the terminal whether it may be loaded.
-    source = directory if is_newer_form(published) else AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    """Load a published model's tokenizer, with the text splitting that its files define."""
+    # The older version would prompt for permission at the terminal.
+    source = directory if is_newer_version(published) else AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
     published.load_tokenizer(model, source)
-    # transformers 5 builds tokenizers whose class has a constructor anew, from their vocabulary alone.
+    # transformers 5 rebuilds a tokenizer whose class has a constructor, from its vocabulary alone.
     file = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
     backend = getattr(model.tokenizer, "tokenizer", model.tokenizer).backend_tokenizer
     for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
         setattr(backend, part, getattr(file, part))
 
 
-def layout_of(model: Any, system_prompt: str | None, max_sequence_length: int) -> TokenLayout:
-    """The token layout of a published model whose tokenizer is loaded."""
+def token_layout(model: Any, system_prompt: str | None, max_sequence_length: int) -> TokenLayout:
+    """Token layout of a published model with a loaded tokenizer."""
     return TokenLayout(
         tokenizer=model.tokenizer,
         image_processor=model.image_processor,
@@ -136,28 +137,28 @@ def latent_shape(config: Any, layout: TokenLayout, height: int, width: int) -> t
     """Shape (C, h, w) of the latents of an image of H x W pixels.
 
     Raises:
-        ValueError: If the checkpoint has no such size.
+        ValueError: If the checkpoint does not support this size.
     """
-    layout.picture(height, width)
+    layout.image_tokens(height, width)
     vertical, horizontal = config.vae_downsample_factor
     return config.vae["latent_channels"], height // vertical, width // horizontal
 
 
 def encode_latents(vae: Any, images: Tensor) -> Tensor:
-    """Latents (B, C, h, w), float32, of images (B, 3, H, W) in [-1, 1]: the posterior's mean, shifted and scaled."""
+    """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: the posterior's mean, shifted and scaled."""
     latents = vae.encode(images.to(vae.dtype)).latent_dist.mode().float()
     scale, shift = _normalisation(vae.config)
     return ((latents[:, :, 0] if latents.ndim == 5 else latents) - shift) * scale
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+    """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about [-1, 1]."""
     scale, shift = _normalisation(vae.config)
     latents = (latents / scale + shift).to(vae.dtype)
-    # Its autoencoder is one of videos, of a single frame here.
+    # The autoencoder is that of a video model; an image is a single frame.
     latents = latents[:, :, None] if hasattr(vae, "ffactor_temporal") else latents
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Its `decode` would leave the work to the first process, but each has pictures of its own.
+        # `vae.decode` would run on the first process only, but each process has different images.
         images: Tensor = vae.decoder(latents)
     else:
         (images,) = vae.decode(latents, return_dict=False)

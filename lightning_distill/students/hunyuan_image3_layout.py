@@ -1,10 +1,10 @@
-"""How HunyuanImage 3.0 lays out prompts and pictures as one sequence of tokens.
+"""Token layout of HunyuanImage 3.0: prompts and images as one sequence of tokens.
 
 A sequence is ``<bos> template and prompt <boi> <size> <ratio> <timestep> [<guidance>] [<timestep_r>] <img>... <eoi>``. The ids
-are those of the published tokenizer; this file cuts its sequences before ``<boi>`` and puts them together again, since a prompt
-is encoded before the size of its picture is known.
+are those of the published tokenizer. This file splits its sequences before ``<boi>`` and joins the parts later: prompts are
+encoded before the image size is known.
 
-This file imports torch only: it travels with every exported student and must run without this package.
+Every exported student contains a copy of this file. It imports only torch, and runs without this package.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EMPTY = "<cfg>"
-"""What stands for the text of an empty prompt: the token that the published code has for each token of a dropped one."""
+"""Text of an empty prompt: the token that the published code substitutes for each token of a dropped prompt."""
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The tokens from ``<boi>`` to ``<eoi>`` of a picture, the same for every prompt.
+    """Tokens of an image, from ``<boi>`` to ``<eoi>``; they are the same for every prompt.
 
     Attributes:
-        ids: (M,).
-        image: Places of the image tokens, counted from ``<boi>``.
+        ids: Token ids, (M,).
+        image: Positions of the image tokens, relative to ``<boi>``.
         shape: Rows and columns of image tokens.
-        timestep: Place of the token that holds t.
-        guidance: Of the one that holds the guidance scale, or None.
-        timestep_r: Of the one that holds r, or None.
+        timestep: Position of the token for t, relative to ``<boi>``.
+        guidance: Position of the token for the guidance scale, or None.
+        timestep_r: Position of the token for r, or None.
     """
 
     ids: Tensor
@@ -41,17 +41,17 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class Sequence:
-    """B sequences of S tokens, each with one picture; rows end in padding, which no token before it attends to.
+    """B sequences of S tokens with one image each. They end in padding, which no earlier token attends to.
 
     Attributes:
         input_ids: (B, S).
-        attention_mask: (B, 1, S, S), true where the row attends to the column: causal, and both ways within a picture.
+        attention_mask: (B, 1, S, S), true where the row attends to the column: causal, and bidirectional within an image.
         position_ids: (B, S).
         image_mask: (B, S), true at image tokens.
-        timestep_index: (B, 1), place of the token that holds t.
-        guidance_index: Likewise of the guidance scale, or None.
-        timestep_r_index: Likewise of r, or None.
-        rope_image_info: Place and shape of each picture, for the rotary embedding in two dimensions.
+        timestep_index: (B, 1), position of the token for t.
+        guidance_index: (B, 1), position of the token for the guidance scale, or None.
+        timestep_r_index: (B, 1), position of the token for r, or None.
+        rope_image_info: Position and shape of each image, for the two-dimensional rotary embedding.
     """
 
     input_ids: Tensor
@@ -65,15 +65,15 @@ class Sequence:
 
 
 class TokenLayout:
-    """Sequences of prompts and pictures, by the published tokenizer and image processor.
+    """Builds sequences of prompts and images with the published tokenizer and image processor.
 
     Args:
-        tokenizer: Of the published code, in its older form (`TokenizerWrapper`) or its newer one.
-        image_processor: Of the published code.
-        config: Of the model.
-        sequence_template: "pretrain": the prompt as it is. "instruct": as a turn of a conversation.
-        system_prompt: Text in front of every prompt, or None.
-        max_sequence_length: Tokens in front of the picture; longer prompts are cut.
+        tokenizer: Tokenizer of the published code, in the older version (`TokenizerWrapper`) or the newer one.
+        image_processor: Image processor of the published code.
+        config: Configuration of the model.
+        sequence_template: "pretrain" for the plain prompt, "instruct" for a turn of a conversation.
+        system_prompt: Text before every prompt, or None.
+        max_sequence_length: Number of tokens before the image; longer prompts are truncated.
     """
 
     def __init__(
@@ -91,19 +91,19 @@ class TokenLayout:
         self.sequence_template = sequence_template
         self.system_prompt = system_prompt
         self.max_sequence_length = max_sequence_length
-        self._pictures: dict[tuple[int, int], ImageTokens] = {}
+        self._image_tokens: dict[tuple[int, int], ImageTokens] = {}
 
     def condition(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        """What the sequences of B prompts hold in front of their pictures.
+        """Tokenize B prompts: the part of their sequences before the image.
 
         Returns:
-            `prompt_ids` (B, L); `null_ids` (B, L), the same with ``<cfg>`` for each token of the prompt, as the published
-            code has it in the second branch of guidance; and `prompt_length` (B,), the tokens that count.
+            `prompt_ids` (B, L), `null_ids` (B, L) and `prompt_length` (B,), the number of tokens without padding. `null_ids`
+            has ``<cfg>`` in place of each token of the prompt, as in the published code's second branch of guidance.
         """
         size = self.config.image_base_size
         output = self._encode([prompt or EMPTY for prompt in prompts], self._image_info(size, size))
         rows = [
-            self._cut(*(tokens[: _first(tokens, self.tokenizer.boi_token_id)] for tokens in pair))
+            self._truncate(*(tokens[: _first(tokens, self.tokenizer.boi_token_id)] for tokens in pair))
             for pair in zip(*output.tokens.split(len(prompts)), strict=True)
         ]
         length = self.max_sequence_length
@@ -114,37 +114,37 @@ class TokenLayout:
         lengths = torch.tensor([len(row[0]) for row in rows])
         return {"prompt_ids": ids.to(device), "null_ids": null_ids.to(device), "prompt_length": lengths.to(device)}
 
-    def _cut(self, ids: Tensor, null_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave out the end of a prompt that is too long, and keep the template around it."""
+    def _truncate(self, ids: Tensor, null_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Truncate a prompt that is too long; the template around it is unchanged."""
         excess = len(ids) - self.max_sequence_length
         if excess <= 0:
             return ids, null_ids
         text = (null_ids == self.tokenizer.cfg_token_id).nonzero()[:, 0]
         if excess >= len(text):
             raise ValueError(
-                f"the template and the system prompt alone take {len(ids) - len(text)} tokens, and sequences have "
-                f"{self.max_sequence_length} in front of a picture; allow more"
+                f"max_sequence_length is {self.max_sequence_length}, and the template and the system prompt alone have "
+                f"{len(ids) - len(text)} tokens; increase max_sequence_length"
             )
-        keep = torch.ones_like(ids, dtype=torch.bool)
-        keep[text[-excess:]] = False
-        return ids[keep], null_ids[keep]
+        selected = torch.ones_like(ids, dtype=torch.bool)
+        selected[text[-excess:]] = False
+        return ids[selected], null_ids[selected]
 
-    def picture(self, height: int, width: int) -> ImageTokens:
-        """The tokens of a picture of height x width pixels.
+    def image_tokens(self, height: int, width: int) -> ImageTokens:
+        """Tokens of an image of height x width pixels.
 
         Raises:
-            ValueError: If the checkpoint has no such size.
+            ValueError: If the checkpoint does not support this size.
         """
-        known = self._pictures.get((height, width))
-        if known is None:
-            known = self._pictures[height, width] = self._read_image(height, width)
-        return known
+        tokens = self._image_tokens.get((height, width))
+        if tokens is None:
+            tokens = self._image_tokens[height, width] = self._tokenize_image(height, width)
+        return tokens
 
-    def _read_image(self, height: int, width: int) -> ImageTokens:
+    def _tokenize_image(self, height: int, width: int) -> ImageTokens:
         info = self._image_info(height, width)
         if (info.image_height, info.image_width) != (height, width):
             raise ValueError(
-                f"images of {height} x {width} do not fit; the nearest size that this checkpoint draws is "
+                f"images of {height} x {width} do not fit; the nearest size of this checkpoint is "
                 f"{info.image_height} x {info.image_width}"
             )
         output = self._encode([EMPTY], info)
@@ -152,19 +152,19 @@ class TokenLayout:
         start = _first(ids, self.tokenizer.boi_token_id)
         (image,) = output.gen_image_slices[0]
 
-        def place(name: str) -> int | None:
+        def position(name: str) -> int | None:
             index = getattr(output, name, None)
             return None if index is None else int(index[0, -1]) - start
 
-        timestep = place("gen_timestep_scatter_index")
+        timestep = position("gen_timestep_scatter_index")
         assert timestep is not None
         return ImageTokens(
             ids=ids[start : _first(ids, self.tokenizer.eoi_token_id) + 1],
             image=slice(image.start - start, image.stop - start),
             shape=(info.token_height, info.token_width),
             timestep=timestep,
-            guidance=place("guidance_scatter_index"),
-            timestep_r=place("gen_timestep_r_scatter_index"),
+            guidance=position("guidance_scatter_index"),
+            timestep_r=position("gen_timestep_r_scatter_index"),
         )
 
     def _image_info(self, height: int, width: int) -> Any:
@@ -178,7 +178,7 @@ class TokenLayout:
         return processor.build_image_info(size)
 
     def _encode(self, prompts: list[str], info: Any) -> Any:
-        """Sequences (2 B, S) of B prompts, the second half without their texts."""
+        """Tokenize B prompts to sequences (2 B, S); the second half has null prompts."""
         return self.tokenizer.apply_chat_template(
             batch_prompt=prompts,
             mode="gen_image",
@@ -190,42 +190,42 @@ class TokenLayout:
         )["output"]
 
     def sequence(self, condition: dict[str, Tensor], height: int, width: int) -> Sequence:
-        """The sequences of prompts and pictures of height x width pixels.
+        """Build the sequences of prompts and images of height x width pixels.
 
         Args:
-            condition: Of `condition`, B rows.
-            height: Pixels.
-            width: Likewise.
+            condition: Result of `condition`, B rows.
+            height: Height in pixels.
+            width: Width in pixels.
         """
         prompt_ids, lengths = condition["prompt_ids"], condition["prompt_length"]
-        picture, device = self.picture(height, width), prompt_ids.device
-        total = prompt_ids.shape[1] + len(picture.ids)
+        tokens, device = self.image_tokens(height, width), prompt_ids.device
+        total = prompt_ids.shape[1] + len(tokens.ids)
         position = torch.arange(total, device=device).expand(len(prompt_ids), total)
-        place = position - lengths[:, None]  # counted from <boi>
+        offset = position - lengths[:, None]  # relative to <boi>
         pad = self.tokenizer.pad_token_id
-        prompt = F.pad(prompt_ids, (0, len(picture.ids)), value=pad)
-        ids = picture.ids.to(device)[place.clamp(0, len(picture.ids) - 1)]
-        ids = torch.where(place < 0, prompt, torch.where(place < len(picture.ids), ids, pad))
-        image = (place >= picture.image.start) & (place < picture.image.stop)
+        prompt = F.pad(prompt_ids, (0, len(tokens.ids)), value=pad)
+        ids = tokens.ids.to(device)[offset.clamp(0, len(tokens.ids) - 1)]
+        ids = torch.where(offset < 0, prompt, torch.where(offset < len(tokens.ids), ids, pad))
+        image = (offset >= tokens.image.start) & (offset < tokens.image.stop)
         causal = torch.ones(total, total, dtype=torch.bool, device=device).tril()
 
-        def index(place: int | None) -> Tensor | None:
-            return None if place is None else (lengths + place)[:, None]
+        def index(offset: int | None) -> Tensor | None:
+            return None if offset is None else (lengths + offset)[:, None]
 
-        starts = (lengths + picture.image.start).tolist()
-        count = picture.image.stop - picture.image.start
+        starts = (lengths + tokens.image.start).tolist()
+        count = tokens.image.stop - tokens.image.start
         return Sequence(
             input_ids=ids,
             attention_mask=(causal | (image[:, :, None] & image[:, None]))[:, None],
             position_ids=position,
             image_mask=image,
-            timestep_index=(lengths + picture.timestep)[:, None],
-            guidance_index=index(picture.guidance),
-            timestep_r_index=index(picture.timestep_r),
-            rope_image_info=[[(slice(start, start + count), picture.shape)] for start in starts],
+            timestep_index=(lengths + tokens.timestep)[:, None],
+            guidance_index=index(tokens.guidance),
+            timestep_r_index=index(tokens.timestep_r),
+            rope_image_info=[[(slice(start, start + count), tokens.shape)] for start in starts],
         )
 
 
 def _first(ids: Tensor, token: int) -> int:
-    """Place of the first such token of a sequence (S,)."""
+    """Position of the first occurrence of a token in a sequence (S,)."""
     return int((ids == token).nonzero()[0, 0])

@@ -1,7 +1,7 @@
 """FLUX.1: dev, lite and schnell-type pipelines.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeFluxTransformer2DModel(TwoTimeModel, FluxTransformer2DModel):
-    """FLUX transformer with a second time input; image tokens and prompts go in as in the stock one."""
+    """FLUX transformer with a second time input; image tokens and prompts are those of the stock class."""
 
     output_layer: ClassVar[str | None] = "proj_out"
     policy_head_class: ClassVar[type[nn.Module] | None] = PolicyHead
@@ -32,7 +32,7 @@ class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
-        """Arguments by which the stock pipeline guides a teacher: an input, or a branch for an empty negative prompt."""
+        """Guidance arguments of a teacher's stock pipeline: an input, or a branch for an empty negative prompt."""
         if embeds_guidance:
             return {"guidance_scale": guidance_scale}
         return {} if guidance_scale == 1 else {"negative_prompt": "", "true_cfg_scale": guidance_scale}
@@ -45,7 +45,7 @@ class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         rows, columns = x_t.shape[-2] // 2, x_t.shape[-1] // 2
         return {
             "hidden_states": pack_latents(x_t),
@@ -56,8 +56,8 @@ class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):
             "txt_ids": torch.zeros(condition["prompt_embeds"].shape[1], 3, device=x_t.device),
         }
 
-    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
-        """Velocity (B, C, height, width) of what the transformer returns."""
+    def velocity_from_output(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) from the transformer's output."""
         return unpack_latents(output, height, width)
 
 

@@ -1,7 +1,7 @@
 """FLUX.2, dev and klein.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 import math
@@ -17,11 +17,11 @@ from .policy import PolicyHead
 from .two_time import JOINT_ATTENTION, TwoTimeModel
 
 NOMINAL_STEPS = 50
-"""FLUX.2's shift depends on the number of steps; students are trained on one grid, the teacher's."""
+"""Number of steps for FLUX.2's time shift, which depends on it. Students are trained on a single grid, the teacher's."""
 
 
 class TwoTimeFlux2Transformer2DModel(TwoTimeModel, Flux2Transformer2DModel):
-    """FLUX.2 transformer with a second time input; image tokens and prompts go in as in the stock one."""
+    """FLUX.2 transformer with a second time input; image tokens and prompts are those of the stock class."""
 
     output_layer: ClassVar[str | None] = "proj_out"
     policy_head_class: ClassVar[type[nn.Module] | None] = PolicyHead
@@ -35,7 +35,10 @@ class TwoTimeFlux2Transformer2DModel(TwoTimeModel, Flux2Transformer2DModel):
 
 
 class FewStepFlux2(FewStepPipeline):
-    """What FLUX.2's pipelines share. Its latents are patched 2 x 2 and normalised by the autoencoder's running statistics."""
+    """Shared base of the FLUX.2 pipelines.
+
+    Latents are patched 2 x 2 and normalised by the autoencoder's running statistics.
+    """
 
     network_class = TwoTimeFlux2Transformer2DModel
     patch_size = 1
@@ -48,7 +51,7 @@ class FewStepFlux2(FewStepPipeline):
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         length, (height, width) = condition["prompt_embeds"].shape[1], x_t.shape[-2:]
         return {
             "hidden_states": x_t.flatten(2).mT,
@@ -58,32 +61,36 @@ class FewStepFlux2(FewStepPipeline):
             "txt_ids": positions(1, 1, 1, length, x_t.device),
         }
 
-    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
-        """Velocity (B, C, height, width) of what the transformer returns."""
+    def velocity_from_output(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) from the transformer's output."""
         tokens: Tensor = output
         return tokens.mT.unflatten(2, (height, width))
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents: four pixels of the autoencoder's."""
+        """Number of latent channels, C: those of a 2 x 2 patch of the autoencoder's latents."""
         channels: int = 4 * self.vae.config.latent_channels
         return channels
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of an image of H x W pixels, both multiples of twice the autoencoder's factor."""
+        """Shape (C, h, w) of the latents of an image of H x W pixels.
+
+        Raises:
+            ValueError: If H or W is no multiple of twice the autoencoder's factor.
+        """
         factor = 2 * self.vae_scale_factor
         if height % factor or width % factor:
             raise ValueError(f"images of {height} x {width} do not fit; use multiples of {factor} pixels")
         return self.latent_channels, height // factor, width // factor
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w)."""
         latents = self._patchify_latents(self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode().float())
         mean, std = self._statistics()
         return (latents - mean) / std
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about [-1, 1]."""
         mean, std = self._statistics()
         latents = self._unpatchify_latents(latents * std + mean)
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
@@ -93,7 +100,7 @@ class FewStepFlux2(FewStepPipeline):
         return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
 
     def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """Shift of the grid of times: FLUX.2's, for `NOMINAL_STEPS`."""
+        """Shift of the time grid: FLUX.2's, for `NOMINAL_STEPS`."""
         config = self.scheduler.config
         if not config.use_dynamic_shifting:
             return float(config.shift)

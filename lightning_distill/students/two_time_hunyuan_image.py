@@ -1,7 +1,7 @@
 """HunyuanImage 2.1, base and distilled.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeEmbedding, TwoTimeMo
 
 
 def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a block, and again in the backward pass."""
+    """Call a block under activation checkpointing."""
     return checkpoint(block.__call__, *args, use_reentrant=False, **kwargs)
 
 
 class EndTimeEmbedding(TwoTimeEmbedding):
-    """The embedding of r that the distilled checkpoints have of their own (`use_meanflow`)."""
+    """Embedding of r in the distilled checkpoints (`use_meanflow`)."""
 
     def __init__(
         self,
@@ -34,32 +34,35 @@ class EndTimeEmbedding(TwoTimeEmbedding):
         super().__init__(like, features, "none", time_frequency_bound, interval_frequency_bound)
 
     def embed_times(self, t: Tensor, r: Tensor) -> Tensor:
-        """The embedding (B, D) of r (B,)."""
+        """Embed r (B,) to (B, D)."""
         return super().embed_times(r, r)
 
 
 class TwoTimeHunyuanImageTransformer2DModel(TwoTimeModel, HunyuanImageTransformer2DModel):
-    r"""HunyuanImage transformer with a second time input; latents and prompts go in as in the stock one.
+    """HunyuanImage transformer with a second time input; latents and prompts are those of the stock class.
 
-    With `use_meanflow` it has one of its own, :math:`(E_t(t) + E_r(r)) / 2`, and is trained on from there.
+    A checkpoint with `use_meanflow` has a second time input already, :math:`(E_t(t) + E_r(r)) / 2`. Training continues from it.
     """
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["timestep_embedder", "timestep_embedder_r"]
     timestep_scale: ClassVar[float] = 1000.0
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out")
 
-    def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
-        """What replaces a module of this name within its parent; None leaves it."""
-        return EndTimeEmbedding if name == "timestep_embedder_r" else super().embedding_of(name)
+    def embedder_class(self, name: str) -> type[TwoTimeEmbedding] | None:
+        """Class that replaces a module with this name in its parent, or None."""
+        return EndTimeEmbedding if name == "timestep_embedder_r" else super().embedder_class(name)
 
-    def stock_times(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
-        """Times as arguments of the stock forward."""
-        own = {"timestep_r": r * self.timestep_scale} if self.config.use_meanflow else {}
-        # The stock embedding is of the precision of its times.
-        return {name: times.to(self.dtype) for name, times in (super().stock_times(t, r) | own).items()}
+    def stock_time_arguments(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Convert times to arguments of the stock forward."""
+        end = {"timestep_r": r * self.timestep_scale} if self.config.use_meanflow else {}
+        # The stock embedding has the dtype of its times.
+        return {name: times.to(self.dtype) for name, times in (super().stock_time_arguments(t, r) | end).items()}
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
-        """Run blocks again in the backward pass; diffusers' default does not take the keywords that these blocks are given."""
+        """Enable activation checkpointing of blocks.
+
+        The default of diffusers does not accept the keyword arguments of these blocks.
+        """
         super().enable_gradient_checkpointing(gradient_checkpointing_func or checkpointed)
 
 
@@ -73,11 +76,11 @@ class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
-        """Arguments by which the stock pipeline guides a teacher: an input, or its own component, which they do not change."""
+        """Guidance arguments of a teacher's stock pipeline: an input, or none if its guidance component is used unchanged."""
         return {"distilled_guidance_scale": guidance_scale} if embeds_guidance else {}
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """Embeddings (B, L, D) of Qwen2.5-VL and, of quoted text in the prompts, ByT5, each with its mask (B, L)."""
+        """Embeddings (B, L, D) of Qwen2.5-VL, and of ByT5 for quoted text in the prompts, each with its mask (B, L)."""
         embeds, mask = self._get_qwen_prompt_embeds(
             self.tokenizer,
             self.text_encoder,
@@ -99,7 +102,7 @@ class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         return {
             "hidden_states": x_t,
             "encoder_hidden_states": condition["prompt_embeds"],
@@ -111,6 +114,6 @@ class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
 
     @property
     def default_size(self) -> int:
-        """Pixels of a side where none are asked for: the stock pipeline's default."""
+        """Default height and width in pixels, as in the stock pipeline."""
         size: int = self.default_sample_size * self.vae_scale_factor
         return size

@@ -1,10 +1,10 @@
-"""HunyuanImage 3.0, in both published forms of its code.
+"""HunyuanImage 3.0, for both published versions of its code.
 
-The published code is not part of diffusers or transformers; it comes with the checkpoint, and the classes here are mixed into
-its model class.
+The published code is not part of diffusers or transformers. The checkpoint contains it, and the classes here are mixed into its
+model class.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 import functools
@@ -25,7 +25,7 @@ INTERVAL_FREQUENCY_BOUND = 6.2832
 
 
 class HunyuanImage3TimeEmbedding(TwoTimeEmbedding):
-    """The same as its base class, with the weights under the stock embedder's names, and its activation."""
+    """`TwoTimeEmbedding` with the stock embedder's weight names and activation."""
 
     def __init__(self, like: Any, features: nn.Module, interval_embedding: str, *bounds: Any) -> None:
         first, activation, last = like.mlp
@@ -46,18 +46,18 @@ class HunyuanImage3TimeEmbedding(TwoTimeEmbedding):
 
 
 class EndTimeEmbedding(HunyuanImage3TimeEmbedding):
-    """The embedding of r that some checkpoints have of their own (`use_meanflow`)."""
+    """Embedding of r in checkpoints with `use_meanflow`."""
 
     def __init__(self, like: Any, features: nn.Module, interval_embedding: str, *bounds: Any) -> None:
         super().__init__(like, features, "none", *bounds)
 
     def embed_times(self, t: Tensor, r: Tensor) -> Tensor:
-        """The embedding (B, D) of r (B,)."""
+        """Embed r (B,) to (B, D)."""
         return super().embed_times(r, r)
 
 
 class GuidanceEmbedding(HunyuanImage3TimeEmbedding):
-    """The embedding of the guidance scale, which `times` holds in their place."""
+    """Embedding of the guidance scale, which `times` contains instead of times."""
 
     def __init__(self, like: Any, features: nn.Module, interval_embedding: str, *bounds: Any) -> None:
         super().__init__(like, features, "none", None, INTERVAL_FREQUENCY_BOUND)
@@ -70,38 +70,39 @@ EMBEDDERS: dict[str, type[HunyuanImage3TimeEmbedding]] = {
     "timestep_r_emb": EndTimeEmbedding,
     "guidance_emb": GuidanceEmbedding,
 }
-"""By their names in the published model."""
+"""Embedding classes by their names in the published model."""
 
 
 class TwoTimeHunyuanImage3(nn.Module):
-    r"""The part of HunyuanImage 3.0 that draws, with float32 time embeddings and, for a student, a second time input.
+    """Image-generating part of HunyuanImage 3.0, with float32 time embeddings and, for a student, a second time input.
 
-    To be inherited before the published `HunyuanImage3ForCausalMM`, whose forward it keeps. Its embedders of time, of the
-    ``<timestep>`` token and of the convolutions before and behind the transformer, become embeddings of two times. With
-    `use_meanflow` it has a token for r of its own, and is trained on from there. Mixtures of experts become `RoutedExperts`.
-    What does not draw (autoencoder, encoder of pictures, norm and head of the language model) is left out.
+    Inherit it before the published `HunyuanImage3ForCausalMM`, whose forward it uses. Two-time embeddings replace its time
+    embedders: that of the ``<timestep>`` token, and those of the convolutions before and after the transformer. A checkpoint
+    with `use_meanflow` has a token for r already, and training continues from it. `RoutedExperts` replace the mixtures of
+    experts. Modules without a role in image generation are removed: autoencoder, image encoder, norm and head of the language
+    model.
 
     Args:
-        config: Of the published code. `interval_embedding`, `time_frequency_bound` and `interval_frequency_bound` in it are
-            those of `TwoTimeModel`; without them this is a network of t alone.
-        *args: Of the published class.
-        **kwargs: Likewise.
+        config: Configuration of the published code. Its `interval_embedding`, `time_frequency_bound` and
+            `interval_frequency_bound` are those of `TwoTimeModel`. Without them this is a network of t alone.
+        *args: Arguments of the published class.
+        **kwargs: Keyword arguments of the published class.
     """
 
     published: ClassVar[type[nn.Module]]
     """The published class."""
     config: Any
-    left_out: ClassVar[tuple[str, ...]] = ("vae", "vision_model", "vision_aligner", "model.ln_f", "lm_head")
-    """Parts of the published model that it has not."""
+    removed_modules: ClassVar[tuple[str, ...]] = ("vae", "vision_model", "vision_aligner", "model.ln_f", "lm_head")
+    """Modules of the published model that this network lacks."""
     lora_targets: ClassVar[tuple[str, ...]] = ("self_attn.qkv_proj", "self_attn.o_proj")
-    """Where low-rank adapters go: the linear layers that every token passes."""
+    """LoRA targets: the linear layers that process every token."""
     _repeated_blocks: ClassVar[list[str]] = ["HunyuanImage3DecoderLayer"]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = list(EMBEDDERS)
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{re.escape(name)}\." for name in left_out]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [rf"^{re.escape(name)}\." for name in removed_modules]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        for parent, _, name in (name.rpartition(".") for name in self.left_out):
+        for parent, _, name in (name.rpartition(".") for name in self.removed_modules):
             delattr(self.get_submodule(parent), name)
         settings = (
             getattr(config, "interval_embedding", "none"),
@@ -117,57 +118,57 @@ class TwoTimeHunyuanImage3(nn.Module):
         for layer in self.blocks:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp = RoutedExperts(layer.mlp)
-        self.get_submodule("patch_embed").register_forward_hook(_in_the_precision_of_the_sequence)
-        # The newer forward reads what only its `generate` sets.
+        self.get_submodule("patch_embed").register_forward_hook(_cast_to_sequence_dtype)
+        # The newer forward reads this attribute, which only its `generate` sets.
         self.post_token_len = None
 
     @property
     def blocks(self) -> Any:
-        """The decoder layers, which repeat."""
+        """The repeated decoder layers."""
         return self.get_submodule("model.layers")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the sequence; time embeddings are float32 in any case."""
+        """Data type of the sequence; time embeddings are always float32."""
         return self._embedding.dtype
 
     @property
     def _embedding(self) -> Tensor:
-        # Not by its name, for which ZeRO-3 would gather it.
+        # Not by attribute name, because ZeRO-3 would gather the parameter.
         return next(self.get_submodule("model.wte").parameters())
 
     @property
     def timestep_embedders(self) -> list[TwoTimeEmbedding]:
-        """All that embed times, not the guidance scale."""
+        """All embedders of times, without that of the guidance scale."""
         found = (getattr(self, name, None) for name, kind in EMBEDDERS.items() if kind is not GuidanceEmbedding)
         return [embedder for embedder in found if embedder is not None]
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether it takes the guidance scale as an input."""
+        """Whether the model takes the guidance scale as an input."""
         return bool(getattr(self.config, "cfg_distilled", False))
 
     def reset_interval_embedding(self) -> None:
-        """Bring the interval input to its start: without effect, or as a copy of the timestep embedder."""
+        """Initialise the interval input: without effect, or as a copy of the timestep embedder."""
         for embedder in self.timestep_embedders:
             embedder.reset_interval_embedding(clone=self.config.interval_embedding == "clone")
 
     def enable_gradient_checkpointing(self) -> None:
-        """Run blocks again in the backward pass, by the same experts; the published code cannot do it by itself."""
+        """Enable activation checkpointing of blocks with frozen routing; the published code does not support it."""
         for layer in self.blocks:
             layer.forward = functools.partial(checkpointed, layer.forward)
 
     def average_velocity(
         self, x_t: Tensor, r: Tensor | None, t: Tensor, sequence: Sequence, guidance_scale: Tensor | None
     ) -> Tensor:
-        """The average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; at t where r is None.
+        """Average velocity from t down to r, (B, C, h, w) in the dtype of `x_t`; the velocity at t if r is None.
 
         Args:
             x_t: Latents (B, C, h, w).
-            r: Ends (B,) in [0, 1].
+            r: Ends (B,) in [0, 1], or None.
             t: Starts (B,) in [0, 1]; 1 is noise.
-            sequence: Of `TokenLayout`, for pictures of the latents' size.
-            guidance_scale: (B,), where the model embeds it.
+            sequence: Sequences of `TokenLayout`, for images of the latents' size.
+            guidance_scale: (B,), if the model embeds it.
         """
         t = at_least_float32(t)
         r = t if r is None else at_least_float32(r)
@@ -176,7 +177,7 @@ class TwoTimeHunyuanImage3(nn.Module):
             embedder.times = t, r
         if guidance is not None:
             assert guidance_scale is not None
-            # The published pipeline rounds it to bfloat16: 2500 becomes 2496, which is another embedding.
+            # The published pipeline rounds the scale to bfloat16: 2500 becomes 2496, which has another embedding.
             rounded = (1000 * guidance_scale).to(torch.bfloat16).to(t.dtype)
             guidance.times = rounded, rounded
         try:
@@ -190,8 +191,8 @@ class TwoTimeHunyuanImage3(nn.Module):
         return velocity.to(x_t.dtype)
 
     def _arguments(self, x_t: Tensor, r: Tensor, t: Tensor, sequence: Sequence) -> dict[str, Any]:
-        """Arguments of the published forward, in the form that this one has."""
-        # Embeddings have the precision of their times, and have to fit into the sequence.
+        """Arguments of the published forward, for its version of the code."""
+        # Embeddings have the dtype of their times, which must be that of the sequence.
         dtype = self.dtype
         times, ends = (1000 * t).to(dtype), (1000 * r).to(dtype)
         arguments = {
@@ -204,7 +205,7 @@ class TwoTimeHunyuanImage3(nn.Module):
             "first_step": True,
             "use_cache": False,
         }
-        if is_newer_form(self.published):
+        if is_newer_version(self.published):
             arguments |= {
                 "rope_image_info": sequence.rope_image_info,
                 "timesteps": times,
@@ -229,14 +230,12 @@ class TwoTimeHunyuanImage3(nn.Module):
         }
 
 
-def _in_the_precision_of_the_sequence(
-    module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Any, ...]
-) -> tuple[Any, ...]:
-    """Image tokens, which autocast may have made smaller than the sequence that they are written into."""
+def _cast_to_sequence_dtype(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast image tokens to the dtype of the sequence that they are written into; autocast may have lowered their dtype."""
     tokens, *shape = output
     return tokens.to(inputs[1].dtype), *shape
 
 
-def is_newer_form(published: type[nn.Module]) -> bool:
-    """Whether a published class is of the form that names its times `timesteps`; the older one names them `timestep`."""
+def is_newer_version(published: type[nn.Module]) -> bool:
+    """Whether a published class is of the newer version, whose forward has `timesteps`; the older version has `timestep`."""
     return "timesteps" in inspect.signature(published.forward).parameters

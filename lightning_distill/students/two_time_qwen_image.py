@@ -1,7 +1,7 @@
 """Qwen-Image.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 from typing import Any, ClassVar
@@ -17,13 +17,13 @@ from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeQwenImageTransformer2DModel(TwoTimeModel, QwenImageTransformer2DModel):
-    """Qwen-Image transformer with a second time input; image tokens and prompts go in as in the stock one."""
+    """Qwen-Image transformer with a second time input; image tokens and prompts are those of the stock class."""
 
     feature_scale: ClassVar[float] = 1.0
     output_layer: ClassVar[str | None] = "proj_out"
     policy_head_class: ClassVar[type[nn.Module] | None] = PolicyHead
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
-    unread: ClassVar[tuple[str, ...]] = ("transformer_blocks.-1.attn.to_add_out", "transformer_blocks.-1.txt_mlp")
+    unused_modules: ClassVar[tuple[str, ...]] = ("transformer_blocks.-1.attn.to_add_out", "transformer_blocks.-1.txt_mlp")
 
 
 class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
@@ -34,24 +34,24 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
-        """Arguments by which the stock pipeline guides a teacher: a branch for an empty negative prompt."""
+        """Guidance arguments of a teacher's stock pipeline: a branch for an empty negative prompt."""
         return {} if guidance_scale == 1 else {"negative_prompt": "", "true_cfg_scale": guidance_scale}
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """`prompt_embeds` (B, L, D) of Qwen2.5-VL and `prompt_embeds_mask` (B, L), true where there is a token.
+        """`prompt_embeds` (B, L, D) of Qwen2.5-VL and `prompt_embeds_mask` (B, L), true at tokens of the prompt.
 
-        Of one length for all prompts, so that batches can be joined; what is padded is not attended to.
+        All prompts are padded to the same length, so that batches can be joined. The mask excludes the padding from attention.
         """
         embeds, mask = self.encode_prompt(prompts, max_sequence_length=max_sequence_length)
         if mask is None:
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
-        missing = max_sequence_length - embeds.shape[1]
-        return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing)).bool()}
+        padding = max_sequence_length - embeds.shape[1]
+        return {"prompt_embeds": F.pad(embeds, (0, 0, 0, padding)), "prompt_embeds_mask": F.pad(mask, (0, padding)).bool()}
 
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         return {
             "hidden_states": pack_latents(x_t),
             "encoder_hidden_states": condition["prompt_embeds"],
@@ -59,30 +59,30 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
             "img_shapes": [[(1, x_t.shape[-2] // 2, x_t.shape[-1] // 2)]] * len(x_t),
         }
 
-    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
-        """Velocity (B, C, height, width) of what the transformer returns."""
+    def velocity_from_output(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) from the transformer's output."""
         return unpack_latents(output, height, width)
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
-        """The teacher's guided velocity of two branches, each token brought to the length that it has with its prompt."""
+        """Guided velocity of the teacher from two branches; each token is rescaled to its norm in the conditional branch."""
         cond = pack_latents(v_cond)
         mixed = pack_latents(super().mix_guidance(v_cond, v_null, scale))
-        length, own = (tokens.norm(dim=-1, keepdim=True) for tokens in (mixed, cond))
-        return unpack_latents(mixed * (own / length), *v_cond.shape[-2:])
+        mixed_norm, cond_norm = (tokens.norm(dim=-1, keepdim=True) for tokens in (mixed, cond))
+        return unpack_latents(mixed * (cond_norm / mixed_norm), *v_cond.shape[-2:])
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents."""
+        """Number of latent channels, C."""
         channels: int = self.vae.config.z_dim
         return channels
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mean, normalised channel by channel."""
+        """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): the posterior's mean, normalised per channel."""
         latents = self.vae.encode(images.to(self.vae.dtype)[:, :, None]).latent_dist.mode()[:, :, 0].float()
         return (latents - self._statistic("latents_mean", latents)) / self._statistic("latents_std", latents)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32, about [-1, 1], of latents (B, C, h, w)."""
+        """Decode latents (B, C, h, w) to images (B, 3, H, W), float32, about [-1, 1]."""
         latents = latents * self._statistic("latents_std", latents) + self._statistic("latents_mean", latents)
         return self.vae.decode(latents.to(self.vae.dtype)[:, :, None], return_dict=False)[0][:, :, 0].float()
 

@@ -1,7 +1,7 @@
 """Sana.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 import inspect
@@ -14,17 +14,17 @@ from .few_step import FewStepPipeline
 from .two_time import ATTENTION, ScaledTimeProjection, TwoTimeModel
 
 INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
-"""What Sana's prompts are preceded by, unless told otherwise."""
+"""Default instruction before Sana's prompts."""
 
 
 class TwoTimeSanaTransformer2DModel(TwoTimeModel, SanaTransformer2DModel):
-    """Sana transformer with a second time input; latents and prompts go in as in the stock one."""
+    """Sana transformer with a second time input; latents and prompts are those of the stock class."""
 
-    # Its feed-forward layers are convolutions.
+    # Sana's feed-forward layers are convolutions.
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
 
-    def own_features(self, embedder: str) -> nn.Module:
-        """The features of times in [0, 1] that the stock class gives to its embedder."""
+    def time_features(self, embedder: str) -> nn.Module:
+        """Original features of the stock class's embedder, for times in [0, 1]."""
         parent = embedder.rpartition(".")[0]
         return ScaledTimeProjection(self.get_submodule(f"{parent}.time_proj"), 1000 * self.config.timestep_scale)
 
@@ -40,7 +40,7 @@ class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
         """`prompt_embeds` (B, L, D) of the language model and `prompt_attention_mask` (B, L).
 
-        As in the stock pipeline, the empty prompt of guidance goes without the instruction.
+        As in the stock pipeline, the empty prompt of guidance has no instruction.
         """
 
         def encode(prompts: list[str], instruction: list[str] | None) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         scale = None if guidance_scale is None else guidance_scale * network.config.guidance_embeds_scale
         return {
             "hidden_states": x_t,
@@ -71,11 +71,11 @@ class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
 
     @property
     def default_size(self) -> int:
-        """Pixels of a side where none are asked for: what the transformer was made for."""
+        """Default height and width in pixels: those of the transformer."""
         size: int = self.transformer.config.sample_size * self.vae_scale_factor
         return size
 
     def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """The scheduler's shift, whose name depends on its kind."""
+        """Shift of the time grid: that of the scheduler, under a name that depends on its class."""
         config = self.scheduler.config
         return float(config.get("flow_shift") or config.get("shift", 1.0))

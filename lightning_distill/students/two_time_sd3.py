@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from .two_time import FEED_FORWARD, JOINT_ATTENTION, TwoTimeModel
 
 
 class TwoTimeSD3Transformer2DModel(TwoTimeModel, SD3Transformer2DModel):
-    """SD3 transformer with a second time input; latents and prompts go in as in the stock one."""
+    """SD3 transformer with a second time input; latents and prompts are those of the stock class."""
 
     timestep_scale: ClassVar[float] = 1000.0
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
@@ -38,7 +38,7 @@ class TwoTimeStableDiffusion3Pipeline(FewStepPipeline, StableDiffusion3Pipeline)
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         return {
             "hidden_states": x_t,
             "encoder_hidden_states": condition["prompt_embeds"],

@@ -1,7 +1,7 @@
 """Z-Image.
 
-This file imports torch, diffusers and siblings that travel with it: it is part of every exported student and must run without
-this package.
+Every exported student contains a copy of this file. It imports only torch, diffusers and sibling files, and runs without this
+package.
 """
 
 from typing import Any, ClassVar
@@ -17,11 +17,11 @@ from .two_time import ATTENTION, TwoTimeEmbedding, TwoTimeModel
 
 
 class ZImageTimeProjection(nn.Module):
-    """Z-Image's own features of time, which it counts from noise to picture.
+    """Z-Image's original time features; its time increases from noise to image.
 
     Args:
-        stock: The embedder that they are from.
-        scale: Of its times.
+        stock: Embedder that the features are from.
+        scale: Factor of the embedder's times.
     """
 
     def __init__(self, stock: Any, scale: float) -> None:
@@ -31,13 +31,13 @@ class ZImageTimeProjection(nn.Module):
         self.scale = scale
 
     def forward(self, t: Tensor) -> Tensor:
-        """Features (B, channels) of times (B,) in [0, 1]."""
+        """Compute features (B, channels) of times (B,) in [0, 1]."""
         result: Tensor = self.features((1 - t) * self.scale, self.channels)
         return result
 
 
 class TwoTimeZImageEmbedding(TwoTimeEmbedding):
-    """The same as its base class, with the weights under the stock embedder's names."""
+    """`TwoTimeEmbedding` with the stock embedder's weight names."""
 
     def __init__(self, like: Any, *settings: Any) -> None:
         first, _, last = like.mlp
@@ -55,21 +55,21 @@ class TwoTimeZImageEmbedding(TwoTimeEmbedding):
 
 
 class TwoTimeZImageTransformer2DModel(TwoTimeModel, ZImageTransformer2DModel):
-    """Z-Image transformer with a second time input; latents and prompts go in as in the stock one."""
+    """Z-Image transformer with a second time input; latents and prompts are those of the stock class."""
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["t_embedder"]
     lora_targets: ClassVar[tuple[str, ...]] = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
-    def embedding_of(self, name: str) -> type[TwoTimeEmbedding] | None:
-        """What replaces a module of this name within its parent; None leaves it."""
+    def embedder_class(self, name: str) -> type[TwoTimeEmbedding] | None:
+        """Class that replaces a module with this name in its parent, or None."""
         return TwoTimeZImageEmbedding if name == "t_embedder" else None
 
-    def own_features(self, embedder: str) -> nn.Module:
-        """The features of times in [0, 1] that the stock class gives to its embedder."""
+    def time_features(self, embedder: str) -> nn.Module:
+        """Original features of the stock class's embedder, for times in [0, 1]."""
         return ZImageTimeProjection(self.get_submodule(embedder), self.t_scale)
 
-    def stock_times(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
-        """Times as arguments of the stock forward."""
+    def stock_time_arguments(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
+        """Convert times to arguments of the stock forward."""
         return {"t": 1 - t}
 
 
@@ -81,12 +81,12 @@ class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:
-        """Arguments by which the stock pipeline guides a teacher; it counts from 0."""
+        """Guidance arguments of a teacher's stock pipeline, in which a scale of 0 means no guidance."""
         return {"guidance_scale": guidance_scale - 1}
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:
-        """`prompt_embeds` (B, L, D) of the language model and `prompt_embeds_mask` (B, L), true where there is a token."""
-        # a copy: the stock method writes its template into the list
+        """`prompt_embeds` (B, L, D) of the language model and `prompt_embeds_mask` (B, L), true at tokens of the prompt."""
+        # A copy, because the stock method writes its template into the list.
         embeds = self._encode_prompt([*prompts], max_sequence_length=max_sequence_length)
         padded = torch.stack([F.pad(each, (0, 0, 0, max_sequence_length - len(each))) for each in embeds])
         lengths = torch.tensor([len(each) for each in embeds], device=padded.device)
@@ -96,11 +96,11 @@ class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):
     def network_inputs(
         self, x_t: Tensor, condition: dict[str, Tensor], guidance_scale: Tensor | None, network: TwoTimeModel
     ) -> dict[str, Any]:
-        """Arguments of the transformer, but for the times."""
+        """Arguments of the transformer, without the times."""
         prompts = zip(condition["prompt_embeds"], condition["prompt_embeds_mask"], strict=True)
         return {"x": list(x_t[:, :, None].unbind()), "cap_feats": [each[mask] for each, mask in prompts]}
 
-    def velocity_of(self, output: Any, height: int, width: int) -> Tensor:
-        """Velocity (B, C, height, width) of what the transformer returns."""
-        # The model's velocity points from noise to picture.
+    def velocity_from_output(self, output: Any, height: int, width: int) -> Tensor:
+        """Velocity (B, C, height, width) from the transformer's output."""
+        # The model's velocity points from noise to image.
         return -torch.stack(output)[:, :, 0]

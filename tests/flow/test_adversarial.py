@@ -11,7 +11,7 @@ from lightning_distill.flow.adversarial import (
 
 
 @pytest.mark.parametrize("discriminator", [hinge_discriminator, logistic_discriminator])
-def test_a_discriminator_raises_real_scores_and_lowers_fake_ones(discriminator) -> None:
+def test_discriminator_losses_raise_real_scores_and_lower_fake_scores(discriminator) -> None:
     real, fake = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
     loss = discriminator(real, fake)
     assert loss.shape == (4,)
@@ -21,23 +21,23 @@ def test_a_discriminator_raises_real_scores_and_lowers_fake_ones(discriminator) 
 
 
 @pytest.mark.parametrize("generator", [hinge_generator, logistic_generator])
-def test_a_generator_raises_its_scores(generator) -> None:
+def test_generator_losses_raise_fake_scores(generator) -> None:
     fake = torch.full((4, 3), -9.0, requires_grad=True)
     loss = generator(fake)
     assert loss.shape == (4,)
     loss.sum().backward()
-    assert (fake.grad < -0.3).all()  # also where they are judged to be fake beyond doubt
+    assert (fake.grad < -0.3).all()  # even for very low scores
 
 
-def test_the_hinge_leaves_what_is_beyond_the_margin() -> None:
+def test_hinge_loss_is_zero_beyond_the_margin() -> None:
     assert hinge_discriminator(torch.full((2, 3), 1.5), torch.full((2, 3), -1.5)).tolist() == [0.0, 0.0]
 
 
-def test_r1_is_the_squared_slope_of_the_score() -> None:
+def test_r1_penalty_is_the_squared_norm_of_the_gradient() -> None:
     weight = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
     features = [torch.randn(4, 5, 3, requires_grad=True)]
     penalty = r1_penalty(features[0] @ weight, features)
-    # the mean of 5 tokens has a fifth of the slope in each of them
+    # the mean over 5 tokens has a fifth of the gradient at each token
     torch.testing.assert_close(penalty, torch.full((4,), 14 / 5))
     (gradient,) = torch.autograd.grad(penalty.sum(), weight)
     torch.testing.assert_close(gradient, 4 * 2 * weight / 5)

@@ -1,4 +1,4 @@
-"""The adapter of the Triton kernel: against the blocks, by a stand-in with the kernel's traps, and by the kernel itself."""
+"""Adapter of the Triton kernel against blocked attention: with a fake kernel of the same limits, and with the kernel."""
 
 import importlib.util
 import os
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill.flow import attention_kernel
-from lightning_distill.flow.attention_kernel import kernel_tangent, refusal
+from lightning_distill.flow.attention_kernel import kernel_tangent, unsupported_reason
 from lightning_distill.flow.derivative import value_and_time_derivative
 from lightning_distill.flow.dual_rules import Dual, attention_tangent
 
 HALF = torch.bfloat16
 
 
-class StandIn:
-    """What the kernel takes and gives, by plain operations; with other input it gives nonsense, as the kernel does."""
+class FakeKernel:
+    """Kernel of plain operations; like the real kernel, it returns wrong results for unsupported input."""
 
     def __init__(self) -> None:
         self.masks: list[Tensor | None] = []
@@ -29,10 +29,10 @@ class StandIn:
         q, k, v, q_t, k_t, v_t, mask, dropout, causal, scale = args
         self.masks.append(mask)
         n = q.shape[2]
-        sound = q.shape == k.shape == v.shape and n % 32 == 0 and dropout == 0.0
-        sound &= all(x.is_contiguous() and x.dtype == q.dtype for x in (q, k, v, q_t, k_t, v_t))
-        sound &= mask is None or (mask.shape == (*q.shape[:2], n, n) and mask.dtype == torch.bool and not causal)
-        if not sound:
+        valid = q.shape == k.shape == v.shape and n % 32 == 0 and dropout == 0.0
+        valid &= all(x.is_contiguous() and x.dtype == q.dtype for x in (q, k, v, q_t, k_t, v_t))
+        valid &= mask is None or (mask.shape == (*q.shape[:2], n, n) and mask.dtype == torch.bool and not causal)
+        if not valid:
             return torch.full_like(q, 7), (torch.full_like(q, 7), q[..., 0])
         scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, q.dtype
         q, k, v, q_t, k_t, v_t = (x.double() for x in (q, k, v, q_t, k_t, v_t))
@@ -46,79 +46,81 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    found = StandIn()
+def fake_kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
+    found = FakeKernel()
     monkeypatch.setattr(attention_kernel, "_kernel", lambda: found)
     return found
 
 
-def parts(length: int, width: int = 32) -> tuple[list[Tensor], list[Tensor | None]]:
+def inputs(length: int, width: int = 32) -> tuple[list[Tensor], list[Tensor | None]]:
     torch.manual_seed(0)
     values, tangents = torch.randn(2, 3, 2, length, 2, width, dtype=torch.float64).transpose(3, 4).unbind()
     return list(values), list(tangents)
 
 
-def by_blocks(values: list[Tensor], tangents: list[Tensor | None], mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def blocked_tangent(
+    values: list[Tensor], tangents: list[Tensor | None], mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
     out = F.scaled_dot_product_attention(*values, attn_mask=mask, is_causal=causal, scale=scale)
     return attention_tangent(*map(Dual, values, tangents), out, mask, causal, scale)
 
 
 @pytest.mark.parametrize("length", [64, 40, 5])
 @pytest.mark.parametrize("option", ["", "causal", "mask", "row", "constant keys"])
-def test_it_agrees_with_the_blocks(length: int, option: str, stand_in: StandIn) -> None:
-    values, tangents = parts(length)
+def test_kernel_tangent_agrees_with_blocked_attention_tangent(length: int, option: str, fake_kernel: FakeKernel) -> None:
+    values, tangents = inputs(length)
     rows = 1 if option == "row" else length
     mask = torch.rand(rows, length) > 0.4 if option in ("mask", "row") else None
     if mask is not None:
         mask[:, 0] = True
-        mask[1:2] = False  # a query that sees nothing
+        mask[1:2] = False  # a query without keys
     if option == "constant keys":
         tangents[1] = tangents[2] = None
     causal = option == "causal"
     result = kernel_tangent(tuple(values), tuple(tangents), mask, causal, 0.3, torch.float64)
-    torch.testing.assert_close(result, by_blocks(values, tangents, mask, causal, 0.3))
+    torch.testing.assert_close(result, blocked_tangent(values, tangents, mask, causal, 0.3))
 
 
-def test_a_length_that_needs_no_padding_needs_no_mask(stand_in: StandIn) -> None:
+def test_mask_is_created_only_for_padding(fake_kernel: FakeKernel) -> None:
     for length in (64, 40):
-        values, tangents = parts(length)
+        values, tangents = inputs(length)
         kernel_tangent(tuple(values), tuple(tangents), None, False, None, HALF)
-    assert stand_in.masks[0] is None
-    assert stand_in.masks[1] is not None
+    assert fake_kernel.masks[0] is None
+    assert fake_kernel.masks[1] is not None
 
 
-def test_what_it_cannot_do_is_left_to_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_reason_names_each_limit_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 64, 32)
-    assert refusal(q, q, q, None, False, HALF) == "on cpu"
+    assert unsupported_reason(q, q, q, None, False, HALF) == "on cpu"
     monkeypatch.setattr(attention_kernel, "DEVICE", "cpu")
     monkeypatch.setattr(attention_kernel, "_installed", lambda: False)
-    assert refusal(q, q, q, None, False, HALF) == "jvp_flash_attention is not installed"
+    assert unsupported_reason(q, q, q, None, False, HALF) == "jvp_flash_attention is not installed"
     monkeypatch.setattr(attention_kernel, "_installed", lambda: True)
-    assert refusal(q, q, q, None, False, HALF) is None
-    assert refusal(q, q, q, torch.ones(64, 64, dtype=torch.bool), False, HALF) is None
-    assert refusal(q, q, q, None, False, torch.float32) == "in float32"
-    assert "shape" in (refusal(q[:, :, :32], q, q, None, False, HALF) or "")
-    assert "width 24" in (refusal(q[..., :24], q[..., :24], q[..., :24], None, False, HALF) or "")
-    assert "mask" in (refusal(q, q, q, torch.zeros(64, 64), False, HALF) or "")
-    assert "mask" in (refusal(q, q, q, torch.ones(64, 64, dtype=torch.bool), True, HALF) or "")
+    assert unsupported_reason(q, q, q, None, False, HALF) is None
+    assert unsupported_reason(q, q, q, torch.ones(64, 64, dtype=torch.bool), False, HALF) is None
+    assert unsupported_reason(q, q, q, None, False, torch.float32) == "in float32"
+    assert "shape" in (unsupported_reason(q[:, :, :32], q, q, None, False, HALF) or "")
+    assert "width 24" in (unsupported_reason(q[..., :24], q[..., :24], q[..., :24], None, False, HALF) or "")
+    assert "mask" in (unsupported_reason(q, q, q, torch.zeros(64, 64), False, HALF) or "")
+    assert "mask" in (unsupported_reason(q, q, q, torch.ones(64, 64, dtype=torch.bool), True, HALF) or "")
 
 
-def test_attention_goes_by_the_kernel_where_it_suits(monkeypatch: pytest.MonkeyPatch, stand_in: StandIn) -> None:
+def test_attention_uses_the_kernel_if_supported(monkeypatch: pytest.MonkeyPatch, fake_kernel: FakeKernel) -> None:
     def attend(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x * t, x, x * x)
 
     x, v = torch.randn(2, 1, 2, 40, 32, dtype=HALF)
     times = torch.zeros(1, dtype=HALF), torch.full((1,), 0.7, dtype=HALF)
     _, blocks = value_and_time_derivative(attend, x, *times, v)
-    assert not stand_in.masks
+    assert not fake_kernel.masks
     monkeypatch.setattr(attention_kernel, "DEVICE", "cpu")
     monkeypatch.setattr(attention_kernel, "_installed", lambda: True)
     _, kernel = value_and_time_derivative(attend, x, *times, v)
-    assert len(stand_in.masks) == 1
+    assert len(fake_kernel.masks) == 1
     assert 0 < (kernel - blocks).norm() / blocks.norm() < 0.02
 
 
-KERNEL_ITSELF = """
+REAL_KERNEL_SCRIPT = """
 import torch
 from lightning_distill.flow.attention_kernel import kernel_tangent
 from lightning_distill.flow.derivative import value_and_time_derivative
@@ -143,10 +145,10 @@ print("agreed")
     any(importlib.util.find_spec(name) is None for name in ("jvp_flash_attention", "triton")),
     reason='needs the kernel: pip install -c constraints.txt -e ".[cuda]"',
 )
-def test_the_kernel_itself_agrees_with_the_blocks() -> None:
-    # Triton's interpreter needs no GPU, but has to be chosen before the kernel is imported.
+def test_real_kernel_agrees_with_blocked_attention_tangent() -> None:
+    # Triton's interpreter needs no GPU, but must be enabled before the kernel is imported.
     run = subprocess.run(
-        [sys.executable, "-c", KERNEL_ITSELF],
+        [sys.executable, "-c", REAL_KERNEL_SCRIPT],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         check=False,
         capture_output=True,

@@ -14,7 +14,7 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TinyTransformer(nn.Module):
-    """One block of attention on 4 x 4 tokens, modulated by (r, t): every kind of operation a FLUX block has."""
+    """One attention block on 4 x 4 tokens, modulated by (r, t), with every kind of operation of a FLUX block."""
 
     def __init__(self, channels: int = 3, width: int = 16, heads: int = 2) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class TinyTransformer(nn.Module):
         self.head = nn.Linear(width, channels)
 
     def forward(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        batch, channels, height, wide = x.shape
+        batch, channels, height, width = x.shape
         h = self.embed(x.flatten(2).transpose(1, 2))
         time = torch.stack([torch.sin(3 * t), torch.cos(3 * t), torch.sin(2 * (t - r)), torch.cos(2 * (t - r))], -1)
         shift, scale = self.time(time)[:, None].chunk(2, -1)
         qkv = self.qkv(self.norm(h) * (1 + scale) + shift)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
         h = h + self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return self.head(h + self.mlp(h)).transpose(1, 2).reshape(batch, channels, height, wide)
+        return self.head(h + self.mlp(h)).transpose(1, 2).reshape(batch, channels, height, width)
 
 
 @pytest.fixture
@@ -61,24 +61,24 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return ((value.double() - reference).norm() / reference.norm()).item()
 
 
-def test_derivative_in_float32_agrees_with_central_differences_in_float64(network, batch):
+def test_float32_derivative_matches_float64_central_difference(network, batch):
     _, dudt = time_derivative(network, *batch)
     assert relative_error(dudt, central_difference(network, batch)) < 1e-5
 
 
-def test_derivative_in_float64_agrees_with_central_differences_to_their_own_error(network, batch):
+def test_float64_derivative_matches_central_difference_within_its_error(network, batch):
     double = copy.deepcopy(network).double()
     _, dudt = time_derivative(double, *(part.double() for part in batch))
     assert relative_error(dudt, central_difference(network, batch)) < 1e-8
 
 
-def test_value_is_that_of_the_network(network, batch):
+def test_value_equals_the_network_output(network, batch):
     x, r, t, tangent = batch
     u, _ = time_derivative(network, x, r, t, tangent)
     torch.testing.assert_close(u, network(x, r, t))
 
 
-def test_derivative_leaves_no_gradient_and_no_dual_numbers_behind(network, batch):
+def test_time_derivative_has_no_graph_and_leaves_autograd_intact(network, batch):
     x, r, t, tangent = batch
     x.requires_grad_()
     tangent.requires_grad_()
@@ -90,14 +90,14 @@ def test_derivative_leaves_no_gradient_and_no_dual_numbers_behind(network, batch
     assert x.grad is not None
 
 
-def test_end_of_the_interval_is_held_still_even_if_it_is_the_same_tensor_as_the_start(batch):
+def test_r_is_constant_even_if_it_is_the_same_tensor_as_t(batch):
     x, _, t, tangent = batch
     _, dudt = time_derivative(lambda x, r, t: x * (t**2 * r)[:, None, None, None], x, t, t, tangent)
     t_ = t[:, None, None, None]
     torch.testing.assert_close(dudt, tangent * t_**3 + x * 2 * t_ * t_)
 
 
-def test_times_stay_in_float32_beside_states_in_bfloat16(batch):
+def test_times_stay_float32_with_bfloat16_states(batch):
     x, r, t, tangent = batch
     seen: dict[str, torch.dtype] = {}
 
@@ -111,7 +111,7 @@ def test_times_stay_in_float32_beside_states_in_bfloat16(batch):
     assert ((dudt.float() - expected).norm() / expected.norm()).item() < 0.01
 
 
-def test_module_hooks_run_under_the_derivative(network, batch):
+def test_module_hooks_run_within_the_derivative(network, batch):
     calls: list[str] = []
     network.mlp.register_forward_pre_hook(lambda module, inputs: calls.append("before"))
     network.mlp.register_forward_hook(lambda module, inputs, output: calls.append("after"))
@@ -127,12 +127,12 @@ def test_module_hooks_run_under_the_derivative(network, batch):
         lambda x, r, t: torch.zeros_like(x),
     ],
 )
-def test_lost_tangent_is_an_error(batch, lossy):
+def test_lost_tangent_raises(batch, lossy):
     with pytest.raises(RuntimeError, match="lost its tangent"):
         time_derivative(lossy, *batch)
 
 
-def test_compiled_module_runs_eagerly_instead_of_losing_the_tangent(network, batch):
+def test_compiled_module_runs_eagerly_and_preserves_the_tangent(network, batch):
     ran: list[bool] = []
 
     def lossy_backend(graph, inputs):
@@ -152,7 +152,7 @@ def test_compiled_module_runs_eagerly_instead_of_losing_the_tangent(network, bat
     assert relative_error(dudt, central_difference(network, batch)) < 1e-5
 
 
-def test_function_around_the_derivative_may_be_compiled(network, batch):
+def test_compiled_caller_gives_the_same_derivative(network, batch):
     graphs: list[torch.fx.GraphModule] = []
 
     def recording_backend(graph, inputs):
@@ -176,7 +176,7 @@ def gaussian() -> tuple[GaussianTeacher, Tensor, Tensor, Tensor]:
     return GaussianTeacher(mean=0.7, std=0.4), x_t, r, t
 
 
-def test_average_velocity_of_the_closed_form_is_its_displacement_over_time(gaussian):
+def test_closed_form_average_velocity_matches_the_flow_map(gaussian):
     teacher, x_t, r, t = gaussian
     u = teacher.average_velocity(x_t, r, t)
     torch.testing.assert_close(flow_step(x_t, u, r, t), teacher.flow_map(x_t, t, r))
@@ -184,7 +184,7 @@ def test_average_velocity_of_the_closed_form_is_its_displacement_over_time(gauss
     torch.testing.assert_close(integrate(teacher.velocity, x_t, t, r, 400, "heun"), flow_step(x_t, u, r, t), rtol=0, atol=1e-4)
 
 
-def test_meanflow_identity_holds_for_the_closed_form_average_velocity(gaussian):
+def test_closed_form_average_velocity_satisfies_the_meanflow_identity(gaussian):
     teacher, x_t, r, t = gaussian
     v = teacher.velocity(x_t, t)
     u, dudt = time_derivative(teacher.average_velocity, x_t, r, t, v)
@@ -192,7 +192,7 @@ def test_meanflow_identity_holds_for_the_closed_form_average_velocity(gaussian):
     assert (dudt.abs().amax((1, 2, 3)) > 0.1).all(), "the identity would hold trivially"
 
 
-def test_meanflow_identity_needs_the_velocity_as_tangent(gaussian):
+def test_meanflow_identity_fails_without_the_velocity_as_tangent(gaussian):
     teacher, x_t, r, t = gaussian
     v = teacher.velocity(x_t, t)
     u, dudt = time_derivative(teacher.average_velocity, x_t, r, t, torch.zeros_like(v))

@@ -16,19 +16,19 @@ from lightning_distill.flow.distribution_matching import (
 from lightning_distill.flow.path import interpolate
 
 
-def test_the_gradient_of_the_loss_is_the_matching_gradient() -> None:
+def test_matching_loss_has_the_matching_gradient() -> None:
     x_s = torch.randn(4, 3, requires_grad=True)
     gradient = matching_gradient(x_s.detach(), torch.randn(4, 3), torch.randn(4, 3))
     (found,) = torch.autograd.grad(matching_loss(x_s, gradient).sum(), x_s)
-    torch.testing.assert_close(found, gradient / 3)  # a mean over entries
+    torch.testing.assert_close(found, gradient / 3)  # the loss is a mean over entries
 
 
-def test_the_gradient_does_not_depend_on_the_scale_of_the_latents() -> None:
+def test_matching_gradient_is_scale_invariant() -> None:
     x, critic, teacher = torch.randn(3, 4, 8)
     torch.testing.assert_close(matching_gradient(x, critic, teacher), matching_gradient(5 * x, 5 * critic, 5 * teacher))
 
 
-def test_at_data_the_critic_learns_by_flow_matching() -> None:
+def test_critic_loss_at_s_0_is_flow_matching() -> None:
     x0, s = torch.randn(16, 3), torch.zeros(16)
     diffused = diffuse(x0, s, torch.rand(16))
     torch.testing.assert_close(diffused.x_tau, interpolate(x0, diffused.noise, diffused.tau))
@@ -48,13 +48,13 @@ GENERATORS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def test_all_divergences_are_tested() -> None:
+def test_all_divergences_have_a_test_generator() -> None:
     assert set(GENERATORS) == set(DIVERGENCES)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_weighted_difference_of_scores_is_the_gradient_of_the_divergence(name) -> None:
-    """Of two normal distributions, the student's shifted by its parameter: both sides on a fine grid, in float64."""
+def test_weighted_score_difference_is_the_gradient_of_the_divergence(name) -> None:
+    """Two normal distributions; the student's parameter shifts its own. Both sides are on a fine grid in float64."""
     z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
 
     def log_density(x: Tensor, mean: Tensor | float, std: float) -> Tensor:
@@ -66,6 +66,6 @@ def test_the_weighted_difference_of_scores_is_the_gradient_of_the_divergence(nam
     (expected,) = torch.autograd.grad(divergence, shift)
     with torch.no_grad():
         difference = -(z + 0.3) / 1.3**2 + (z - shift) / 1.1**2  # of the scores
-        weighted = divergence_weight((log_p - log_q).exp(), name) * difference  # samples move as the shift does
+        weighted = divergence_weight((log_p - log_q).exp(), name) * difference  # samples move by the same amount as the shift
         found = -torch.trapezoid(log_q.exp() * weighted, z)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Random small networks as dual numbers: values, derivatives and gradients against float64 references by other means."""
+"""Random small networks as dual numbers: values, derivatives and gradients against independent float64 references."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ def project(x: Tensor, layer: nn.Linear, parts: int, heads: int = 2) -> tuple[Te
 
 
 class Attention(nn.Module):
-    """Self-attention, with what `options` adds: "bool", "float", "causal", "groups" of keys, "cross" to other, fewer tokens."""
+    """Self-attention with an option: a mask, causal attention, grouped keys, or cross-attention to fewer tokens."""
 
     def __init__(self, option: str = "") -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotated pairs of features before attention, as FLUX does it."""
+    """Rotation of feature pairs before attention, as in FLUX."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Rope(nn.Module):
 
 
 class ComplexRope(Rope):
-    """The same rotation as a product of complex numbers, as Qwen-Image does it."""
+    """The same rotation as a product of complex numbers, as in Qwen-Image."""
 
     def forward(self, h: Tensor) -> Tensor:
         rotation = torch.polar(torch.ones_like(self.angles), self.angles).to(h.dtype.to_complex())
@@ -75,7 +75,7 @@ class ComplexRope(Rope):
 
 
 class Gated(nn.Module):
-    """Shift, scale and gate of a normalised state, by the state's own mean."""
+    """Shift, scale and gate of a normalised state, computed from the state's mean."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Gated(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """A normalisation of channels that lie behind the tokens, as of tokens that become a picture."""
+    """Normalisation of channels in the last dimension, as in tokens that are reshaped to an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class ChannelsLast(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """The two likeliest of four experts a token; the choice itself has no derivative."""
+    """Mixture of the two most probable of four experts per token; the choice itself has no derivative."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Lora(nn.Module):
-    """A frozen linear layer and a low-rank correction of it."""
+    """A frozen linear layer with a low-rank update."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Lora(nn.Module):
 
 
 class InPlace(nn.Module):
-    """What torch derives by itself: in-place operations, and others without a rule here."""
+    """Operations that PyTorch differentiates: in-place operations, and others without a rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Network(nn.Module):
-    """Blocks between an embedding of (x, r, t) and a projection; its blocks may be checkpointed."""
+    """Blocks between an embedding of (x, r, t) and a projection, optionally with activation checkpointing."""
 
     def __init__(self, *blocks: nn.Module, checkpointed: bool = False) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def reference(network: nn.Module) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Value, derivative and gradients in two passes: differences of values in float64, then a plain forward pass."""
+    """Value, derivative and gradients in two passes: float64 finite differences, then a plain forward pass."""
     exact = copy.deepcopy(network).double()
     x, r, t, tangent = batch()
     eps = 1e-5
@@ -219,16 +219,16 @@ def assert_equal(
         assert relative_error(gradient, one) < bound
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("block", list(BLOCKS))
-def test_one_pass_gives_the_value_the_derivative_and_the_gradients_of_two(block: str, checkpointed: bool) -> None:
+def test_single_pass_matches_value_derivative_and_gradients_of_two_passes(block: str, checkpointed: bool) -> None:
     torch.manual_seed(len(block))
     network = Network(BLOCKS[block](), checkpointed=checkpointed)
     assert_equal(fused(network), reference(network), 1e-7)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_networks(seed: int) -> None:
+def test_random_networks_match_the_reference(seed: int) -> None:
     torch.manual_seed(seed)
     names = [list(BLOCKS)[int(i)] for i in torch.randint(len(BLOCKS), (4,))]
     network = Network(*(BLOCKS[name]() for name in names), checkpointed=bool(seed % 2))
@@ -242,15 +242,15 @@ def test_random_networks(seed: int) -> None:
 
 @pytest.mark.parametrize("option", ["", "bool", "float", "row", "causal", "groups", "cross", "causal_cross"])
 @pytest.mark.parametrize("logits", [1, 3 * TOKENS, 3 * TOKENS**2], ids=["one query", "queries of a head", "heads"])
-def test_attention_in_blocks_is_that_of_all_at_once(option: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_tangent_does_not_depend_on_the_block_size(option: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network(Attention(option))
     expected = fused(network)
     monkeypatch.setattr(dual_rules, "CPU_BLOCK_BYTES", 8 * logits)
     assert_equal(fused(network), expected, 1e-12)
 
 
-def test_attention_stays_fused_and_the_derivative_out_of_the_graph() -> None:
-    kept: list[torch.Size] = []
+def test_attention_stays_fused_and_the_derivative_has_no_graph() -> None:
+    saved: list[torch.Size] = []
     network = Network(Attention(), Attention()).float()
     tokens = 64
     x, r, t, tangent = batch(torch.float32)
@@ -261,20 +261,20 @@ def test_attention_stays_fused_and_the_derivative_out_of_the_graph() -> None:
         return network.head(network.blocks[1](network.blocks[0](h)))
 
     def size(run: Callable[[], object]) -> int:
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
             run()
-        return sum(math.prod(shape) for shape in kept)
+        return sum(math.prod(shape) for shape in saved)
 
     plain = size(lambda: long(x, r, t))
     assert size(lambda: value_and_time_derivative(long, x, r, t, tangent)) == plain
-    assert all(shape[-2:] != (tokens, tokens) for shape in kept)
+    assert all(shape[-2:] != (tokens, tokens) for shape in saved)
     with sdpa_kernel(SDPBackend.MATH):
         size(lambda: value_and_time_derivative(long, x, r, t, tangent))
-    assert any(shape[-2:] == (tokens, tokens) for shape in kept)  # what the assertion above would have seen
+    assert any(shape[-2:] == (tokens, tokens) for shape in saved)  # shows that the assertion above can fail
 
 
-def test_a_linear_layer_costs_one_product_more() -> None:
+def test_linear_layer_needs_one_additional_product() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     layer = nn.Linear(16, 16)
@@ -287,7 +287,7 @@ def test_a_linear_layer_costs_one_product_more() -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_dropout_drops_the_same_of_value_and_derivative(checkpointed: bool) -> None:
+def test_value_and_derivative_share_the_dropout_mask(checkpointed: bool) -> None:
     network = Network(nn.Dropout(0.5), checkpointed=checkpointed).double().train()
     x, r, t, tangent = batch()
     torch.manual_seed(5)
@@ -308,7 +308,7 @@ def test_dropout_drops_the_same_of_value_and_derivative(checkpointed: bool) -> N
     torch.testing.assert_close(dudt, (values[0] - values[1]) / (2 * eps), rtol=1e-6, atol=1e-8)
 
 
-def test_differences_drop_the_same_in_both_passes() -> None:
+def test_finite_difference_shares_the_dropout_mask() -> None:
     network = Network(nn.Dropout(0.5)).double().train()
     x, r, t, tangent = batch()
     torch.manual_seed(5)
@@ -318,7 +318,7 @@ def test_differences_drop_the_same_in_both_passes() -> None:
     torch.testing.assert_close(difference, dudt, rtol=1e-6, atol=1e-8)
 
 
-def test_operations_in_place_leave_the_given_velocity_as_it_was() -> None:
+def test_in_place_operations_do_not_change_the_given_tangent() -> None:
     x, r, t, tangent = batch()
     before = tangent.clone()
     _, dudt = time_derivative(lambda x, r, t: x.mul_(t[:, None, None]), x.clone(), r, t, tangent)
@@ -327,7 +327,7 @@ def test_operations_in_place_leave_the_given_velocity_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("rounding_mode", [None, "floor"])
-def test_division_with_and_without_rounding(rounding_mode: str | None) -> None:
+def test_derivative_of_division_with_and_without_rounding(rounding_mode: str | None) -> None:
     x, r, t, tangent = batch()
     _, dudt = time_derivative(lambda x, r, t: torch.div(x, t[:, None, None], rounding_mode=rounding_mode) + x, x, r, t, tangent)
     t_ = t[:, None, None]
@@ -335,7 +335,7 @@ def test_division_with_and_without_rounding(rounding_mode: str | None) -> None:
     torch.testing.assert_close(dudt, expected)
 
 
-def test_dropout_within_attention_is_refused() -> None:
+def test_attention_dropout_raises() -> None:
     x = torch.randn(1, 1, 4, 4)
     with pytest.raises(RuntimeError, match="dropout"):
         value_and_time_derivative(
@@ -343,7 +343,7 @@ def test_dropout_within_attention_is_refused() -> None:
         )
 
 
-def test_mixed_precision_takes_the_same_precision_as_a_plain_pass() -> None:
+def test_autocast_gives_the_same_dtype_and_value_as_a_plain_pass() -> None:
     torch.manual_seed(0)
     network = Network(Attention(), Gated(nn.RMSNorm(WIDTH)), Gated(nn.LayerNorm(WIDTH)))
     exact = reference(network)
@@ -357,14 +357,14 @@ def test_mixed_precision_takes_the_same_precision_as_a_plain_pass() -> None:
     assert relative_error(dudt, exact[1]) < 0.03
 
 
-def test_a_derivative_is_freed_where_it_is_not_needed() -> None:
+def test_unneeded_derivatives_are_freed() -> None:
     weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
     alive: list[bool] = []
 
     def layers(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        first = x + torch.tanh(x @ weight)  # added by torch itself
+        first = x + torch.tanh(x @ weight)  # PyTorch adds these itself
         derivative = weakref.ref(unpack(first).tangent)
-        second = torch.tanh(first @ weight)  # whose backward pass needs the value of the first
+        second = torch.tanh(first @ weight)  # its backward pass needs the value of `first`
         del first
         gc.collect()
         alive.append(derivative() is not None)
@@ -376,7 +376,7 @@ def test_a_derivative_is_freed_where_it_is_not_needed() -> None:
     assert alive == [False]
 
 
-def test_a_saved_value_must_not_change_and_hooks_around_see_it() -> None:
+def test_in_place_change_of_saved_tensor_raises_and_outer_hooks_run() -> None:
     weight = torch.ones(WIDTH, WIDTH, requires_grad=True)
 
     def changed(x: Tensor, r: Tensor, t: Tensor) -> Tensor:

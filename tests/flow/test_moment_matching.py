@@ -14,20 +14,20 @@ from lightning_distill.flow.moment_matching import (
 
 
 class NegativeSquaredDistance(Kernel):
-    """The kernel by which one particle is compared as consistency models compare."""
+    """Kernel that makes the comparison of single particles equal to that of consistency models."""
 
     def __call__(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         return -(x[:, :, None] - y[:, None]).square().sum(-1)
 
 
-def test_decrement_is_constant_in_eta() -> None:
+def test_constant_decrement_is_constant_in_eta() -> None:
     t = torch.linspace(0.3, 0.9, 32, dtype=torch.float64)
     r = constant_decrement(t, torch.zeros_like(t), 0.1, 160.0)
     torch.testing.assert_close(t / (1 - t) - r / (1 - r), torch.full_like(t, 0.1))
 
 
 @pytest.mark.parametrize("exponent", [1, 7, 12, 16])
-def test_r_is_between_s_and_t_up_to_noise(exponent: int) -> None:
+def test_r_is_between_s_and_t_including_t_near_1(exponent: int) -> None:
     t = torch.cat([torch.linspace(0.001, 1, 1000), torch.tensor([160 / 161, 1 - 1e-7])])
     s = 0.5 * t
     r = constant_decrement(t, s, 160 / 2**exponent, 160.0)
@@ -40,7 +40,7 @@ def test_r_is_between_s_and_t_up_to_noise(exponent: int) -> None:
 
 
 @pytest.mark.parametrize(("power", "bias"), [(1.0, 5.0), (2.0, 4.0)])
-def test_weight_is_that_of_the_log_ratio(power: float, bias: float) -> None:
+def test_time_weight_matches_its_definition(power: float, bias: float) -> None:
     t = torch.linspace(0.01, 0.99, 64, dtype=torch.float64, requires_grad=True)
     ratio = 2 * ((1 - t) / t).log()
     (slope,) = torch.autograd.grad(ratio.sum(), t)
@@ -48,13 +48,13 @@ def test_weight_is_that_of_the_log_ratio(power: float, bias: float) -> None:
     torch.testing.assert_close(time_weight(t, power, bias), defined)
 
 
-def test_weight_is_finite_at_both_ends() -> None:
+def test_time_weight_is_finite_at_both_ends() -> None:
     ends = torch.tensor([0.0, 1.0])
     assert time_weight(ends, 1.0, 5.0).tolist() == [0.0, 1.0]
     assert time_weight(ends, 2.0, 5.0).tolist() == [0.0, 0.0]
 
 
-def test_kernels_by_hand() -> None:
+def test_kernels_match_hand_calculation() -> None:
     x, y, scale = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.tensor([0.5])
     y[0, 1, :2] = torch.tensor([3.0, 4.0])  # a distance of 5, in units of 4 x 0.5
     found = LaplaceKernel()(x, y, scale)[0]
@@ -64,15 +64,15 @@ def test_kernels_by_hand() -> None:
 
 @pytest.mark.parametrize("kernel", [LaplaceKernel(), RBFKernel()])
 class TestDiscrepancy:
-    def test_is_zero_for_the_same_particles_in_any_order(self, kernel: Kernel) -> None:
+    def test_is_zero_for_permuted_particles(self, kernel: Kernel) -> None:
         y, scale = torch.randn(3, 4, 8), torch.ones(3)
         assert discrepancy(y, y.flip(1), kernel, scale).abs().max() < 1e-6
 
-    def test_is_positive_for_others(self, kernel: Kernel) -> None:
+    def test_is_positive_for_different_particles(self, kernel: Kernel) -> None:
         y, scale = torch.randn(3, 4, 8), torch.full((3,), 0.2)
         assert discrepancy(y, y + 1, kernel, scale).min() > 1e-3
 
-    def test_attracts_to_the_targets_and_repels_within(self, kernel: Kernel) -> None:
+    def test_gradient_attracts_to_targets_and_repels_within_the_group(self, kernel: Kernel) -> None:
         y = torch.tensor([[[0.0], [0.1]]], requires_grad=True)
         (apart,) = torch.autograd.grad(-discrepancy(y, torch.tensor([[[-1.0], [1.1]]]), kernel, torch.ones(1)).sum(), y)
         assert apart[0, 0] < 0 < apart[0, 1]
@@ -81,7 +81,7 @@ class TestDiscrepancy:
         assert together[0, 0] < together[0, 1]
 
     @pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0])
-    def test_has_a_finite_gradient_where_particles_coincide(self, kernel: Kernel, scale: float) -> None:
+    def test_gradient_is_finite_for_coinciding_particles(self, kernel: Kernel, scale: float) -> None:
         y = torch.zeros(1, 2, 4, requires_grad=True)
         z = torch.zeros(1, 2, 4)
         z[0, 1] = 1
@@ -89,13 +89,13 @@ class TestDiscrepancy:
         assert torch.isfinite(y.grad).all()
 
 
-def test_one_particle_is_attracted_as_by_the_squared_distance() -> None:
+def test_single_particle_discrepancy_is_the_squared_distance() -> None:
     y, z = torch.randn(5, 1, 8, requires_grad=True), torch.randn(5, 1, 8)
     found = discrepancy(y, z, NegativeSquaredDistance(), torch.ones(5))
     torch.testing.assert_close(found, 2 * (y - z).square().sum((1, 2)))
 
 
-def test_without_a_smallest_distance_there_is_no_kernel() -> None:
+def test_kernel_with_epsilon_0_raises() -> None:
     for kind in (LaplaceKernel, RBFKernel):
         with pytest.raises(ConfigurationError, match=r"kernel\.epsilon is 0"):
             kind(epsilon=0.0)

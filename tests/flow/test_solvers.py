@@ -23,14 +23,14 @@ def start() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def observed_orders(velocity: VelocityFn, x_t: Tensor, t: Tensor, r: Tensor, exact: Tensor, solver: str) -> Tensor:
-    """Orders (B,) by which the error falls from 128 to 256 steps; each row has an interval of its own."""
+    """Orders (B,) of convergence from 128 to 256 steps; each row has a different interval."""
     coarse, fine = ((integrate(velocity, x_t, t, r, steps, solver) - exact).flatten(1).norm(dim=1) for steps in (128, 256))
-    assert (fine < 0.02 * (exact - x_t).flatten(1).norm(dim=1)).all(), "converges, but elsewhere"
+    assert (fine < 0.02 * (exact - x_t).flatten(1).norm(dim=1)).all(), "converges to a wrong state"
     return torch.log2(coarse / fine)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_solver_converges_with_its_order_on_a_nonlinear_flow(start, solver):
+def test_solver_has_its_order_on_a_nonlinear_flow(start, solver):
     _, t, r = start
     x_t = torch.linspace(-0.6, 0.6, 4 * 6, dtype=torch.float64).reshape(4, 6)
 
@@ -42,17 +42,17 @@ def test_solver_converges_with_its_order_on_a_nonlinear_flow(start, solver):
     assert (orders - SOLVERS[solver].order).abs().max() < 0.05, orders
 
 
-# The midpoint method gains an order here: the leading term of its error vanishes where sigma'' is proportional to
-# sigma ** -3, and sigma_t, the root of a quadratic in t, is of this kind.
+# The midpoint method gains an order here. The leading term of its error vanishes if sigma'' is proportional to sigma ** -3.
+# This holds for sigma_t, the root of a quadratic in t.
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("midpoint", 3)])
-def test_solver_converges_to_the_closed_form_flow_of_gaussian_data(start, solver, order):
+def test_solver_converges_to_the_closed_form_gaussian_flow(start, solver, order):
     x_t, t, r = start
     orders = observed_orders(TEACHER.velocity, x_t, t, r, TEACHER.flow_map(x_t, t, r), solver)
     assert (orders - order).abs().max() < 0.05, orders
 
 
 @pytest.mark.parametrize("step", [euler_step, heun_step, midpoint_step])
-def test_every_step_is_exact_for_a_constant_velocity(start, step):
+def test_steps_are_exact_for_a_constant_velocity(start, step):
     x_t, t, r = start
     constant = torch.full_like(x_t, 1.5)
     torch.testing.assert_close(step(lambda x, t: constant, x_t, t, r), flow_step(x_t, constant, r, t))
@@ -67,22 +67,22 @@ def test_second_order_steps_are_exact_for_a_velocity_linear_in_time(start, step)
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_velocity_is_asked_as_often_as_stated_and_only_inside_the_interval(start, solver, steps):
+def test_velocity_evaluations_match_the_count_and_stay_in_the_interval(start, solver, steps):
     x_t, t, r = start
-    asked: list[Tensor] = []
+    times: list[Tensor] = []
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
-        asked.append(time)
+        times.append(time)
         return TEACHER.velocity(x, time)
 
     integrate(velocity, x_t, t, r, steps, solver)
-    assert len(asked) == evaluations(solver, steps)
-    assert all((r <= time).all() and (time <= t).all() for time in asked)
-    assert torch.equal(asked[0], t)
+    assert len(times) == evaluations(solver, steps)
+    assert all((r <= time).all() and (time <= t).all() for time in times)
+    assert torch.equal(times[0], t)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_rows_with_equal_times_stay_as_they_are(start, solver):
+def test_rows_with_equal_times_are_unchanged(start, solver):
     x_t, t, r = start
     r = torch.where(torch.tensor([True, False, True, False]), t, r)
     x_r = integrate(TEACHER.velocity, x_t, t, r, 3, solver)
@@ -91,12 +91,12 @@ def test_rows_with_equal_times_stay_as_they_are(start, solver):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_substeps_are_those_of_the_sampling_grid(shift):
+def test_substeps_equal_the_sampling_grid(shift):
     times = substeps(torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 6, shift)
     torch.testing.assert_close(torch.stack(times)[:, 0].float(), step_grid(6, shift))
 
 
-def test_substeps_stay_inside_the_interval_and_meet_its_ends():
+def test_substeps_stay_in_the_interval_and_include_its_ends():
     t, r = torch.rand(1000).sort(descending=True).values, torch.zeros(1000)
     r[::2] = t[::2]
     times = substeps(t, r, 7, 3.0)
@@ -106,26 +106,26 @@ def test_substeps_stay_inside_the_interval_and_meet_its_ends():
     assert all(torch.equal(time[::2], t[::2]) for time in times)
 
 
-def test_a_shifted_grid_is_finer_where_the_flow_starts(start):
+def test_integrate_uses_the_shifted_grid(start):
     x_t, _, _ = start
     one = torch.ones(4, dtype=torch.float64)
-    asked: list[Tensor] = []
-    integrate(lambda x, t: asked.append(t) or x, x_t, one, 0 * one, 4, "euler", shift=3.0)
-    torch.testing.assert_close(torch.stack(asked)[:, 0].float(), step_grid(4, 3.0)[:-1])
+    times: list[Tensor] = []
+    integrate(lambda x, t: times.append(t) or x, x_t, one, 0 * one, 4, "euler", shift=3.0)
+    torch.testing.assert_close(torch.stack(times)[:, 0].float(), step_grid(4, 3.0)[:-1])
 
 
-def test_euler_in_one_step_is_a_jump_by_the_velocity(start):
+def test_one_euler_step_is_a_flow_step(start):
     x_t, t, r = start
     assert torch.equal(integrate(TEACHER.velocity, x_t, t, r, 1), flow_step(x_t, TEACHER.velocity(x_t, t), r, t))
 
 
-def test_flow_goes_both_ways(start):
+def test_integration_is_reversible(start):
     x_t, t, r = start
     x_r = integrate(TEACHER.velocity, x_t, t, r, 200, "heun")
     torch.testing.assert_close(integrate(TEACHER.velocity, x_r, r, t, 200, "heun"), x_t, rtol=0, atol=1e-3)
 
 
-def test_integration_from_noise_gives_the_data_distribution():
+def test_integration_from_noise_reaches_the_data_distribution():
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     ones = torch.ones(len(noise), dtype=torch.float64)
     x0 = integrate(TEACHER.velocity, noise, ones, torch.zeros_like(ones), 50, "midpoint")
@@ -133,7 +133,7 @@ def test_integration_from_noise_gives_the_data_distribution():
     assert x0.std().item() == pytest.approx(TEACHER.std, abs=0.005)
 
 
-def test_gradients_pass_through_the_steps():
+def test_integrate_is_differentiable():
     x_t = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     integrate(lambda x, t: x, x_t, one, zero, 4).sum().backward()
@@ -142,7 +142,7 @@ def test_gradients_pass_through_the_steps():
     assert math.exp(-1) == pytest.approx(integrate(lambda x, t: x, x_t, one, zero, 64, "heun").item(), abs=1e-4)
 
 
-def test_unknown_solver_and_no_steps_are_refused(start):
+def test_unknown_solver_and_zero_steps_raise(start):
     x_t, t, r = start
     with pytest.raises(ConfigurationError, match="unknown solver 'rk45'; choose one of euler, heun, midpoint"):
         integrate(TEACHER.velocity, x_t, t, r, 1, "rk45")

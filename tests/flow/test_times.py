@@ -23,7 +23,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-def test_samplers_give_float32_times_between_0_and_1_that_follow_the_generator(sampler):
+def test_samplers_return_float32_times_in_0_1_from_the_generator(sampler):
     t = sampler(SIZE, "cpu", seeded())
     assert t.shape == (SIZE,)
     assert t.dtype == torch.float32
@@ -41,7 +41,7 @@ def test_logit_normal_times_have_normal_logits(mean, std):
     assert within_one == pytest.approx(math.erf(1 / math.sqrt(2)), abs=0.01)
 
 
-def test_uniform_times_fill_their_range_evenly():
+def test_uniform_times_are_uniform_in_their_range():
     t = Uniform(low=0.2, high=0.7)(SIZE, generator=seeded())
     assert t.min() >= 0.2
     assert t.max() <= 0.7
@@ -52,13 +52,13 @@ def test_uniform_times_fill_their_range_evenly():
 @pytest.mark.parametrize(
     "make", [lambda: LogitNormal(std=0.0), lambda: LogitNormal(std=-1.0), lambda: LogitNormal(std=math.nan)]
 )
-def test_logit_normal_refuses_a_spread_that_is_not_positive(make):
+def test_logit_normal_with_nonpositive_std_raises(make):
     with pytest.raises(ConfigurationError, match="std"):
         make()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (0.7, 0.2), (-0.1, 1.0), (0.0, 1.1)])
-def test_uniform_refuses_an_impossible_range(low, high):
+def test_uniform_with_invalid_range_raises(low, high):
     with pytest.raises(ConfigurationError, match="0 <= low < high <= 1"):
         Uniform(low, high)
 
@@ -73,48 +73,48 @@ def test_intervals_are_sorted(sampler):
 @pytest.mark.parametrize(
     ("batch", "fraction", "count"), [(64, 0.25, 16), (8, 0.0, 0), (8, 1.0, 8), (100, 0.29, 29), (30, 0.1, 3)]
 )
-def test_the_equal_fraction_is_exact_where_it_is_a_whole_number_of_rows(batch, fraction, count):
+def test_equal_fraction_is_exact_for_an_integer_number_of_rows(batch, fraction, count):
     for seed in range(20):
         interval = sample_interval(Uniform(), batch, fraction, generator=seeded(seed))
         assert (interval.r == interval.t).sum().item() == count
 
 
 @pytest.mark.parametrize(("batch", "fraction"), [(1, 0.25), (2, 0.25), (5, 0.5)])
-def test_the_equal_fraction_is_right_on_average_in_small_batches(batch, fraction):
-    generator, draws = seeded(), 4000
+def test_equal_fraction_is_right_on_average_in_small_batches(batch, fraction):
+    generator, samples = seeded(), 4000
     counts = [
         sum((interval.r == interval.t).tolist())
-        for interval in (sample_interval(Uniform(), batch, fraction, generator=generator) for _ in range(draws))
+        for interval in (sample_interval(Uniform(), batch, fraction, generator=generator) for _ in range(samples))
     ]
     assert set(counts) == {math.floor(batch * fraction), math.ceil(batch * fraction)}
-    assert sum(counts) / draws == pytest.approx(batch * fraction, abs=5 * 0.5 / draws**0.5)
+    assert sum(counts) / samples == pytest.approx(batch * fraction, abs=5 * 0.5 / samples**0.5)
 
 
-def test_rows_with_equal_times_keep_the_noisier_of_the_two_draws():
+def test_rows_with_equal_times_have_the_noisier_time():
     class Alternating(TimeSampler):
-        draws = iter([0.3, 0.6])
+        samples = iter([0.3, 0.6])
 
         def __call__(self, batch, device=None, generator=None):
-            return torch.full((batch,), next(self.draws))
+            return torch.full((batch,), next(self.samples))
 
     interval = sample_interval(Alternating(), 4, equal_fraction=0.5)
     torch.testing.assert_close(interval.t, torch.full((4,), 0.6))
     torch.testing.assert_close(interval.r, torch.tensor([0.6, 0.6, 0.3, 0.3]))
 
 
-def test_two_sorted_uniform_draws_have_the_order_statistics_of_two():
+def test_sorted_uniform_times_have_order_statistics_of_two():
     interval = sample_interval(Uniform(), SIZE, equal_fraction=0.0, generator=seeded())
     assert interval.r.mean().item() == pytest.approx(1 / 3, abs=0.005)
     assert interval.t.mean().item() == pytest.approx(2 / 3, abs=0.005)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
-def test_an_equal_fraction_outside_0_and_1_is_refused(fraction):
+def test_equal_fraction_outside_0_1_raises(fraction):
     with pytest.raises(ConfigurationError, match="equal_fraction"):
         sample_interval(Uniform(), 4, fraction)
 
 
-def test_shift_keeps_the_ends_moves_toward_noise_and_inverts():
+def test_shift_fixes_the_ends_moves_toward_noise_and_is_invertible():
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     shifted = shift_times(t, 3.0)
     assert shifted[0] == 0
@@ -133,7 +133,7 @@ def test_shift_multiplies_the_odds_of_noise():
 
 @pytest.mark.parametrize("shift", [1.0, 0.5, 3.0, math.exp(1.15)])
 @pytest.mark.parametrize("nfe", [1, 2, 3, 4, 28, 32])
-def test_grid_falls_from_exactly_1_to_exactly_0(nfe, shift):
+def test_grid_decreases_from_exactly_1_to_exactly_0(nfe, shift):
     grid = step_grid(nfe, shift)
     assert grid.shape == (nfe + 1,)
     assert grid.dtype == torch.float32
@@ -149,12 +149,12 @@ def test_even_grid_of_four_steps():
 
 
 @pytest.mark.parametrize(("nfe", "shift", "name"), [(0, 1.0, "nfe"), (-1, 1.0, "nfe"), (4, 0.0, "shift"), (4, -1.0, "shift")])
-def test_grid_refuses_settings_that_make_no_grid(nfe, shift, name):
+def test_grid_with_invalid_settings_raises(nfe, shift, name):
     with pytest.raises(ConfigurationError, match=name):
         step_grid(nfe, shift)
 
 
-def test_moving_on_the_grid_takes_its_steps():
+def test_move_on_grid_follows_the_grid():
     grid = step_grid(8, 3.0)
     torch.testing.assert_close(move_on_grid(grid, 1 / 8, 3.0), torch.cat([grid[1:], grid[-1:]]))
     torch.testing.assert_close(move_on_grid(torch.tensor([0.5]), 0.1), torch.tensor([0.4]))

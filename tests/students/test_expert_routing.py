@@ -1,4 +1,4 @@
-"""Mixtures of experts whose routing is held, against the stand-in's own mixture."""
+"""Mixtures of experts with frozen routing, against the mixture of the stand-in model."""
 
 import copy
 
@@ -10,17 +10,17 @@ from lightning_distill.flow.derivative import value_and_time_derivative
 from lightning_distill.students.expert_routing import RoutedExperts, Routing, checkpointed
 from tests.teachers.hunyuan_image3.stand_in.backbone import HunyuanMoE
 from tests.teachers.hunyuan_image3.stand_in.configuration_hunyuan_image_3 import HunyuanImage3Config
-from tests.teachers.hunyuan_image3.tiny_pipeline import draw_weights
+from tests.teachers.hunyuan_image3.tiny_pipeline import randomize_weights
 
 
 def mixture(**options: object) -> HunyuanMoE:
     stock = HunyuanMoE(HunyuanImage3Config(**options))
-    draw_weights(stock)
+    randomize_weights(stock)
     return stock
 
 
-def tokens_of_experts(experts: RoutedExperts) -> list[Tensor]:
-    """A list that grows by the tokens that an expert is given, each time that it is called."""
+def record_expert_tokens(experts: RoutedExperts) -> list[Tensor]:
+    """Return a list to which each call of an expert appends its tokens."""
     seen: list[Tensor] = []
     for expert in experts.experts:
         expert.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
@@ -28,75 +28,75 @@ def tokens_of_experts(experts: RoutedExperts) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_it_computes_what_the_published_mixture_computes(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routed_experts_match_the_published_mixture(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = mixture(use_mixed_mlp_moe=shared, num_experts=5, moe_topk=3)
     experts = RoutedExperts(copy.deepcopy(stock))
     assert experts.state_dict().keys() == stock.state_dict().keys()
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):  # the trap: there is no GPU
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):  # the stand-in needs a GPU here, like the published code
         stock(torch.randn(1, 2, 32))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     hidden = torch.randn(2, 7, 32, requires_grad=True)
-    again = hidden.detach().clone().requires_grad_()
-    expected, found = stock(hidden), experts(again)
+    hidden_copy = hidden.detach().clone().requires_grad_()
+    expected, found = stock(hidden), experts(hidden_copy)
     assert torch.equal(found, expected)
     expected.square().sum().backward()
     found.square().sum().backward()
-    torch.testing.assert_close(again.grad, hidden.grad)
+    torch.testing.assert_close(hidden_copy.grad, hidden.grad)
     gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
     for name, parameter in experts.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name])
 
 
-def test_every_expert_runs_and_has_a_gradient_though_no_token_comes_to_it() -> None:
+def test_experts_without_tokens_run_and_get_gradients() -> None:
     experts = RoutedExperts(mixture(num_experts=8, moe_topk=1))
-    seen = tokens_of_experts(experts)
+    seen = record_expert_tokens(experts)
     experts(torch.randn(1, 2, 32)).sum().backward()
     assert len(seen) == 8
     assert min(len(each) for each in seen) == 0
     assert all(parameter.grad is not None for parameter in experts.parameters())
 
 
-def test_a_later_pass_goes_to_the_experts_of_the_first() -> None:
+def test_later_pass_uses_the_routing_of_the_first() -> None:
     experts = RoutedExperts(mixture())
     first, second = torch.randn(2, 1, 16, 32)
     free = experts(second)
     with Routing() as routing:
         assert torch.equal(experts(first), experts(first))
-        held = experts(second)
-    assert (held - free).abs().max() > 1e-3
+        frozen = experts(second)
+    assert (frozen - free).abs().max() > 1e-3
     with routing:
-        assert torch.equal(experts(second), held)
+        assert torch.equal(experts(second), frozen)
     assert torch.equal(experts(second), free)
-    with routing, pytest.raises(RuntimeError, match="the routing of 16 tokens is held, and a pass has 32"):
+    with routing, pytest.raises(RuntimeError, match="the frozen routing has 16 tokens, and this pass has 32"):
         experts(torch.randn(2, 16, 32))
 
 
-def test_a_routing_within_another_asks_that_one_first() -> None:
+def test_inner_routing_uses_the_choices_of_the_outer_routing() -> None:
     experts = RoutedExperts(mixture())
     first, second = torch.randn(2, 1, 16, 32)
     with Routing() as outer:
         experts(first)
-        held = experts(second)
-    with Routing(within=outer):
-        assert torch.equal(experts(second), held)
+        frozen = experts(second)
+    with Routing(outer=outer):
+        assert torch.equal(experts(second), frozen)
 
 
-def test_a_block_that_runs_again_sends_its_tokens_to_the_same_experts() -> None:
+def test_recomputed_block_uses_the_same_routing() -> None:
     experts = RoutedExperts(mixture())
-    seen = tokens_of_experts(experts)
+    seen = record_expert_tokens(experts)
     (result,) = checkpointed(lambda x: (experts(x),), torch.randn(1, 16, 32, requires_grad=True))
     loss = result.square().sum()
     first = [*seen]
     seen.clear()
     with torch.no_grad():
-        experts.gate.wg.weight.data.neg_()  # stands for rounding: the choice would be another one now
+        experts.gate.wg.weight.data.neg_()  # simulates rounding: without frozen routing, the choice would change
     loss.backward()
     for before, after in zip(first, seen, strict=True):
         assert torch.equal(before, after)
 
 
-def test_a_block_runs_again_before_the_backward_pass_of_any_module_and_to_its_end() -> None:
-    """As ZeRO-3 needs it, which takes weights away as the forward pass of a module ends."""
+def test_recomputation_runs_completely_before_any_backward_pass() -> None:
+    """ZeRO-3 needs this order, because it releases a module's weights when its forward pass ends."""
     layer, events = nn.Linear(4, 4), []
     layer.register_forward_pre_hook(lambda *_: events.append("start"))
     layer.register_forward_hook(lambda *_: events.append("end"))
@@ -106,14 +106,14 @@ def test_a_block_runs_again_before_the_backward_pass_of_any_module_and_to_its_en
     assert events == ["start", "end", "start", "end", "backward"]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "run again"])
-def test_the_derivative_is_that_of_the_weights_with_the_choice_held(again: bool) -> None:
+@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
+def test_derivative_is_that_under_frozen_routing(recomputed: bool) -> None:
     experts = RoutedExperts(mixture()).double()
     inner = nn.Linear(32, 32).double()
 
     def network(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
         hidden = inner(x) * (1 + t - r)[:, None, None]
-        return checkpointed(lambda x: (experts(x),), hidden)[0] if again else experts(hidden)
+        return checkpointed(lambda x: (experts(x),), hidden)[0] if recomputed else experts(hidden)
 
     x, tangent = torch.randn(2, 2, 64, 32, dtype=torch.float64)
     r, t = torch.tensor([0.1, 0.2]).double(), torch.tensor([0.5, 0.9]).double()
@@ -127,12 +127,12 @@ def test_the_derivative_is_that_of_the_weights_with_the_choice_held(again: bool)
     with torch.no_grad():
         with Routing():
             network(x, r, t)
-            held = difference(1e-4)
+            frozen = difference(1e-4)
         across = difference(1e-2)
-    assert (dudt - held).norm() / held.norm() < 1e-6
-    assert (dudt - across).norm() / held.norm() > 0.1, "no token changed its experts, so nothing was tested"
+    assert (dudt - frozen).norm() / frozen.norm() < 1e-6
+    assert (dudt - across).norm() / frozen.norm() > 0.1, "no token changed its experts, so the test is void"
 
-    # The value's gradient is that of a plain pass.
+    # The gradient of u must equal that of a plain pass.
     u.square().sum().backward()
     found = [parameter.grad.clone() for parameter in experts.parameters()]
     experts.zero_grad()

@@ -7,12 +7,12 @@ from lightning_distill.students.average_velocity_scheduler import AverageVelocit
 from lightning_distill.students.two_time_flux import TwoTimeFluxPipeline
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.student_options import StudentOptions
-from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, draw, noise, train_a_little
+from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, noise, perturb_weights, sample_images
 
 
-def assemble(adapter: DiffusersAdapter, **scheduler: object) -> TwoTimeFluxPipeline:
+def build_pipeline(adapter: DiffusersAdapter, **scheduler: object) -> TwoTimeFluxPipeline:
     student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions())
-    parts = {"transformer": train_a_little(student).eval(), "scheduler": AverageVelocityScheduler(**scheduler)}
+    parts = {"transformer": perturb_weights(student).eval(), "scheduler": AverageVelocityScheduler(**scheduler)}
     pipeline = TwoTimeFluxPipeline(**{**adapter.pipeline.components, **parts})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -20,7 +20,7 @@ def assemble(adapter: DiffusersAdapter, **scheduler: object) -> TwoTimeFluxPipel
 
 @pytest.fixture
 def pipeline(adapter: DiffusersAdapter) -> TwoTimeFluxPipeline:
-    return assemble(adapter, shift=2.0)
+    return build_pipeline(adapter, shift=2.0)
 
 
 def generators(count: int) -> list[torch.Generator]:
@@ -28,27 +28,27 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 4, 5])
-def test_it_draws_what_training_draws_bit_for_bit(adapter: DiffusersAdapter, pipeline: TwoTimeFluxPipeline, nfe: int) -> None:
+def test_pipeline_images_equal_those_of_training(adapter: DiffusersAdapter, pipeline: TwoTimeFluxPipeline, nfe: int) -> None:
     images = pipeline(PROMPTS, num_inference_steps=nfe, generator=generators(3), output_type="pt").images
-    assert torch.equal(images, draw(adapter, pipeline.transformer, PROMPTS, nfe))
+    assert torch.equal(images, sample_images(adapter, pipeline.transformer, PROMPTS, nfe))
     assert images.std() > 1e-3
 
 
-def test_with_embedded_guidance_and_shift_by_resolution(guided_adapter: DiffusersAdapter) -> None:
-    pipeline = assemble(guided_adapter, **FLUX_DEV_SHIFT)
+def test_embedded_guidance_and_dynamic_shift_match_training(guided_adapter: DiffusersAdapter) -> None:
+    pipeline = build_pipeline(guided_adapter, **FLUX_DEV_SHIFT)
     images = pipeline(PROMPTS, guidance_scale=4.5, generator=generators(3), output_type="pt").images
-    assert torch.equal(images, draw(guided_adapter, pipeline.transformer, PROMPTS, 4, 4.5))
-    assert not torch.equal(images, draw(guided_adapter, pipeline.transformer, PROMPTS, 4, 1.0))
+    assert torch.equal(images, sample_images(guided_adapter, pipeline.transformer, PROMPTS, 4, 4.5))
+    assert not torch.equal(images, sample_images(guided_adapter, pipeline.transformer, PROMPTS, 4, 1.0))
 
 
-def test_a_step_is_one_forward(pipeline: TwoTimeFluxPipeline) -> None:
+def test_one_step_is_one_forward_pass(pipeline: TwoTimeFluxPipeline) -> None:
     seen: list[int] = []
     pipeline.transformer.x_embedder.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     pipeline(PROMPTS, num_inference_steps=3, generator=generators(3), output_type="latent")
     assert seen == [3, 3, 3]
 
 
-def test_noise_comes_from_a_generator_or_as_latents(pipeline: TwoTimeFluxPipeline) -> None:
+def test_noise_from_a_generator_equals_the_same_latents(pipeline: TwoTimeFluxPipeline) -> None:
     given = pipeline(PROMPTS, latents=noise(3), output_type="latent").images
     assert torch.equal(given, pipeline(PROMPTS, generator=generators(3), output_type="latent").images)
     one = [pipeline(PROMPTS, generator=torch.Generator().manual_seed(5), output_type="latent").images for _ in range(2)]
@@ -56,7 +56,7 @@ def test_noise_comes_from_a_generator_or_as_latents(pipeline: TwoTimeFluxPipelin
     assert not torch.equal(one[0], given)
 
 
-def test_prompts_may_come_embedded(pipeline: TwoTimeFluxPipeline) -> None:
+def test_prompt_embeddings_give_the_same_images(pipeline: TwoTimeFluxPipeline) -> None:
     embeds, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=8)
     for count in (1, 2):
         settings = {"num_images_per_prompt": count, "output_type": "latent"}
@@ -66,7 +66,7 @@ def test_prompts_may_come_embedded(pipeline: TwoTimeFluxPipeline) -> None:
         assert torch.equal(images, expected)
 
 
-def test_outputs(pipeline: TwoTimeFluxPipeline) -> None:
+def test_output_types_and_sizes(pipeline: TwoTimeFluxPipeline) -> None:
     (image,) = pipeline("a circle", generator=generators(1)).images
     assert image.size == (32, 32)
     (images,) = pipeline("a circle", generator=generators(1), output_type="np", return_dict=False)
@@ -75,7 +75,7 @@ def test_outputs(pipeline: TwoTimeFluxPipeline) -> None:
     assert pipeline("a circle", height=16, width=40, output_type="pt").images.shape == (1, 3, 16, 40)
 
 
-def test_prompts_are_padded_to_the_tokenizers_length(pipeline: TwoTimeFluxPipeline) -> None:
+def test_prompts_are_padded_to_the_tokenizer_length(pipeline: TwoTimeFluxPipeline) -> None:
     images = [
         pipeline("a circle", generator=generators(1), max_sequence_length=length, output_type="pt").images
         for length in (None, 8, 5)
@@ -84,14 +84,14 @@ def test_prompts_are_padded_to_the_tokenizers_length(pipeline: TwoTimeFluxPipeli
     assert not torch.equal(images[0], images[2])
 
 
-def test_errors(pipeline: TwoTimeFluxPipeline) -> None:
+def test_invalid_arguments_raise(pipeline: TwoTimeFluxPipeline) -> None:
     with pytest.raises(ValueError, match="use multiples of 8 pixels"):
         pipeline("a circle", height=36)
-    with pytest.raises(ValueError, match="give at least 1"):
+    with pytest.raises(ValueError, match="set it to at least 1"):
         pipeline("a circle", num_inference_steps=0)
     with pytest.raises(ValueError, match="either a prompt or embeddings"):
         pipeline()
 
 
-def test_it_is_a_flux_pipeline(pipeline: TwoTimeFluxPipeline) -> None:
+def test_pipeline_is_a_flux_pipeline(pipeline: TwoTimeFluxPipeline) -> None:
     assert isinstance(pipeline, FluxPipeline)

@@ -1,4 +1,4 @@
-"""What a policy's outputs come to, against a finely integrated trajectory."""
+"""Mixtures of a policy's outputs, against a finely integrated trajectory, and students with a policy."""
 
 import itertools
 import math
@@ -18,25 +18,25 @@ from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from tests.teachers.tiny_families import save_family
-from tests.tiny import PROMPTS, draw, noise
+from tests.tiny import PROMPTS, noise, sample_images
 
 STEPS = [(0.0, 1.0), (0.0, 0.3), (0.4, 1.0), (0.25, 0.5), (0.9, 0.95)]
 
 
-def predicted(x0: Tensor, r: float, t: float, tau: Tensor) -> Tensor:
-    """x0 (N,) interpolated at tau."""
+def interpolate_x0(x0: Tensor, r: float, t: float, tau: Tensor) -> Tensor:
+    """Interpolate x0 (N,) at tau."""
     place = ((tau - r) / (t - r)).clamp(0, 1) * (len(x0) - 1)
     low = place.floor().long().clamp(max=len(x0) - 2)
     return x0[low] + (place - low) * (x0[low + 1] - x0[low])
 
 
-def integrated(x_t: float, v: Tensor, r: float, t: float, end: float, steps: int = 600) -> float:
-    """The state at `end` by Runge-Kutta steps, which shrink with tau."""
+def integrate_policy(x_t: float, v: Tensor, r: float, t: float, end: float, steps: int = 600) -> float:
+    """State at `end` by Runge-Kutta steps, whose size shrinks with tau."""
     x0, x = x_t - t * v, torch.tensor(x_t, dtype=torch.float64)
     times = t * torch.linspace(0, math.log(max(end, 1e-6) / t), steps + 1, dtype=torch.float64).exp()
 
     def slope(x: Tensor, tau: Tensor) -> Tensor:
-        return (x - predicted(x0, r, t, tau)) / tau
+        return (x - interpolate_x0(x0, r, t, tau)) / tau
 
     for a, b in itertools.pairwise(times):
         h = b - a
@@ -49,26 +49,26 @@ def integrated(x_t: float, v: Tensor, r: float, t: float, end: float, steps: int
 
 @pytest.mark.parametrize(("r", "t"), STEPS)
 @pytest.mark.parametrize("points", [2, 5])
-def test_states_and_velocities_are_those_of_the_policys_own_trajectory(r: float, t: float, points: int) -> None:
+def test_states_and_velocities_match_the_integrated_trajectory(r: float, t: float, points: int) -> None:
     v = torch.randn(points, dtype=torch.float64, generator=torch.Generator().manual_seed(points))
     x_t = 0.7
     for share in (0.03, 0.5, 0.9):
         tau = r + share * (t - r)
         times = [torch.tensor([time]) for time in (tau, r, t)]
         x_tau = x_t - (t - tau) * (position_weights(*times, points).double()[0] @ v).item()
-        assert x_tau == pytest.approx(integrated(x_t, v, r, t, tau), abs=2e-5)
-        slope = (x_tau - predicted(x_t - t * v, r, t, torch.tensor(tau, dtype=torch.float64)).item()) / tau
+        assert x_tau == pytest.approx(integrate_policy(x_t, v, r, t, tau), abs=2e-5)
+        slope = (x_tau - interpolate_x0(x_t - t * v, r, t, torch.tensor(tau, dtype=torch.float64)).item()) / tau
         assert (velocity_weights(*times, points).double()[0] @ v).item() == pytest.approx(slope, abs=2e-4)
     x_r = x_t - (t - r) * (flow_step_weights(torch.tensor([r]), torch.tensor([t]), points).double()[0] @ v).item()
-    assert x_r == pytest.approx(integrated(x_t, v, r, t, r), abs=1e-4)
+    assert x_r == pytest.approx(integrate_policy(x_t, v, r, t, r), abs=1e-4)
 
 
-def test_a_step_to_data_arrives_at_the_last_prediction() -> None:
+def test_step_to_0_reaches_the_x0_prediction_at_0() -> None:
     weights = flow_step_weights(torch.zeros(3), torch.tensor([1.0, 0.5, 0.1]), 4)
     assert torch.equal(weights, torch.tensor([[1.0, 0, 0, 0]]).expand(3, -1))
 
 
-def test_a_step_without_length_is_what_shorter_and_shorter_ones_come_to() -> None:
+def test_step_of_length_0_is_the_limit_of_short_steps() -> None:
     times = torch.tensor([1.0, 0.3], dtype=torch.float64)
     expected = torch.tensor([[0.25, 0.5, 0.25]]).expand(2, -1)
     torch.testing.assert_close(flow_step_weights(times, times, 3), expected)
@@ -83,7 +83,7 @@ def test_weights_sum_to_one() -> None:
         torch.testing.assert_close(weights.sum(1), torch.ones(20))
 
 
-def test_a_new_head_is_the_layer_that_it_replaces_and_mixes_what_it_learns() -> None:
+def test_policy_head_equals_its_layer_at_the_start_and_mixes_its_outputs() -> None:
     layer, x = nn.Linear(5, 3), torch.randn(2, 7, 5)
     head = PolicyHead(layer, points=4)
     head.load_state_dict(layer.state_dict(), strict=False)
@@ -101,23 +101,23 @@ def test_a_new_head_is_the_layer_that_it_replaces_and_mixes_what_it_learns() -> 
     with torch.autocast("cpu", torch.bfloat16):
         assert head(x).dtype == torch.bfloat16
         head.mixture = torch.eye(4).expand(2, -1, -1)
-        outputs = head(x)  # whose differences count
+        outputs = head(x)  # callers compute their differences
     assert outputs.dtype == torch.float32
     assert not torch.equal(outputs, outputs.bfloat16().float())
 
 
-# Students of the FLUX pipeline
+# FLUX students
 
 
 def policy_student(adapter: DiffusersAdapter, **options: Any) -> TwoTimeModel:
-    """One whose policy has been learned, at random."""
+    """Student with a policy of 4 outputs."""
     settings = StudentOptions(time_embedding="original", policy_points=4, **options)
     adapter.check_student(settings)
     student, _ = adapter.build_student(adapter.load_teacher(), settings)
     return student
 
 
-def test_a_new_student_is_its_teacher_in_all_its_outputs(adapter: DiffusersAdapter) -> None:
+def test_all_outputs_of_a_new_student_equal_the_teacher(adapter: DiffusersAdapter) -> None:
     student, teacher = policy_student(adapter), adapter.load_teacher()
     condition, x = adapter.encode_prompt(PROMPTS), noise(len(PROMPTS))
     r, t = torch.tensor([0.0, 0.3, 0.6]), torch.tensor([1.0, 0.9, 0.6])
@@ -129,7 +129,7 @@ def test_a_new_student_is_its_teacher_in_all_its_outputs(adapter: DiffusersAdapt
 
 
 @pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)])
-def test_its_average_velocity_is_the_mixture_of_its_outputs(adapter: DiffusersAdapter, lora: LoraOptions | None) -> None:
+def test_average_velocity_is_the_mixture_of_the_outputs(adapter: DiffusersAdapter, lora: LoraOptions | None) -> None:
     student = policy_student(adapter, lora=lora)
     grid = student.policy_head.grid.weight
     assert grid.requires_grad
@@ -145,7 +145,7 @@ def test_its_average_velocity_is_the_mixture_of_its_outputs(adapter: DiffusersAd
     assert grid.grad.abs().max() > 0
 
 
-def test_its_time_derivative_is_exact(adapter: DiffusersAdapter) -> None:
+def test_time_derivative_of_a_policy_student_is_exact(adapter: DiffusersAdapter) -> None:
     student = policy_student(adapter)
     nn.init.normal_(student.policy_head.grid.weight, std=0.3)
     condition, x, v = adapter.encode_prompt(PROMPTS), noise(len(PROMPTS)), noise(len(PROMPTS), 10)
@@ -162,32 +162,34 @@ def test_its_time_derivative_is_exact(adapter: DiffusersAdapter) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, "unmerged"])
-def test_an_exported_student_draws_as_in_training(adapter: DiffusersAdapter, lora: str | None, tmp_path: Path) -> None:
+def test_exported_student_generates_the_images_of_training(adapter: DiffusersAdapter, lora: str | None, tmp_path: Path) -> None:
     student = policy_student(adapter, lora=LoraOptions(rank=2) if lora else None)
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn_like(parameter)
-    pictures = draw(adapter, student, PROMPTS, 2)
+    images = sample_images(adapter, student, PROMPTS, 2)
     card = ModelCard("PiFlow", str(adapter.pretrained), (2,), 32, 32)
     export_student(adapter, student, tmp_path / "student", card, lora or "merged")
     pipeline = load_pipeline(str(tmp_path / "student"), base=str(adapter.pretrained) if lora else None)
-    torch.testing.assert_close(sample(pipeline, PROMPTS, nfe=2), pictures, atol=2e-5, rtol=0)
+    torch.testing.assert_close(sample(pipeline, PROMPTS, nfe=2), images, atol=2e-5, rtol=0)
 
 
-def test_a_student_goes_on_from_one_that_was_exported(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+def test_student_starts_from_an_exported_policy_student(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     before = policy_student(adapter)
     nn.init.normal_(before.policy_head.grid.weight, std=0.1)
     adapter.save_student(before, tmp_path / "student")
     after = policy_student(adapter, pretrained=str(tmp_path / "student"))
     assert torch.equal(after.policy_head.grid.weight, before.policy_head.grid.weight)
-    with pytest.raises(ConfigurationError, match="policy_points is 4 where this configuration has 1"):
+    with pytest.raises(ConfigurationError, match="policy_points is 4, but this configuration has 1"):
         adapter.check_student(StudentOptions(time_embedding="original", pretrained=str(tmp_path / "student")))
 
 
-def test_families_without_policies_are_refused(tmp_path: Path) -> None:
+def test_family_without_policies_raises(tmp_path: Path) -> None:
     save_family("stable_diffusion_3", tmp_path / "teacher")
     adapter = DiffusersAdapter(str(tmp_path / "teacher"))
     adapter.check()
-    with pytest.raises(ConfigurationError, match=r"student\.policy_points is 4, and TwoTimeSD3.* has no policies; set it to 1"):
+    with pytest.raises(
+        ConfigurationError, match=r"student\.policy_points is 4, but TwoTimeSD3.* does not support policies; set it"
+    ):
         adapter.check_student(StudentOptions(policy_points=4))

@@ -12,7 +12,7 @@ from lightning_distill.flow.derivative import time_derivative
 from lightning_distill.students.two_time_flux import TwoTimeFluxTransformer2DModel
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.student_options import StudentOptions
-from tests.tiny import PROMPTS, noise, train_a_little
+from tests.tiny import PROMPTS, noise, perturb_weights
 
 GEOMETRY = {
     "in_channels": 64,
@@ -24,7 +24,7 @@ GEOMETRY = {
     "pooled_projection_dim": 16,
     "axes_dims_rope": (8, 12, 12),
 }
-PAIRS = [(0.0, 1.0), (0.5, 1.0), (0.0, 0.37), (0.123, 0.456), (0.8, 0.8), (0.0, 0.0)]
+INTERVALS = [(0.0, 1.0), (0.5, 1.0), (0.0, 0.37), (0.123, 0.456), (0.8, 0.8), (0.0, 0.0)]
 
 
 def inputs(batch: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -52,27 +52,27 @@ def any_adapter(request: pytest.FixtureRequest) -> DiffusersAdapter:
 
 
 def velocities(adapter: DiffusersAdapter, options: StudentOptions, trained: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Velocities of a new student and of its teacher, at several (r, t)."""
+    """Velocities of a new student and of its teacher at several (r, t)."""
     teacher = adapter.load_teacher()
     network, _ = adapter.build_student(teacher, options)
     if trained:
-        train_a_little(network)
+        perturb_weights(network)
     condition, x, guidance = adapter.encode_prompt(PROMPTS), noise(len(PROMPTS)), 4.5
     results = []
     with torch.no_grad():
-        for r, t in PAIRS:
+        for r, t in INTERVALS:
             end, start = torch.full((len(x),), r), torch.full((len(x),), t)
             u = adapter.average_velocity(network, x, end, start, condition, guidance)
             results.append((u, adapter.velocity(teacher, x, start, condition, guidance)))
     return results
 
 
-def test_a_new_student_is_the_teacher_for_every_interval(any_adapter: DiffusersAdapter) -> None:
+def test_new_student_equals_the_teacher_for_every_interval(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original")):
         assert torch.equal(u, v)
 
 
-def test_a_new_student_leaves_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reset_interval_embedding_preserves_rng_states(monkeypatch: pytest.MonkeyPatch) -> None:
     network = student()
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
@@ -82,17 +82,17 @@ def test_a_new_student_leaves_generators_alone(monkeypatch: pytest.MonkeyPatch) 
     assert seeds == []
 
 
-def test_a_trained_student_is_not(any_adapter: DiffusersAdapter) -> None:
+def test_trained_student_differs_from_the_teacher(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original"), trained=True):
         assert not torch.allclose(u, v, rtol=1e-3)
 
 
-def test_a_cloned_interval_embedding_is_not_the_identity(any_adapter: DiffusersAdapter) -> None:
+def test_cloned_interval_embedding_changes_the_output(any_adapter: DiffusersAdapter) -> None:
     for u, v in velocities(any_adapter, StudentOptions(time_embedding="original", interval_embedding="clone")):
         assert (u - v).norm() / v.norm() > 1e-3
 
 
-def test_with_smooth_time_a_new_student_is_the_teacher_up_to_the_fit(any_adapter: DiffusersAdapter) -> None:
+def test_new_student_with_smooth_time_equals_the_teacher_up_to_the_fit_error(any_adapter: DiffusersAdapter) -> None:
     teacher = any_adapter.load_teacher()
     network, report = any_adapter.build_student(teacher, StudentOptions())
     assert report is not None
@@ -107,15 +107,15 @@ def test_with_smooth_time_a_new_student_is_the_teacher_up_to_the_fit(any_adapter
         assert (u - v).norm() / v.norm() < 0.5 * report.fit_error
 
 
-def test_equal_times_are_what_no_r_means() -> None:
-    network, given, t = train_a_little(student()), inputs(), torch.tensor([0.3, 0.9])
+def test_omitted_r_equals_r_equal_to_t() -> None:
+    network, given, t = perturb_weights(student()), inputs(), torch.tensor([0.3, 0.9])
     with torch.no_grad():
         assert torch.equal(network(timestep=t, timestep_r=t, **given)[0], network(timestep=t, **given)[0])
         assert not torch.equal(network(timestep=t, timestep_r=t / 2, **given)[0], network(timestep=t, **given)[0])
 
 
 @pytest.mark.parametrize("guidance_embeds", [False, True])
-def test_without_extras_it_is_the_stock_transformer(guidance_embeds: bool, tmp_path: Path) -> None:
+def test_default_settings_equal_the_stock_transformer(guidance_embeds: bool, tmp_path: Path) -> None:
     stock = FluxTransformer2DModel(**GEOMETRY, guidance_embeds=guidance_embeds)
     stock.save_pretrained(tmp_path)
     network = TwoTimeFluxTransformer2DModel.from_pretrained(tmp_path)
@@ -127,13 +127,13 @@ def test_without_extras_it_is_the_stock_transformer(guidance_embeds: bool, tmp_p
         assert not torch.equal(network(timestep=t - 0.1, guidance=guidance, **given)[0], expected)
 
 
-def test_results_come_wrapped_or_not() -> None:
+def test_return_dict_wraps_the_output() -> None:
     network, given = student(), {**inputs(), "return_dict": True}
     assert network(timestep=torch.ones(2), **given).sample.shape == (2, 16, 64)
 
 
-def test_configuration_survives_a_directory(tmp_path: Path) -> None:
-    network = train_a_little(student(time_frequency_bound=5.0, interval_frequency_bound=4.0, guidance_embeds=True))
+def test_network_is_saved_and_loaded(tmp_path: Path) -> None:
+    network = perturb_weights(student(time_frequency_bound=5.0, interval_frequency_bound=4.0, guidance_embeds=True))
     network.save_pretrained(tmp_path)
     loaded = TwoTimeFluxTransformer2DModel.from_pretrained(tmp_path)
     given, t, r, guidance = inputs(), torch.tensor([0.5, 0.9]), torch.tensor([0.1, 0.9]), torch.tensor([2.0, 4.0])
@@ -142,8 +142,8 @@ def test_configuration_survives_a_directory(tmp_path: Path) -> None:
         assert torch.equal(loaded(timestep=t, timestep_r=r, guidance=guidance, **given)[0], before)
 
 
-def test_time_is_not_both_smooth_and_rescaled() -> None:
-    with pytest.raises(ValueError, match="rescaled_time is of the model's own features"):
+def test_smooth_and_rescaled_time_raise() -> None:
+    with pytest.raises(ValueError, match="rescaled_time needs the model's original time features"):
         student(time_frequency_bound=5.0, rescaled_time=True)
 
 
@@ -161,16 +161,18 @@ def relative_tangent_error(network: Any, run: Callable[[Tensor], Tensor], refere
     return ((derivative(run) - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("how", ["cast", "autocast"])
-def test_derivative_along_t_survives_bfloat16(how: str) -> None:
+@pytest.mark.parametrize("method", ["cast", "autocast"])
+def test_derivative_along_t_is_accurate_in_bfloat16(method: str) -> None:
     reference = student(time_frequency_bound=None)
     network = student(time_frequency_bound=None)
     network.load_state_dict(reference.state_dict())
-    if how == "cast":
+    if method == "cast":
         network.to(torch.bfloat16)
     given = inputs(dtype=torch.float32)
-    low = {k: v.to(torch.bfloat16) if how == "cast" and k.endswith(("states", "projections")) else v for k, v in given.items()}
-    context = torch.autocast("cpu", torch.bfloat16) if how == "autocast" else nullcontext()
+    low = {
+        k: v.to(torch.bfloat16) if method == "cast" and k.endswith(("states", "projections")) else v for k, v in given.items()
+    }
+    context = torch.autocast("cpu", torch.bfloat16) if method == "autocast" else nullcontext()
 
     def run(t: Tensor) -> Tensor:
         with context:
@@ -181,10 +183,10 @@ def test_derivative_along_t_survives_bfloat16(how: str) -> None:
 
     assert relative_tangent_error(network, run, exact) < 0.03
 
-    # The stock transformer rounds times, and its derivative is of another function.
+    # The stock transformer rounds times, so its derivative is that of another function.
     stock = FluxTransformer2DModel(**GEOMETRY)
     stock.load_state_dict(reference.state_dict(), strict=False)
-    if how == "cast":
+    if method == "cast":
         stock.to(torch.bfloat16)
 
         def run_stock(t: Tensor) -> Tensor:
@@ -193,26 +195,26 @@ def test_derivative_along_t_survives_bfloat16(how: str) -> None:
         assert relative_tangent_error(stock, run_stock, exact) > 0.3
 
 
-@pytest.mark.parametrize("how", ["to", "half", "from_pretrained"])
-def test_time_embedders_stay_float32(how: str, tmp_path: Path) -> None:
-    network = train_a_little(student(guidance_embeds=True))
-    dtype = torch.float16 if how == "half" else torch.bfloat16
+@pytest.mark.parametrize("method", ["to", "half", "from_pretrained"])
+def test_time_embedders_stay_float32(method: str, tmp_path: Path) -> None:
+    network = perturb_weights(student(guidance_embeds=True))
+    dtype = torch.float16 if method == "half" else torch.bfloat16
     weights = [value.clone() for name, value in network.named_parameters() if "timestep_embedder" in name]
-    if how == "from_pretrained":
+    if method == "from_pretrained":
         network.save_pretrained(tmp_path)
         network = TwoTimeFluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
     else:
-        network = network.half() if how == "half" else network.to(dtype)
+        network = network.half() if method == "half" else network.to(dtype)
     for name, parameter in network.named_parameters():
         assert parameter.dtype == (torch.float32 if "timestep_embedder" in name else dtype), name
     assert network.dtype == dtype
-    kept = [value for name, value in network.named_parameters() if "timestep_embedder" in name]
-    assert all(torch.equal(value, before) for value, before in zip(kept, weights, strict=True))
+    restored = [value for name, value in network.named_parameters() if "timestep_embedder" in name]
+    assert all(torch.equal(value, before) for value, before in zip(restored, weights, strict=True))
     assert network(timestep=torch.rand(2), guidance=torch.ones(2), **inputs(dtype=dtype))[0].dtype == dtype
 
 
-def test_a_student_trains_in_float32_whatever_its_teacher(teacher_directory: str) -> None:
-    """At the start it is the teacher up to the teacher's own rounding."""
+def test_student_is_float32_with_a_bfloat16_teacher(teacher_directory: str) -> None:
+    """At the start the student equals the teacher up to the teacher's rounding."""
     adapter = DiffusersAdapter(teacher_directory, torch_dtype="bfloat16")
     adapter.check()
     adapter.load()
@@ -233,7 +235,7 @@ def test_a_student_trains_in_float32_whatever_its_teacher(teacher_directory: str
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
-    network, given = train_a_little(student()), inputs()
+    network, given = perturb_weights(student()), inputs()
     t, r = torch.tensor([0.5, 0.9]), torch.tensor([0.1, 0.4])
     gradients = []
     for checkpointed in (False, True):
@@ -249,13 +251,13 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
         assert gradient.abs().sum() > 0, name
 
 
-def test_a_new_student_learns_the_interval_from_the_first_step() -> None:
+def test_interval_embedder_of_a_new_student_gets_a_gradient() -> None:
     network = student()
     network(timestep=torch.ones(2), timestep_r=torch.zeros(2), **inputs())[0].square().sum().backward()
     assert network.timestep_embedders[0].interval_embedder.linear_2.weight.grad.abs().sum() > 0
 
 
-def test_settings_are_checked() -> None:
+def test_invalid_interval_embedding_raises() -> None:
     with pytest.raises(ValueError, match="choose 'none', 'zero' or 'clone'"):
         TwoTimeFluxTransformer2DModel(**GEOMETRY, interval_embedding="other")
     with pytest.raises(ValueError, match="no interval embedder to reset"):
