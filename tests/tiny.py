@@ -1,4 +1,4 @@
-"""A FLUX pipeline so small that a test can afford it: random weights, the real one's geometry."""
+"""Tiny FLUX pipelines for tests: random weights, the architecture of FLUX.1."""
 
 import itertools
 from pathlib import Path
@@ -16,11 +16,11 @@ from lightning_distill.teachers.model_adapter import ModelAdapter
 WORDS = ["a", "red", "green", "circle", "square"]
 PROMPTS = ["a red circle", "a green square", "a circle"]
 FLUX_DEV_SHIFT = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
-"""Of FLUX.1-dev's scheduler_config.json."""
+"""Settings from the scheduler_config.json of FLUX.1-dev."""
 
 
 def tiny_vae() -> AutoencoderKL:
-    """Pictures of 32 x 32 to latents of 16 x 8 x 8."""
+    """An autoencoder from images of 32 x 32 pixels to latents (16, 8, 8)."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -38,7 +38,7 @@ def tiny_vae() -> AutoencoderKL:
 def tiny_pipeline(
     guidance_embeds: bool = False, scheduler: dict[str, Any] | None = None, num_attention_heads: int = 2
 ) -> FluxPipeline:
-    """Drawn from torch's global generator."""
+    """A FLUX pipeline with random weights from torch's global generator."""
     pipeline = build_flux_pipeline(
         tiny_vae(), WORDS, num_layers=1, num_single_layers=1, num_attention_heads=num_attention_heads, text_width=16
     )
@@ -52,7 +52,7 @@ def tiny_pipeline(
 
 
 def save_tiny_pipeline(directory: Path, **options: Any) -> str:
-    """Write a `tiny_pipeline` and return where."""
+    """Write a `tiny_pipeline` and return its directory."""
     tiny_pipeline(**options).save_pretrained(directory)
     return str(directory)
 
@@ -66,15 +66,15 @@ def load_adapter(directory: str, **options: Any) -> DiffusersAdapter:
 
 
 def noise(count: int, first_seed: int = 0, shape: tuple[int, ...] = (16, 8, 8)) -> Tensor:
-    """Latents (count, C, h, w) of noise, one seed a sample."""
+    """Noise (count, C, h, w) with one seed per sample."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(first_seed + i)) for i in range(count)])
 
 
 @torch.no_grad()
-def draw(
+def sample_images(
     adapter: ModelAdapter, student: torch.nn.Module, prompts: list[str], nfe: int, guidance_scale: float | None = None
 ) -> Tensor:
-    """Pictures in [0, 1], by the adapter's average velocities and the jumps of `flow`, and noise in between if it says so."""
+    """Sample images in [0, 1] with the adapter's average velocities and `flow_step`; re-noise if `stochastic_sampling`."""
     shape = adapter.latent_shape(32, 32)
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
 
@@ -91,8 +91,8 @@ def draw(
     return (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
 
 
-def train_a_little(network: torch.nn.Module) -> torch.nn.Module:
-    """Move every weight, the zeros of the interval embedder included, so that r matters."""
+def perturb_weights(network: torch.nn.Module) -> torch.nn.Module:
+    """Add noise to every weight, including the zeros of the interval embedder, so that the output depends on r."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -1,4 +1,4 @@
-"""Tiny FLUX pipelines, written once for all tests of the models."""
+"""Fixtures of tiny FLUX pipelines, written once per session."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,24 +11,24 @@ from tests.tiny import FLUX_DEV_SHIFT, load_adapter, save_tiny_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _modules_of_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A place of its own for code that transformers copies from checkpoints to one that all processes share."""
+def remote_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give each test process a separate cache for checkpoint code, which transformers copies to a shared directory."""
     with pytest.MonkeyPatch.context() as patch:
-        place = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
+        directory = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", directory)
         yield
 
 
 @pytest.fixture(scope="session")
 def teacher_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A stock FLUX pipeline without embedded guidance, as the embedded teacher."""
+    """A stock FLUX pipeline without embedded guidance, like that of `EmbeddedFluxAdapter`."""
     torch.manual_seed(0)
     return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "teacher", scheduler={"shift": 2.0})
 
 
 @pytest.fixture(scope="session")
 def guided_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A stock FLUX pipeline with embedded guidance and a shift by resolution, as FLUX.1-dev."""
+    """A stock FLUX pipeline with embedded guidance and a resolution-dependent shift, like FLUX.1-dev."""
     torch.manual_seed(1)
     path: Path = tmp_path_factory.mktemp("tiny") / "guided"
     return save_tiny_pipeline(path, guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
@@ -36,11 +36,11 @@ def guided_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def adapter(teacher_directory: str) -> DiffusersAdapter:
-    """Of the teacher without embedded guidance."""
+    """Adapter of the teacher without embedded guidance."""
     return load_adapter(teacher_directory)
 
 
 @pytest.fixture
 def guided_adapter(guided_directory: str) -> DiffusersAdapter:
-    """Of the teacher with embedded guidance."""
+    """Adapter of the teacher with embedded guidance."""
     return load_adapter(guided_directory)

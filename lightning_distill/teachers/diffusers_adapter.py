@@ -1,4 +1,4 @@
-"""Every family of diffusers pipelines that students are known for, from a directory or a hub id."""
+"""Adapter for diffusers pipelines of all supported families, from a directory or a hub id."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.students.few_step import FewStepPipeline
-from lightning_distill.students.lora_student import ADAPTER, add_lora, lora_layers, merged
+from lightning_distill.students.lora_student import ADAPTER, add_lora, lora_layers, merge_lora_weights
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers.families import FAMILIES, stock_options, two_time
-from lightning_distill.teachers.features import entering, evenly_spaced_layers, trunk, trunk_width
+from lightning_distill.teachers.features import evenly_spaced_layers, record_block_inputs, trunk, trunk_width
 from lightning_distill.teachers.fingerprint import fingerprint
 from lightning_distill.teachers.lora_directory import save_lora_student
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
@@ -37,19 +37,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class DiffusersAdapter(ModelAdapter):
-    """A pipeline of diffusers; its family is read from its directory.
+    """Adapter for a diffusers pipeline; `model_index.json` gives the family.
 
     Args:
         pretrained: A shipped name ("shapes-teacher"), a pipeline directory, or a hub id ("black-forest-labs/FLUX.1-dev").
         revision: Revision of a hub id.
-        torch_dtype: Precision of the frozen parts: "float32", "bfloat16" or "float16". Time embeddings, and the weights
-            that train, are float32 in any case.
-        max_sequence_length: Tokens that prompts are padded to, or None for what the checkpoint's tokenizer was made for.
-        attention_backend: Name of a diffusers attention backend for teacher and student ("native", "_native_math", "flash"),
-            or None for diffusers' choice, which an exported pipeline uses in any case.
+        torch_dtype: Dtype of the frozen weights: "float32", "bfloat16" or "float16". Time embeddings and trainable weights
+            are always float32.
+        max_sequence_length: Number of tokens to which prompts are padded. None: the length of the checkpoint's tokenizer.
+        attention_backend: Name of a diffusers attention backend for teacher and student ("native", "_native_math", "flash").
+            None: diffusers' default. Exported pipelines always use the default.
     """
 
-    shards: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -70,27 +70,45 @@ class DiffusersAdapter(ModelAdapter):
         self._encoders = True
         self.embeds_guidance = False
 
+    @property
+    def name(self) -> str:
+        """Name of the teacher in model cards: the shipped name, directory or hub id."""
+        return str(self.pretrained)
+
+    @property
+    def weights_dtype(self) -> str:
+        """Dtype of the frozen weights, such as "bfloat16"."""
+        return str(self.torch_dtype)
+
     def check(self) -> None:
-        """Raise `ConfigurationError` where the settings cannot work."""
+        """Check the settings before anything is loaded, and set `embeds_guidance`.
+
+        Raises:
+            ConfigurationError: If the settings cannot work.
+        """
         if self.torch_dtype not in DTYPES:
             raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
-        self._check_attention_backend()
+        self.check_attention_backend()
         name = self.pretrained
         check_location(name, self.revision)
         index = self._read(DiffusionPipeline, "model_index.json")
         kind = index.get("_class_name")
-        kind = kind[-1] if isinstance(kind, list) else kind  # a class that the directory brings along, as students do
+        kind = kind[-1] if isinstance(kind, list) else kind  # exported students name a module and its class
         if kind not in FAMILIES:
-            raise ConfigurationError(f"adapter.pretrained is {name!r}, a {kind}; give a pipeline of {', '.join(FAMILIES)}")
+            raise ConfigurationError(f"adapter.pretrained is {name!r}, a {kind}; set it to one of {', '.join(FAMILIES)}")
         self._family = FAMILIES[kind]
         self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
 
     def check_student(self, options: StudentOptions) -> None:
-        """Raise `ConfigurationError` where a policy, LoRA or a student to start from does not fit the transformer."""
+        """Check the options of a student before anything is loaded.
+
+        Raises:
+            ConfigurationError: If policy, LoRA or pretrained student do not fit the transformer.
+        """
         if options.policy_points > 1 and self.family.network_class.output_layer is None:
             raise ConfigurationError(
-                f"student.policy_points is {options.policy_points}, and {self.family.network_class.__name__} has no policies; "
-                "set it to 1"
+                f"student.policy_points is {options.policy_points}, but {self.family.network_class.__name__} does not support "
+                "policies; set it to 1"
             )
         if options.pretrained is not None:
             check_pretrained(options, self.family.network_class, student_config(self._transformer_config(), options))
@@ -107,33 +125,39 @@ class DiffusersAdapter(ModelAdapter):
             config: dict[str, Any] = kind.load_config(resolve_pretrained(self.pretrained), revision=self.revision, **where)
         except OSError as error:
             raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, whose {file} cannot be read; download the whole pipeline, "
+                f"adapter.pretrained is {self.pretrained!r}, whose {file} cannot be read; download the complete pipeline, "
                 "and log in if it is gated"
             ) from error
         return config
 
-    def _check_attention_backend(self) -> None:
+    def check_attention_backend(self) -> None:
+        """Check `attention_backend`.
+
+        Raises:
+            ConfigurationError: If diffusers has no backend of this name.
+        """
         known = [backend.value for backend in AttentionBackendName]
         if self.attention_backend is not None and self.attention_backend not in known:
             raise ConfigurationError(
                 f"adapter.attention_backend is {self.attention_backend!r}; choose one of {', '.join(known)}, or null"
             )
 
-    def _use_attention_backend(self, network: TwoTimeModel) -> None:
+    def use_attention_backend(self, network: TwoTimeModel) -> None:
+        """Set `attention_backend` in the attention layers of a network; no effect if it is None."""
         if self.attention_backend is None:
             return
-        # diffusers would make it the default of all models in the process; the context takes that back.
+        # diffusers also makes it the default of all models in the process; the context restores the previous default.
         with attention_backend(self.attention_backend):
             network.set_attention_backend(self.attention_backend)
 
     def load(self, encoders: bool = True) -> None:
-        """Load the text encoders and the autoencoder, frozen and in evaluation mode; without encoders the latter alone."""
-        spread = encoders and self.sharding is not None
-        pipeline = self._load_pipeline(encoders and not spread)
+        """Load the text encoders, if `encoders` is True, and the autoencoder, frozen and in evaluation mode."""
+        sharded = encoders and self.sharding is not None
+        pipeline = self._load_pipeline(encoders and not sharded)
         weights = {}
-        for name in filter(_is_text_encoder, self._components() if spread else []):
-            where = resolve_pretrained(self.pretrained), self.revision, name
-            encoder, weights[name] = meta_encoder(*where, DTYPES[self.torch_dtype])
+        for name in filter(_is_text_encoder, self._components() if sharded else []):
+            source = resolve_pretrained(self.pretrained), self.revision, name
+            encoder, weights[name] = meta_encoder(*source, DTYPES[self.torch_dtype])
             pipeline.register_modules(**{name: encoder})
         self.attach(pipeline, encoders)
         for name, stored in weights.items():
@@ -141,13 +165,13 @@ class DiffusersAdapter(ModelAdapter):
             self.sharding.shard_encoder(self.text_encoders()[name], stored)
 
     def _load_pipeline(self, encoders: bool) -> FewStepPipeline:
-        left_out = ["transformer", *(() if encoders else filter(_is_text_encoder, self._components()))]
+        skipped = ["transformer", *(() if encoders else filter(_is_text_encoder, self._components()))]
         pipeline: FewStepPipeline = self.family.from_pretrained(
             resolve_pretrained(self.pretrained),
             revision=self.revision,
             torch_dtype=DTYPES[self.torch_dtype],
             use_safetensors=True,
-            **dict.fromkeys(left_out),
+            **dict.fromkeys(skipped),
         )
         return pipeline
 
@@ -156,22 +180,22 @@ class DiffusersAdapter(ModelAdapter):
         return [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_") and value[0]]
 
     def attach(self, pipeline: FewStepPipeline, encoders: bool = True) -> None:
-        """Take over a pipeline's tokenizers, scheduler, text encoders and autoencoder, frozen.
+        """Use the tokenizers, scheduler, text encoders and autoencoder of a pipeline; freezes them.
 
         Args:
-            pipeline: Without its transformer.
-            encoders: As of `load`.
+            pipeline: A pipeline without transformer.
+            encoders: Whether prompts and images will be encoded. If not, the autoencoder is on the CPU except while it decodes.
         """
         self._pipeline, self._family, self._encoders = pipeline, type(pipeline), encoders
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-                if encoders:  # what is a part of this module moves to the GPU with it
+                if encoders:  # submodules move to the GPU together with the adapter
                     setattr(self, name, component)
 
     @property
     def family(self) -> type[FewStepPipeline]:
-        """How the family draws."""
+        """Few-step pipeline class of the family."""
         if self._family is None:
             self.check()
         assert self._family is not None
@@ -188,11 +212,11 @@ class DiffusersAdapter(ModelAdapter):
         """Load the transformer, frozen and in evaluation mode."""
         if self.sharding is not None:
             config = self._read(self.family.network_class, "transformer/config.json", subfolder="transformer")
-            weights = self._stored()
-            empty = meta_network(self.family.network_class, config, weights).to(DTYPES[self.torch_dtype])
-            self.adopt(empty)
-            self.sharding.shard(empty, weights)
-            return empty
+            weights = self._stored_weights()
+            network = meta_network(self.family.network_class, config, weights).to(DTYPES[self.torch_dtype])
+            self.prepare_teacher(network)
+            self.sharding.shard(network, weights)
+            return network
         teacher = self.family.network_class.from_pretrained(
             resolve_pretrained(self.pretrained),
             subfolder="transformer",
@@ -200,42 +224,42 @@ class DiffusersAdapter(ModelAdapter):
             torch_dtype=DTYPES[self.torch_dtype],
             use_safetensors=True,
         )
-        return self.adopt(teacher)
+        return self.prepare_teacher(teacher)
 
-    def adopt(self, network: nn.Module) -> nn.Module:
-        """Note whether a transformer embeds the guidance scale, and freeze it."""
+    def prepare_teacher(self, network: nn.Module) -> nn.Module:
+        """Freeze a transformer, set its attention backend, and set `embeds_guidance` from its configuration."""
         network = two_time(network)
         self.embeds_guidance = bool(network.config.get("guidance_embeds", False))
-        self._use_attention_backend(network)
+        self.use_attention_backend(network)
         return network.requires_grad_(False).eval()
 
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
-        """A trainable copy of the teacher, or LoRA on its own weights, with an interval input and, by default, smooth time."""
+        """Build a copy of the teacher, or LoRA on its weights, with an interval input and, by default, smooth time."""
         teacher = two_time(teacher)
         if self.sharding is None:
             student, report = build_student(teacher, options)
         elif options.lora is None:
-            parts = self._stored(options.pretrained), self.sharding
-            student, report = build_sharded_student(self.family.network_class, dict(teacher.config), options, *parts)
+            source = self._stored_weights(options.pretrained), self.sharding
+            student, report = build_sharded_student(self.family.network_class, dict(teacher.config), options, *source)
         else:
-            parts = self._stored(), self.sharding
-            student, report = build_sharded_lora(self.family.network_class, teacher, options, *parts)
-        self._use_attention_backend(student)
+            source = self._stored_weights(), self.sharding
+            student, report = build_sharded_lora(self.family.network_class, teacher, options, *source)
+        self.use_attention_backend(student)
         return student, report
 
     def meta_student(self, options: StudentOptions) -> nn.Module:
-        """A student as `build_student` makes it, whose weights take no memory, and without LoRA."""
+        """A student as from `build_student`, without LoRA, with parameters on the meta device."""
         with init_empty_weights(include_buffers=False):
             student: TwoTimeModel = self.family.network_class.from_config(student_config(self._transformer_config(), options))
         return student
 
-    def _stored(self, student: str | None = None) -> StoredWeights:
+    def _stored_weights(self, student: str | None = None) -> StoredWeights:
         if student is not None:
             return stored_component(resolve_pretrained(student), None, "transformer", "student.pretrained")[0]
         return stored_component(resolve_pretrained(self.pretrained), self.revision, "transformer")[0]
 
     def unsharded_copy(self, network: nn.Module) -> nn.Module:
-        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        """The network itself or, if it is sharded, an unsharded copy on the CPU of the first process."""
         if self.sharding is None:
             return network
         with init_empty_weights(include_buffers=False):
@@ -248,15 +272,15 @@ class DiffusersAdapter(ModelAdapter):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens that prompts are padded to."""
+        """Number of tokens to which prompts are padded."""
         return self.max_sequence_length or self.pipeline.sequence_length
 
     def encoding_settings(self) -> dict[str, Any]:
-        """What latents and conditions depend on: the pipeline, by its files or its hub id, and what it is asked."""
+        """Settings that determine latents and conditions: a fingerprint or the hub id of the pipeline, and its options."""
         pretrained, directory = self.pretrained, Path(resolve_pretrained(self.pretrained))
         if directory.is_dir():
-            parts = [name for name in self._components() if name not in ("transformer", "scheduler")]
-            pretrained = f"sha256:{fingerprint(directory, parts)}"
+            components = [name for name in self._components() if name not in ("transformer", "scheduler")]
+            pretrained = f"sha256:{fingerprint(directory, components)}"
         return {
             "pretrained": pretrained,
             "revision": self.revision,
@@ -265,11 +289,11 @@ class DiffusersAdapter(ModelAdapter):
         }
 
     def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts."""
+        """Encode B prompts; the empty prompt gives the null condition."""
         return self.pipeline.encode_condition(prompts, self.sequence_length)
 
     def text_encoders(self) -> dict[str, nn.Module]:
-        """Those of the pipeline, `text_encoder`, `text_encoder_2` and so on."""
+        """Text encoders of the pipeline: `text_encoder`, `text_encoder_2` and so on."""
         return {name: module for name, module in self.named_children() if _is_text_encoder(name)}
 
     @torch.no_grad()
@@ -293,7 +317,7 @@ class DiffusersAdapter(ModelAdapter):
         """Shape (C, h, w) of the latents of an image of H x W pixels.
 
         Raises:
-            ConfigurationError: If the size does not fit.
+            ConfigurationError: If the pipeline does not support the size.
         """
         try:
             return self.pipeline.latent_shape(height, width)
@@ -301,13 +325,13 @@ class DiffusersAdapter(ModelAdapter):
             raise ConfigurationError(str(error)) from error
 
     def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """The scheduler's shift, which may grow with the resolution."""
+        """Shift of the scheduler, which may increase with the resolution."""
         return self.pipeline.time_shift(latent_shape)
 
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None
     ) -> Tensor:
-        """Velocity (B, C, h, w) by one forward."""
+        """Velocity (B, C, h, w) from one forward pass."""
         return self.pipeline.average_velocity(two_time(network), x_t, None, t, condition, self._guidance(guidance_scale, t))
 
     def average_velocity(
@@ -319,7 +343,7 @@ class DiffusersAdapter(ModelAdapter):
         condition: Condition,
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+        """Average velocity (B, C, h, w) of the student from t down to r, from one forward pass."""
         return self.pipeline.average_velocity(two_time(student), x_t, r, t, condition, self._guidance(guidance_scale, t))
 
     def policy(
@@ -331,26 +355,26 @@ class DiffusersAdapter(ModelAdapter):
         condition: Condition,
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """A student's outputs for a whole step from t down to r, N velocities (B, N, C, h, w), by one forward."""
-        # The family makes latents of tokens row by row: the outputs are rows of a larger batch.
+        """Policy of the student for the step from t down to r: N velocities (B, N, C, h, w), from one forward pass."""
+        # The family converts tokens to latents row by row, so the N outputs are rows of a larger batch.
         outputs = self.pipeline.average_velocity(
             two_time(student), x_t, r, t, condition, self._guidance(guidance_scale, t), all_points=True
         )
         return outputs.unflatten(0, (len(x_t), -1))
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
-        """The guided velocity of two branches, (B, C, h, w) each, under scales (B,), as the family mixes them."""
+        """Guided velocity from two branches, (B, C, h, w) each, and scales (B,), with the family's formula."""
         return self.pipeline.mix_guidance(v_cond, v_null, scale)
 
     def feature_widths(self, layers: Sequence[int] | None = None) -> dict[int, int]:
-        """Width D of the tokens that enter each of these transformer blocks; None is four of them."""
+        """Width D of the tokens that enter each of the given blocks; None: four evenly spaced blocks."""
         config = self._transformer_config()
         with torch.device("meta"):
             depth = len(trunk(self.family.network_class.from_config(config)))
         if layers is not None and (not layers or min(layers) < 0 or max(layers) >= depth):
             raise ConfigurationError(
-                f"layers of features are {list(layers)}, and this transformer has blocks 0 to {depth - 1}; name some of "
-                "them, or set them to null"
+                f"layers for features are {list(layers)}, but this transformer has blocks 0 to {depth - 1}; choose from these, "
+                "or set layers to null"
             )
         return dict.fromkeys(evenly_spaced_layers(depth) if layers is None else layers, trunk_width(config))
 
@@ -364,44 +388,46 @@ class DiffusersAdapter(ModelAdapter):
         layers: Sequence[int],
         guidance_scale: Tensor | float | None = None,
     ) -> list[Tensor]:
-        """Tokens (B, N, D) that enter these transformer blocks in one forward."""
-        with entering(network, layers) as found:
+        """Tokens (B, N, D) that enter the given blocks in one forward pass."""
+        with record_block_inputs(network, layers) as inputs:
             self.pipeline.average_velocity(two_time(network), x_t, r, t, condition, self._guidance(guidance_scale, t))
-        return [found[layer] for layer in layers]
+        return [inputs[layer] for layer in layers]
 
     def _guidance(self, scale: Tensor | float | None, t: Tensor) -> Tensor | None:
         if not self.embeds_guidance:
             return None
         if scale is None:
-            raise ConfigurationError("this checkpoint embeds the guidance scale; set guidance.scale, 3.5 is usual")
+            raise ConfigurationError(
+                "guidance.scale is not set, but this checkpoint embeds the guidance scale; set it (3.5 is usual)"
+            )
         return torch.as_tensor(scale, device=t.device, dtype=torch.float32).expand(len(t))
 
     def stock_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        """Arguments by which the pipeline of `save_teacher` draws as training does, besides prompt, steps and size."""
+        """Arguments that make the pipeline of `save_teacher` sample as in training, besides prompt, steps and size."""
         guidance = self.family.stock_guidance(guidance_scale, self.embeds_guidance)
         return guidance | stock_options(self.family.stock_class, self.sequence_length)
 
     def save_student(self, student: nn.Module, directory: Path) -> None:
-        """Write the family's few-step pipeline, which loads with `trust_remote_code=True`."""
-        how = self.sequence_length, self.stochastic_sampling
-        save_few_step_pipeline(self._full_pipeline(), two_time(student), *how, directory)
+        """Write the few-step pipeline of the family, which loads with `trust_remote_code=True`."""
+        settings = self.sequence_length, self.stochastic_sampling
+        save_few_step_pipeline(self._full_pipeline(), two_time(student), *settings, directory)
 
     def merge_lora(self, student: nn.Module) -> nn.Module:
-        """A plain student in place of one with LoRA, in float32 on the CPU; any other as it is."""
-        return merged(two_time(student)) if lora_layers(student) else student
+        """Merge LoRA updates into the weights, in float32 on the CPU; returns the student itself if it has no LoRA."""
+        return merge_lora_weights(two_time(student)) if lora_layers(student) else student
 
     def save_lora(self, student: nn.Module, directory: Path) -> None:
-        """Write a LoRA student without its base, as `load_lora_student` reads it."""
-        origin = self.pretrained if self.revision is None else f"{self.pretrained}@{self.revision}"
-        how = self.sequence_length, self.stochastic_sampling
-        save_lora_student(self.pipeline, two_time(student), *how, origin, directory)
+        """Write a LoRA student without its base model, for `load_lora_student`."""
+        base_model = self.pretrained if self.revision is None else f"{self.pretrained}@{self.revision}"
+        settings = self.sequence_length, self.stochastic_sampling
+        save_lora_student(self.pipeline, two_time(student), *settings, base_model, directory)
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
-        """Write the family's stock pipeline."""
+        """Write the stock pipeline of the family."""
         save_stock_pipeline(self._full_pipeline(), two_time(network), directory)
 
     def _full_pipeline(self) -> FewStepPipeline:
-        """With whole text encoders, which are loaded now where training did without, or had spread them over processes."""
+        """The pipeline with unsharded text encoders; loads them if training has none, or has sharded ones."""
         return self.pipeline if self._encoders and self.sharding is None else self._load_pipeline(encoders=True)
 
 

@@ -1,4 +1,4 @@
-"""A FLUX pipeline small enough for a laptop, built from nothing."""
+"""A laptop-sized FLUX pipeline with random weights."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,14 +23,14 @@ PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def build_tokenizer(words: Iterable[str], max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words that ends every prompt with an end-of-sequence token.
+    """A word-level tokenizer that appends an end-of-sequence token to every prompt.
 
     Args:
         words: The vocabulary.
-        max_length: Longest prompt in tokens, its end included.
+        max_length: Largest number of tokens of a prompt, including the end-of-sequence token.
     """
     vocabulary = {word: i for i, word in enumerate([PAD, UNKNOWN, EOS, *words])}
-    # Ids 0 to 2 are special; CLIP treats an eos id of 2 as a legacy mark, so eos goes to the end of the vocabulary.
+    # Ids 0 to 2 are special tokens. CLIP treats an eos id of 2 as a legacy marker, so eos is last in the vocabulary.
     vocabulary[EOS] = len(vocabulary)
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Whitespace()
@@ -53,19 +53,19 @@ def build_flux_pipeline(
     text_width: int = 64,
     shift: float = 1.0,
 ) -> FluxPipeline:
-    """A FLUX pipeline with random weights and the real one's geometry: both text encoders, 2 x 2 packing, both block kinds.
+    """A FLUX pipeline with random weights and the architecture of FLUX.1: both text encoders, 2 x 2 packing, both block types.
 
     Args:
-        vae: The autoencoder; its latent channels set the width of the image tokens.
+        vae: The autoencoder; its latent channels determine the width of the image tokens.
         words: Vocabulary of the prompts.
-        max_length: Tokens a prompt is padded to.
-        num_layers: Joint blocks.
-        num_single_layers: Single blocks.
-        num_attention_heads: Heads of a block.
-        attention_head_dim: Width of a head.
-        axes_dims_rope: How the head's width is split over (text, row, column) positions.
+        max_length: Number of tokens to which prompts are padded.
+        num_layers: Number of joint blocks.
+        num_single_layers: Number of single blocks.
+        num_attention_heads: Number of attention heads per block.
+        attention_head_dim: Width of an attention head.
+        axes_dims_rope: Split of the head width over (text, row, column) positions.
         text_width: Width of both text encoders.
-        shift: Shift of the scheduler's grid of times; 1 is uniform.
+        shift: Shift of the scheduler's time grid; 1 is uniform.
     """
     tokenizer = build_tokenizer(words, max_length)
     eos = tokenizer.convert_tokens_to_ids(EOS)
@@ -105,7 +105,7 @@ def build_flux_pipeline(
         axes_dims_rope=axes_dims_rope,
     )
     encoder = T5EncoderModel(t5)
-    look_at_neighbours(encoder)
+    bias_heads_to_neighbours(encoder)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         vae=vae,
@@ -118,36 +118,37 @@ def build_flux_pipeline(
 
 
 @torch.no_grad()
-def look_at_neighbours(encoder: T5EncoderModel, strength: float = 3.0) -> None:
-    """Let one head of a T5 encoder start out looking a word back, one a word ahead, and one two words back.
+def bias_heads_to_neighbours(encoder: T5EncoderModel, strength: float = 3.0) -> None:
+    """Initialise three T5 heads to attend to the previous word, the next word, and the word two positions back.
 
-    FLUX gives all text tokens one position, so the order of words reaches the transformer through these biases alone. From
-    T5's own initialisation a short training does not find them, and "a red circle and a blue square" stays a bag of words.
+    FLUX gives all text tokens the same position, so word order reaches the transformer only through these relative position
+    biases. A short training from T5's default initialisation does not learn them: "a red circle and a blue square" remains
+    a bag of words.
 
     Args:
-        encoder: Of at least 3 heads; its other heads stay as they are.
-        strength: Logit that the chosen word gains over all others.
+        encoder: An encoder with at least 3 heads; other heads do not change.
+        strength: Attention logit of the chosen word relative to all others.
     """
     bias = encoder.get_submodule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias").weight
-    ahead = len(bias) // 2  # buckets from here on are words after the one that looks
+    ahead = len(bias) // 2  # buckets from here on are keys after the query
     for head, bucket in enumerate((1, ahead + 1, 2)):
         bias[:, head] = 0.0
         bias[bucket, head] = strength
 
 
 class EmbeddedFluxAdapter(DiffusersAdapter):
-    """A FLUX of laptop size with random weights, around a trained autoencoder: where training a teacher starts.
+    """Adapter for a laptop-sized FLUX with random weights and a trained autoencoder, for training a teacher from scratch.
 
     Args:
         vae: Directory of the trained `AutoencoderKL`.
         words: Vocabulary of the prompts.
-        max_length: Tokens a prompt is padded to.
-        num_layers: Joint blocks.
-        num_single_layers: Single blocks.
-        num_attention_heads: Heads of a block, each of width 32.
+        max_length: Number of tokens to which prompts are padded.
+        num_layers: Number of joint blocks.
+        num_single_layers: Number of single blocks.
+        num_attention_heads: Number of attention heads per block, each of width 32.
         text_width: Width of both text encoders.
-        shift: Shift of the scheduler's grid of times; 1 is uniform.
-        attention_backend: Name of a diffusers attention backend, or None for diffusers' choice.
+        shift: Shift of the scheduler's time grid; 1 is uniform.
+        attention_backend: Name of a diffusers attention backend. None: diffusers' default.
     """
 
     def __init__(
@@ -175,30 +176,38 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
         self._transformer: nn.Module | None = None
 
     def check(self) -> None:
-        """Raise `ConfigurationError` where there is no autoencoder, or the settings cannot work."""
-        self._check_attention_backend()
+        """Check the settings before anything is loaded.
+
+        Raises:
+            ConfigurationError: If the directory has no autoencoder, or diffusers has no such attention backend.
+        """
+        self.check_attention_backend()
         if not (Path(self.pretrained) / "config.json").is_file():
             raise ConfigurationError(
-                f"adapter.vae is {self.pretrained!r}, which holds no autoencoder; train one with fit --config shapes_vae.yaml"
+                f"adapter.vae is {self.pretrained!r}, which has no autoencoder; train one with fit --config shapes_vae.yaml"
             )
 
     def check_student(self, options: StudentOptions) -> None:
-        """Refuse LoRA, other times, and students to start from: there are no weights to keep."""
+        """Check the options of a student: the teacher has random weights, so it cannot be a base for the options.
+
+        Raises:
+            ConfigurationError: If LoRA, a policy, rescaled times or a pretrained student are set.
+        """
         ModelAdapter.check_student(self, options)
 
     def encoding_settings(self) -> dict[str, Any]:
-        """There are none: text encoders that are drawn at every start encode nothing twice.
+        """Not available: every start initialises the text encoders randomly, so encodings are not reproducible.
 
         Raises:
             ConfigurationError: Always.
         """
         raise ConfigurationError(
-            "adapter is EmbeddedFluxAdapter, which draws its text encoders anew at every start, so that nothing encoded before "
-            "fits them; train from pictures, or take DiffusersAdapter"
+            "adapter is EmbeddedFluxAdapter, whose text encoders get new random weights at every start, so precomputed "
+            "encodings do not fit; train from images, or set adapter to DiffusersAdapter"
         )
 
     def load(self, encoders: bool = True) -> None:
-        """Build the pipeline around the autoencoder, with weights drawn from torch's global generator."""
+        """Build the pipeline around the autoencoder, with random weights from torch's global generator."""
         if not encoders:
             self.encoding_settings()
         vae = AutoencoderKL.from_pretrained(self.pretrained)
@@ -207,7 +216,7 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
         self.attach(TwoTimeFluxPipeline(**{**pipeline.components, "transformer": None}))
 
     def load_teacher(self) -> nn.Module:
-        """The transformer with random weights."""
+        """The transformer with random weights, frozen and in evaluation mode."""
         if self._transformer is None:
             raise RuntimeError("the adapter is not loaded yet; call load() first")
-        return self.adopt(self._transformer)
+        return self.prepare_teacher(self._transformer)

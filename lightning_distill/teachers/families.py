@@ -1,4 +1,4 @@
-"""Families of diffusers pipelines that students are known for."""
+"""Families of diffusers pipelines with a two-time student."""
 
 import inspect
 from typing import Any
@@ -29,18 +29,22 @@ FAMILIES: dict[str, type[FewStepPipeline]] = {
         TwoTimeZImagePipeline,
     )
 }
-"""By the name of the stock pipeline."""
+"""Few-step pipeline classes by the name of the stock pipeline class."""
 
 
 def two_time(network: nn.Module) -> TwoTimeModel:
-    """The network itself, which must be one that an adapter made."""
+    """Narrow the type of a network.
+
+    Raises:
+        TypeError: If it is not a two-time transformer.
+    """
     if not isinstance(network, TwoTimeModel):
-        raise TypeError(f"DiffusersAdapter works with its own transformers, not with {type(network).__name__}")
+        raise TypeError(f"DiffusersAdapter needs a two-time transformer, not a {type(network).__name__}")
     return network
 
 
 def stock_options(kind: type[DiffusionPipeline], max_sequence_length: int) -> dict[str, Any]:
-    """Arguments by which a stock pipeline pads its prompts as training does, and draws in the size that is asked for."""
+    """Arguments that make a stock pipeline pad prompts as in training, and sample in the requested image size."""
     options = {"max_sequence_length": max_sequence_length, "use_resolution_binning": False}
     known = inspect.signature(kind.__call__).parameters
     return {name: value for name, value in options.items() if name in known}

@@ -1,4 +1,4 @@
-"""Telling one pipeline directory from another without reading all of it."""
+"""Fingerprints of pipeline directories, without reading all their bytes."""
 
 import hashlib
 import os
@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SAMPLE = 1 << 20
-"""Bytes that are read of a file's start and of its end."""
+"""Number of bytes read at the start of a file, and at its end."""
 
 
 def fingerprint(directory: Path, components: Iterable[str]) -> str:
-    """A digest, of 16 digits, of the files of some components, wherever the directory lies.
+    """A digest (16 hexadecimal digits) of the files of some components; it does not depend on the directory's path.
 
-    Of each file its name, its size, its first and its last mebibyte count: settings and tokenizers are read whole, and
-    of weights enough to see that they were trained further, in milliseconds.
+    The digest covers the name, the size, and the first and last mebibyte of each file. It thus covers settings and
+    tokenizers completely, and enough of the weights to detect further training. Computing it takes milliseconds.
 
     Args:
-        directory: Of a pipeline.
-        components: Names of its subdirectories.
+        directory: Directory of a pipeline.
+        components: Names of subdirectories.
     """
     digest = hashlib.sha256()
     for component in sorted(components):

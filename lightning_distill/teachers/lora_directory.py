@@ -1,4 +1,4 @@
-"""Directories of LoRA students: what they train, without their base, and the code that puts the two together."""
+"""Write directories of LoRA students: trained weights without the base model, and the code that combines them."""
 
 import inspect
 import json
@@ -25,9 +25,9 @@ from lightning_distill.students.lora_student import (
 from lightning_distill.students.two_time import TwoTimeModel
 
 CODE = "few_step_student"
-"""Folder of the code: a package that is imported from the directory."""
+"""Folder of the code, a package that users import from the directory."""
 SAMPLED_LAYERS = 8
-"""Layers of the base of which some weights are written, so that another base is refused."""
+"""Number of base layers with stored sample weights, by which loading detects a different base model."""
 
 
 def save_lora_student(
@@ -38,15 +38,15 @@ def save_lora_student(
     base_model: str,
     directory: Path,
 ) -> None:
-    """Write what `load_lora_student` puts on the base again.
+    """Write a LoRA student without its base model, for `load_lora_student`.
 
     Args:
-        pipeline: The teacher's.
+        pipeline: Pipeline of the teacher.
         student: A network of the pipeline's `network_class` with LoRA.
-        max_sequence_length: Tokens that the student's prompts were padded to.
-        stochastic_sampling: Whether its steps go to data and back by fresh noise.
-        base_model: Hub id, shipped name or directory of the teacher; of a directory only its name is written.
-        directory: Where to; made if it is not there.
+        max_sequence_length: Number of tokens to which training padded prompts.
+        stochastic_sampling: Whether each step predicts x0 and re-noises.
+        base_model: Hub id, shipped name or directory of the teacher. Only the last part of a directory is written.
+        directory: Output directory; created if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lora = {f"{PREFIX}{name}": value.contiguous() for name, value in lora_weights(student).items()}

@@ -1,4 +1,4 @@
-"""What a teacher family implements: everything a method needs to know about a model, and nothing about objectives."""
+"""The interface of a teacher family: encoding, velocities, networks and exports, independent of training objectives."""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,66 +19,87 @@ from lightning_distill.teachers.student_options import StudentOptions
 from lightning_distill.teachers.usage import DIFFUSERS_CODE, ExportCode
 
 Condition = dict[str, Tensor]
-"""What the network is told about the prompts: named tensors, all with the batch in front."""
+"""Network inputs that encode the prompts: named tensors whose first dimension is the batch."""
 
 
 class ModelAdapter(nn.Module, ABC):
-    """One family of text-to-image flow models, seen by the methods as latents, conditions and velocities.
+    """One family of text-to-image flow models; methods see latents, conditions and velocities.
 
-    Latents are (B, C, h, w), normalised to about unit scale; `t` and `r` are (B,), float32, in [0, 1], and 1 is noise. The
-    adapter holds the frozen text encoders and the autoencoder; the networks that are distilled are handed out and passed
-    back in, so that a method decides what trains, is averaged, sharded and saved.
+    Latents are (B, C, h, w), normalised to about unit scale. `t` and `r` are (B,), float32, in [0, 1], and 1 is noise.
+
+    The adapter owns the frozen text encoders and the autoencoder. It does not own the networks: it returns them and receives
+    them as arguments. The method decides which networks are trained, have an EMA, are sharded and are saved.
     """
 
     embeds_guidance: bool = False
-    """Whether the checkpoint takes the guidance scale as an input; otherwise guidance costs a second branch."""
+    """Whether the checkpoint takes the guidance scale as an input. If not, guidance needs a second branch."""
 
-    shards: ClassVar[bool] = False
-    """Whether networks can be spread over processes by `sharding`."""
+    supports_sharding: ClassVar[bool] = False
+    """Whether `sharding` can shard the networks over processes."""
     sharding: Sharding | None = None
-    """The strategy that spreads networks over processes as they are loaded and built, or None where each has them whole."""
+    """Strategy that shards networks when they are loaded and built. None: every process has unsharded networks."""
 
     stochastic_sampling: bool = False
-    """Whether the students it writes go to data and back by fresh noise in each step, as consistency models do."""
+    """Whether exported students predict x0 and re-noise in each step, as consistency models do."""
 
     export_code: ClassVar[ExportCode] = DIFFUSERS_CODE
-    """How its exports are used."""
+    """Code snippets for the model cards of exports."""
 
     teacher_time_frequency: ClassVar[float] = 1000.0
-    """Largest angular frequency of the teacher's own features of t, in rad per unit of t."""
+    """Largest angular frequency of the teacher's features of t, in rad per unit of t."""
+
+    @property
+    def name(self) -> str:
+        """Name of the teacher in model cards: hub id, shipped name or directory. The class name if it has none of them."""
+        return type(self).__name__
+
+    @property
+    def weights_dtype(self) -> str:
+        """Dtype of the frozen weights, such as "bfloat16"."""
+        return "float32"
 
     def time_frequency(self, options: StudentOptions) -> float:
-        """Of the student's features of t, in rad per unit of t: what a difference in time must resolve."""
+        """Largest angular frequency of the student's features of t, in rad per unit of t.
+
+        Finite differences in time must resolve this frequency.
+        """
         if options.time_embedding == "smooth":
             return options.frequency_bound
         if options.time_embedding == "rescaled":
-            # A network that has learned to make do with features this slow depends on t more sharply than they do.
+            # The network has adapted to these slow features, so it depends on t more sharply than the features do.
             return max(self.teacher_time_frequency / 1000, math.tau)
         return self.teacher_time_frequency
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `ConfigurationError` where the settings cannot work; before anything is loaded. Sets `embeds_guidance`."""
+        """Check the settings before anything is loaded, and set `embeds_guidance`.
+
+        Raises:
+            ConfigurationError: If the settings cannot work.
+        """
 
     def check_student(self, options: StudentOptions) -> None:
-        """Raise `ConfigurationError` where a student of these options cannot be built; before anything is loaded."""
+        """Check the options of a student before anything is loaded.
+
+        Raises:
+            ConfigurationError: If the family cannot build a student with these options.
+        """
         if options.lora is not None:
             raise ConfigurationError(
-                f"student.lora is set, and {type(self).__name__} makes students that train as a whole; set it to null"
+                f"student.lora is set, but {type(self).__name__} does not support LoRA; set student.lora to null"
             )
         if options.policy_points > 1:
             raise ConfigurationError(
-                f"student.policy_points is {options.policy_points}, and {type(self).__name__} makes students without policies; "
+                f"student.policy_points is {options.policy_points}, but {type(self).__name__} does not support policies; "
                 "set it to 1"
             )
         if options.time_embedding == "rescaled":
             raise ConfigurationError(
-                f"student.time_embedding is rescaled, which {type(self).__name__} has not; choose smooth or original"
+                f"student.time_embedding is rescaled, which {type(self).__name__} does not support; choose smooth or original"
             )
         if options.pretrained is not None:
             raise ConfigurationError(
-                f"student.pretrained is set, and {type(self).__name__} makes students that start as their teacher; set it to "
-                "null"
+                f"student.pretrained is set, but students of {type(self).__name__} start from their teacher; set it to null"
             )
 
     @abstractmethod
@@ -86,8 +107,8 @@ class ModelAdapter(nn.Module, ABC):
         """Load the text encoders and the autoencoder, frozen and in evaluation mode.
 
         Args:
-            encoders: Whether prompts and pictures will be encoded. Where they come encoded, there are no text encoders, and
-                the autoencoder stays on the CPU, but for the time that it decodes; what is saved is whole in any case.
+            encoders: Whether prompts and images will be encoded. If not, the text encoders are not loaded, and the
+                autoencoder is on the CPU except while it decodes. Exports have all components in either case.
         """
 
     @abstractmethod
@@ -96,41 +117,43 @@ class ModelAdapter(nn.Module, ABC):
 
     @abstractmethod
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
-        """A trainable copy of the teacher that takes (r, t), or, with LoRA, a network on the teacher's own weights.
+        """Build a trainable network of (r, t): a copy of the teacher, or, with LoRA, a network that shares its weights.
 
         Returns:
-            The student, and how well its refitted time embedder follows the teacher's (None if it was not refitted here).
+            The student, and the fit of its time embedder to the teacher's (None if this call did not refit it).
         """
 
     def unsharded_copy(self, network: nn.Module) -> nn.Module:
-        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        """The network itself or, if it is sharded, an unsharded copy on the CPU of the first process."""
         return network
 
     def meta_student(self, options: StudentOptions) -> nn.Module:
-        """A student as `build_student` makes it, whose weights take no memory, and without LoRA.
+        """A student as from `build_student`, without LoRA, with parameters on the meta device.
 
         Raises:
-            ConfigurationError: If the family has none.
+            ConfigurationError: If the family cannot export checkpoints.
         """
         raise ConfigurationError(
-            f"adapter is {type(self).__name__}, which does not export checkpoints; let ExportPipeline do it at the end of fit"
+            f"adapter is {type(self).__name__}, which cannot export checkpoints; export with ExportPipeline at the end of fit"
         )
 
     @abstractmethod
     def encoding_settings(self) -> dict[str, Any]:
-        """What latents and conditions depend on, as plain values by name, so that those of another teacher can be told.
+        """Settings that determine latents and conditions, as plain values by name.
+
+        Precomputed data is compared by them, to detect data of another teacher.
 
         Raises:
-            ConfigurationError: If there is nothing to tell them by.
+            ConfigurationError: If no settings identify the encodings.
         """
 
     @abstractmethod
     def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts; the empty prompt gives the null condition of classifier-free guidance."""
+        """Encode B prompts; the empty prompt gives the null condition of classifier-free guidance."""
 
     @abstractmethod
     def text_encoders(self) -> dict[str, nn.Module]:
-        """The text encoders by name, for methods that train them."""
+        """Text encoders by name, for methods that train them."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
@@ -149,14 +172,14 @@ class ModelAdapter(nn.Module, ABC):
         """Shift of the family's sampling grid for latents (C, h, w), as in `flow.shift_times`; it may depend on their size."""
 
     def time_grid(self, nfe: int, latent_shape: tuple[int, ...]) -> Tensor:
-        """Times (nfe + 1,) of sampling, from 1 down to 0, float32 on the CPU."""
+        """Sampling times (nfe + 1,), from 1 down to 0, float32 on the CPU."""
         return step_grid(nfe, self.time_shift(latent_shape))
 
     @abstractmethod
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None
     ) -> Tensor:
-        """Velocity (B, C, h, w) by one forward; the guidance scale goes in where the checkpoint embeds it."""
+        """Velocity (B, C, h, w) from one forward pass; the guidance scale is an input if the checkpoint embeds it."""
 
     @abstractmethod
     def average_velocity(
@@ -168,7 +191,7 @@ class ModelAdapter(nn.Module, ABC):
         condition: Condition,
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+        """Average velocity (B, C, h, w) of the student from t down to r, from one forward pass."""
 
     def policy(
         self,
@@ -179,31 +202,33 @@ class ModelAdapter(nn.Module, ABC):
         condition: Condition,
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """A student's outputs for a whole step from t down to r, N velocities (B, N, C, h, w), by one forward.
+        """Policy of the student for the step from t down to r: N velocities (B, N, C, h, w), from one forward pass.
 
         Args:
-            student: With `StudentOptions.policy_points` above 1, which is N.
-            x_t: (B, C, h, w).
-            r: (B,).
-            t: (B,).
-            condition: Of the prompts.
-            guidance_scale: Goes in where the checkpoint embeds it.
+            student: A student with `StudentOptions.policy_points` N above 1.
+            x_t: Latents (B, C, h, w).
+            r: End times (B,).
+            t: Start times (B,).
+            condition: Encoded prompts.
+            guidance_scale: Network input if the checkpoint embeds it.
 
         Raises:
             ConfigurationError: If the family's students have no policies.
         """
-        raise ConfigurationError(f"{type(self).__name__} knows no students with policies; choose another method than PiFlow")
+        raise ConfigurationError(
+            f"adapter is {type(self).__name__}, whose students have no policies; choose a method other than PiFlow"
+        )
 
     def feature_widths(self, layers: Sequence[int] | None = None) -> dict[int, int]:
-        """Width D of the features that enter each of these layers of a network; before anything is loaded.
+        """Width D of the tokens that enter each of the given blocks; does not need a loaded adapter.
 
         Args:
-            layers: Places of transformer blocks, from 0; None is four of them, the last and others evenly before it.
+            layers: Indices of transformer blocks, from 0. None: four evenly spaced blocks that end with the last.
 
         Raises:
-            ConfigurationError: If there is no such layer, or the adapter shows no features.
+            ConfigurationError: If a block does not exist, or the adapter provides no features.
         """
-        raise self._has_no_features()
+        raise self._no_features_error()
 
     def features(
         self,
@@ -215,64 +240,65 @@ class ModelAdapter(nn.Module, ABC):
         layers: Sequence[int],
         guidance_scale: Tensor | float | None = None,
     ) -> list[Tensor]:
-        """Tokens (B, N, D) that enter some layers in one forward, with gradients to x_t and the network where they are on.
+        """Tokens (B, N, D) that enter the given blocks in one forward pass.
 
-        They are the image's, and, where a block takes both in one sequence, the prompt's as well.
+        Gradients reach x_t and the network if they are enabled. A block that takes image and prompt in one sequence gives
+        the tokens of both; other blocks give those of the image.
 
         Args:
-            network: Teacher, student or a critic.
-            x_t: (B, C, h, w).
-            r: Ends (B,) of a network of two times; None is the velocity at t.
-            t: (B,).
-            condition: Of the prompts.
-            layers: As of `feature_widths`.
-            guidance_scale: Goes in where the checkpoint embeds it.
+            network: Teacher, student or critic.
+            x_t: Latents (B, C, h, w).
+            r: End times (B,) for a two-time network. None: the network computes the velocity at t.
+            t: Start times (B,).
+            condition: Encoded prompts.
+            layers: Indices of transformer blocks, from 0.
+            guidance_scale: Network input if the checkpoint embeds it.
 
         Raises:
-            ConfigurationError: If the adapter shows none.
+            ConfigurationError: If the adapter provides no features.
         """
-        raise self._has_no_features()
+        raise self._no_features_error()
 
-    def _has_no_features(self) -> ConfigurationError:
+    def _no_features_error(self) -> ConfigurationError:
         return ConfigurationError(
-            f"adapter is {type(self).__name__}, which does not show the features that discriminators look at; choose a method "
-            "without one, or take DiffusersAdapter"
+            f"adapter is {type(self).__name__}, which provides no features for discriminators; choose a method without a "
+            "discriminator, or set adapter to DiffusersAdapter"
         )
 
     @abstractmethod
     def save_student(self, student: nn.Module, directory: Path) -> None:
-        """Write the student as its library loads it, with all its components and the code it needs."""
+        """Write the student in the format of its library, with all components and the code that it needs."""
 
     def merge_lora(self, student: nn.Module) -> nn.Module:
-        """A student whose low-rank updates are part of its weights; the student itself if it has none."""
+        """Merge the low-rank updates into the weights; returns the student itself if it has no LoRA."""
         return student
 
     def save_lora(self, student: nn.Module, directory: Path) -> None:
-        """Write the weights alone that a LoRA student trains, and what it takes to put them on their base again.
+        """Write only the trained weights of a LoRA student, with the settings and code to load them onto the base model.
 
         Raises:
-            ConfigurationError: If the adapter makes no such students.
+            ConfigurationError: If the adapter does not support LoRA.
         """
-        raise ConfigurationError(f"{type(self).__name__} makes no students with LoRA; export this one as a whole")
+        raise ConfigurationError(f"adapter is {type(self).__name__}, which does not support LoRA; export the full student")
 
     @abstractmethod
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
-        """Write a network of one time as its library loads it without further code, with all its components."""
+        """Write a one-time network in the format of its library, with all components; loading needs no extra code."""
 
     def frozen_routing(self) -> AbstractContextManager[Any]:
-        """A context in which all passes of a network decide alike where it chooses, as mixtures of experts do."""
+        """Context with frozen routing: all forward passes make the same discrete choices, as for mixtures of experts."""
         return nullcontext()
 
-    def null_for(self, condition: Condition, null_condition: Condition) -> Condition:
-        """The condition of guidance's second branch, of the prompts' own or, as here, that of the empty prompt."""
+    def null_condition_for(self, condition: Condition, null_condition: Condition) -> Condition:
+        """Condition of the null branch of guidance: that of the empty prompt, unless the family derives it from the prompts."""
         return null_condition
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
-        """The guided velocity of two branches, (B, C, h, w) each, under scales (B,): `v_null + scale (v_cond - v_null)`."""
+        """Guided velocity from two branches, (B, C, h, w) each, and scales (B,): `v_null + scale (v_cond - v_null)`."""
         return classifier_free(v_cond, v_null, scale)
 
     def stock_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        """Arguments by which the pipeline of `save_teacher` draws as training does, besides prompt, steps and size."""
+        """Arguments that make the pipeline of `save_teacher` sample as in training, besides prompt, steps and size."""
         return {}
 
     def guided_velocity(
@@ -285,25 +311,25 @@ class ModelAdapter(nn.Module, ABC):
         guidance_scale: Tensor | float,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
-        """Velocity under guidance: embedded where the checkpoint takes it, else by two branches (arXiv 2207.12598).
+        """Velocity with guidance: embedded if the checkpoint supports it, else from two branches (arXiv 2207.12598).
 
         Args:
             network: A teacher.
-            x_t: (B, C, h, w).
-            t: (B,).
-            condition: Of the prompts.
-            null_condition: Of the empty prompt, likewise of B rows.
+            x_t: Latents (B, C, h, w).
+            t: Times (B,).
+            condition: Encoded prompts, B rows.
+            null_condition: The encoded empty prompt, B rows.
             guidance_scale: w of `v_null + w (v_c - v_null)`; 1 is no guidance. A number or (B,).
-            guidance_interval: Times between which two-branch guidance applies (arXiv 2404.07724).
+            guidance_interval: Interval of t in which two-branch guidance applies (arXiv 2404.07724).
         """
         if self.embeds_guidance:
             return self.velocity(network, x_t, t, condition, guidance_scale)
         if isinstance(guidance_scale, float | int) and guidance_scale == 1:
             return self.velocity(network, x_t, t, condition)
-        # The second branch is computed for the rows that are guided only.
+        # The null branch is only computed for the rows with guidance.
         scale = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))
         rows = (inside_interval(t, guidance_interval) & (scale != 1)).nonzero()[:, 0]
-        null = self.null_for(condition, null_condition)
+        null = self.null_condition_for(condition, null_condition)
         both = {name: torch.cat([value, null[name][rows]]) for name, value in condition.items()}
         v = self.velocity(network, torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         v_cond, v_null = v.split([len(x_t), len(rows)])

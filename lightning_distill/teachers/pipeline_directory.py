@@ -1,4 +1,4 @@
-"""Diffusers pipeline directories: students with the code they need, teachers in stock form."""
+"""Write diffusers pipeline directories: students with the code that they need, teachers as stock pipelines."""
 
 import inspect
 import json
@@ -20,18 +20,18 @@ TWO_TIME_SETTINGS = ("interval_embedding", "time_frequency_bound", "interval_fre
 def save_few_step_pipeline(
     pipeline: FewStepPipeline, student: TwoTimeModel, max_sequence_length: int, stochastic_sampling: bool, directory: Path
 ) -> None:
-    """Write a pipeline that loads with `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
+    """Write a few-step pipeline that loads with `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`.
 
     Args:
-        pipeline: The teacher's, of which everything but the transformer and the scheduler is kept.
+        pipeline: Pipeline of the teacher. The export has its components, except transformer and scheduler.
         student: A network of the pipeline's `network_class`.
-        max_sequence_length: Tokens that the student's prompts were padded to; becomes the tokenizer's own length.
-        stochastic_sampling: Whether its steps go to data and back by fresh noise.
-        directory: Where to; made if it is not there.
+        max_sequence_length: Number of tokens to which training padded prompts; the tokenizer's length in the export.
+        stochastic_sampling: Whether each step predicts x0 and re-noises.
+        directory: Output directory; created if it does not exist.
     """
     student_pipeline(type(pipeline), pipeline, student, max_sequence_length, stochastic_sampling).save_pretrained(directory)
 
-    # diffusers knows no way to save a class with its code: it would look for this package when it loads.
+    # diffusers cannot save a class with its code: without this, loading would import this package.
     index_file = directory / "model_index.json"
     index = json.loads(index_file.read_text())
     for entry, kind, folder in (
@@ -44,43 +44,43 @@ def save_few_step_pipeline(
         for file in (source, *map(Path, get_relative_import_files(source))):
             shutil.copyfile(file, directory / folder / file.name)
     index_file.write_text(json.dumps(index, indent=2) + "\n")
-    _forget_origin(directory)
+    _remove_local_paths(directory)
 
 
 def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, directory: Path) -> None:
-    """Write a stock pipeline of diffusers.
+    """Write a stock diffusers pipeline.
 
     Args:
-        pipeline: Of which everything but the transformer is kept.
-        network: A network of the pipeline's `network_class`, without an interval input or smooth time.
-        directory: Where to; made if it is not there.
+        pipeline: Pipeline of the teacher. The export has its components, except the transformer.
+        network: A network of the pipeline's `network_class`, without interval input or smooth time.
+        directory: Output directory; created if it does not exist.
 
     Raises:
-        ValueError: If a stock transformer cannot compute what the network computes.
+        ValueError: If a stock transformer cannot represent the network.
     """
     config = network.config
     if config.interval_embedding != "none" or config.time_frequency_bound is not None or config.rescaled_time:
-        raise ValueError("this network takes two times, or time otherwise, which a stock pipeline cannot; save it as a student")
+        raise ValueError("a stock pipeline cannot represent a network with two times or modified time; save it as a student")
     stock_class = stock_network_class(type(network))
     with torch.device("meta"):
         stock = stock_class(
             **{name: value for name, value in config.items() if not name.startswith("_") and name not in TWO_TIME_SETTINGS}
         )
-    # Time embeddings in float32 beside weights in bfloat16 would fail in a stock model, which casts times.
+    # A stock model casts times to its dtype, so float32 time embeddings would fail beside bfloat16 weights.
     state = {name: value.to(network.dtype) for name, value in network.state_dict().items()}
     stock.load_state_dict(state, assign=True)
     stock_pipeline: DiffusionPipeline = pipeline.stock_class(**{**pipeline_arguments(pipeline), "transformer": stock})
     stock_pipeline.save_pretrained(directory)
-    _forget_origin(directory)
+    _remove_local_paths(directory)
 
 
 def stock_network_class(network_class: type[TwoTimeModel]) -> type[ModelMixin]:
-    """The class of diffusers that a two-time transformer extends."""
+    """The diffusers class that a two-time transformer extends."""
     return next(parent for parent in network_class.__mro__ if parent.__module__.startswith("diffusers.models.transformers."))
 
 
-def _forget_origin(directory: Path) -> None:
-    """Take out where the components were loaded from: a path on the machine that trained."""
+def _remove_local_paths(directory: Path) -> None:
+    """Remove the paths from which the components were loaded: they belong to the training machine."""
     for file in directory.glob("*/*config.json"):
         config = json.loads(file.read_text())
         if config.pop("_name_or_path", None) is not None:

@@ -1,4 +1,4 @@
-"""Networks that no process ever holds as a whole: built without memory, then filled part by part from files."""
+"""Build networks on the meta device and read their shards from files, so that no process has the unsharded weights."""
 
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,29 @@ from torch import nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.protocols import Sharding, SharesBaseWeights
 from lightning_distill.sharding.stored_weights import StoredWeights
-from lightning_distill.students.lora_student import add_lora, build_over, own_parts
+from lightning_distill.students.lora_student import add_lora, build_on_shared_weights, student_only_modules
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
-from lightning_distill.teachers.student import lora_config, make_trainable, start_from, student_config
+from lightning_distill.teachers.student import initialize_time_inputs, lora_config, make_trainable, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 
 
 def stored_component(
     pretrained: str, revision: str | None, name: str, setting: str = "adapter.pretrained"
 ) -> tuple[StoredWeights, Path]:
-    """The weights of a part of a pipeline, in a directory or, once downloaded, in the hub's cache, and the part's directory.
+    """Find the weights of a pipeline component; downloads them if `pretrained` is a hub id.
+
+    Args:
+        pretrained: Directory or hub id of the pipeline.
+        revision: Revision of a hub id.
+        name: Name of the component, such as "transformer".
+        setting: Dotted name of the setting that gave `pretrained`, for the error message.
+
+    Returns:
+        The weights, and the directory of the component.
 
     Raises:
-        ConfigurationError: If they are not in safetensors.
+        ConfigurationError: If the weights are not in safetensors files.
     """
     directory = Path(pretrained)
     if not directory.is_dir():
@@ -36,39 +45,39 @@ def stored_component(
         return StoredWeights.of_component(directory / name), directory / name
     except FileNotFoundError as error:
         raise ConfigurationError(
-            f"{setting} is {pretrained!r}, whose {name} cannot be read in parts ({error}); convert it to safetensors"
+            f"{setting} is {pretrained!r}, whose {name} cannot be read in shards ({error}); convert it to safetensors"
         ) from error
 
 
 def meta_network(network_class: type[TwoTimeModel], config: dict[str, Any], weights: StoredWeights) -> TwoTimeModel:
-    """A network whose parameters take no memory yet, but for embedders of time that have something of their own.
+    """Build a network on the meta device, except its student-only modules (time embedders) and its buffers.
 
-    Those are small, and a student's are computed from whole ones. They are drawn or read, float32, on the CPU. Stored buffers
-    are read.
+    Time embedders are small, and those of a student are computed from the teacher's unsharded ones. They are initialised or
+    read in float32 on the CPU. Stored buffers are read.
 
     Args:
-        network_class: Of the family.
-        config: Of the network.
-        weights: The pipeline's.
+        network_class: Network class of the family.
+        config: Configuration of the network.
+        weights: Stored weights of the transformer.
 
     Raises:
         RuntimeError: If the files lack a weight.
     """
     with init_empty_weights(include_buffers=False):
         network: TwoTimeModel = network_class.from_config(config)
-    fill_small_parts(network, weights)
+    materialize_student_only_modules(network, weights)
     return network
 
 
 @torch.no_grad()
-def fill_small_parts(network: nn.Module, weights: StoredWeights) -> None:
-    """Draw or read what a network without weights needs to have: its embedders of time, float32, on the CPU, and buffers.
+def materialize_student_only_modules(network: nn.Module, weights: StoredWeights) -> None:
+    """Initialise or read the student-only modules of a meta network, float32 on the CPU, and read its buffers.
 
     Raises:
-        RuntimeError: If the files lack a weight of what is left.
+        RuntimeError: If the files lack a weight of the remaining modules.
     """
-    for path, part in own_parts(network).items():
-        _fill(part, path, weights)
+    for path, part in student_only_modules(network).items():
+        _materialize(part, path, weights)
     if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta and name not in weights]:
         raise RuntimeError(f"the network's files do not match its configuration: they lack {missing}")
     for name, buffer in network.named_buffers():
@@ -83,18 +92,21 @@ def build_sharded_student(
     weights: StoredWeights,
     sharding: Sharding,
 ) -> tuple[TwoTimeModel, SmoothTimeReport | None]:
-    """As `build_student`, from a teacher's files.
+    """Build a student on the meta device and read its shards from the teacher's files; otherwise as `build_student`.
 
     Args:
-        network_class: Of the family.
-        teacher: The configuration of the teacher.
-        options: Of the student.
-        weights: The teacher's, or those of the student that this one starts from.
-        sharding: By which the student is spread over processes.
+        network_class: Network class of the family.
+        teacher: Configuration of the teacher.
+        options: Options of the student.
+        weights: Stored weights of the teacher, or of the exported student in `options.pretrained`.
+        sharding: Strategy that shards the student.
+
+    Returns:
+        The sharded student, and the fit of its time embedders to the teacher's (None if they were not refitted here).
     """
     student = meta_network(network_class, student_config(teacher, options), weights)
     embedders = meta_network(network_class, teacher, weights).timestep_embedders if options.pretrained is None else []
-    report = start_from(embedders, student, options)
+    report = initialize_time_inputs(embedders, student, options)
     make_trainable(student)
     sharding.shard(student, weights)
     return student, report
@@ -107,44 +119,51 @@ def build_sharded_lora(
     weights: StoredWeights,
     sharding: Sharding,
 ) -> tuple[TwoTimeModel, SmoothTimeReport | None]:
-    """As `build_student` with LoRA: on the weights of a teacher that is spread already, which stay where they are.
+    """Build a LoRA student that shares the weights of a sharded teacher; otherwise as `build_student`.
 
     Args:
-        network_class: Of the family.
-        teacher: Spread by `sharding`.
-        options: Of the student.
-        weights: The teacher's.
-        sharding: By which what trains is spread over processes.
+        network_class: Network class of the family.
+        teacher: The teacher, already sharded by `sharding`.
+        options: Options of the student.
+        weights: Stored weights of the teacher.
+        sharding: Strategy that shards the trainable weights.
+
+    Returns:
+        The sharded student, and the fit of its time embedders to the teacher's (None if they were not refitted here).
 
     Raises:
-        ConfigurationError: If the strategy has no way of sharing weights.
+        ConfigurationError: If the strategy does not support shared base weights.
     """
     check_base_sharing(sharding)
     assert isinstance(sharding, SharesBaseWeights)
     assert options.lora is not None
-    student = build_over(teacher, network_class, student_config(teacher.config, options))
-    for path, part in own_parts(student).items():
+    student = build_on_shared_weights(teacher, network_class, student_config(teacher.config, options))
+    for path, part in student_only_modules(student).items():
         _read(part.cpu(), path, weights)
-    with torch.random.fork_rng(devices=[]):  # low-rank updates are drawn as they are beside a whole teacher
+    with torch.random.fork_rng(devices=[]):  # low-rank updates get the same random numbers as beside an unsharded teacher
         embedders = meta_network(network_class, dict(teacher.config), weights).timestep_embedders
-    report = start_from(embedders, student, options)
+    report = initialize_time_inputs(embedders, student, options)
     add_lora(student, lora_config(student, options.lora)).train()
     sharding.shard_on_base(student, teacher)
     return student, report
 
 
 def check_base_sharing(sharding: Sharding | None) -> None:
-    """Raise `ConfigurationError` if networks cannot share weights under a strategy."""
+    """Check that networks can share base weights under a strategy.
+
+    Raises:
+        ConfigurationError: If the strategy does not support shared base weights.
+    """
     if sharding is not None and not isinstance(sharding, SharesBaseWeights):
         raise ConfigurationError(
-            f"LoRA shares weights between networks, and {type(sharding).__name__} takes them apart; set trainer.strategy to "
-            "fsdp2 or ddp, or student.lora and alignment.critic_lora to null"
+            f"{type(sharding).__name__} does not support weights that LoRA networks share; set trainer.strategy to fsdp2 or "
+            "ddp, or student.lora and alignment.critic_lora to null"
         )
 
 
-def _fill(part: nn.Module, path: str, weights: StoredWeights) -> None:
+def _materialize(part: nn.Module, path: str, weights: StoredWeights) -> None:
     part.to_empty(device="cpu")
-    with torch.random.fork_rng(devices=[]):  # what is drawn later is what it is in a process that has whole networks
+    with torch.random.fork_rng(devices=[]):  # later random numbers equal those of a process with unsharded networks
         for module in part.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()

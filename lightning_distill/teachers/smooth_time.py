@@ -1,10 +1,11 @@
-r"""Smooth time: a student's timestep embedder, refitted on features of bounded frequency.
+r"""Smooth time: refit the timestep embedder of a student on features of bounded frequency.
 
-The derivative of a network along t passes through its timestep embedding. FLUX feeds that sinusoids of 1000 t, whose
-derivative is up to 1000 times the features' own size, and the differential solution of MeanFlow then diverges. But the
-embedding is a function of one scalar: it can be fitted again, alone and in closed form, by an embedder of the same shape
-on features whose frequencies stay below a bound. Teacher and student then agree up to the fit's error, and the
-derivative is tame.
+The derivative of a network along t passes through its timestep embedding. The input of FLUX's embedding is sinusoids of
+1000 t. Their derivative is up to 1000 times as large as the features, and the differential solution of MeanFlow diverges.
+
+The embedding is a function of one scalar, so it can be refitted separately and in closed form. The refitted embedder has
+the same shape, and the frequencies of its features are below a bound. Teacher and student then agree up to the fit error,
+and the derivative is small.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 from lightning_distill.students.two_time import Float32TimestepEmbedding, TwoTimeEmbedding
 
 GRID = 4001
-"""Times in [0, 1] at which the embedder is fitted."""
+"""Number of grid times in [0, 1] for the fit."""
 
 
 @dataclass(frozen=True)
 class SmoothTimeReport:
-    """How a refitted embedder e' compares with the original e, over t in [0, 1].
+    """Comparison of a refitted embedder e' with the original e, over t in [0, 1].
 
     Attributes:
-        fit_error: `||e' - e|| / ||e - mean e||`, over the grid.
+        fit_error: `||e' - e|| / ||e - mean e||`, on the grid.
         derivative_before: Largest `|de/dt|` on the grid.
         derivative_after: Largest `|de'/dt|` on the grid.
     """
@@ -35,7 +36,7 @@ class SmoothTimeReport:
 
 
 def largest_derivative(embedder: Callable[[Tensor], Tensor], times: Tensor) -> float:
-    """Largest `|de/dt|` over `times` (N,), by central differences of one tenth of the fastest oscillation of FLUX."""
+    """Largest `|de/dt|` over `times` (N,), from central differences of one tenth of the fastest oscillation of FLUX."""
     step = 1e-4
     with torch.no_grad():
         difference = embedder(times + step) - embedder(times - step)
@@ -50,9 +51,9 @@ def refit_embedder(
     derivative_penalty: float,
     ridge: float = 1e-6,
 ) -> SmoothTimeReport:
-    r"""Fit `embedder` so that `embedder(features(t))` follows `original(t)` on [0, 1] and stays smooth.
+    r"""Fit `embedder` so that `embedder(features(t))` approximates `original(t)` on [0, 1] and is smooth.
 
-    The first layer is drawn at random, which makes the fit a linear least-squares problem in the last layer,
+    The first layer is random. The fit is thus a linear least-squares problem in the last layer,
 
     .. math:: \min_W \sum_t \| W h(t) - e(t) \|^2 + \mu \| W h'(t) \|^2 + \rho \| W \|^2,
         \quad h(t) = (\mathrm{silu}(W_1 \phi(t) + b_1), 1),
@@ -62,15 +63,15 @@ def refit_embedder(
     Args:
         original: Maps times (N,) in [0, 1] to embeddings (N, D).
         features: Maps times (N,) to features (N, F) of bounded frequency.
-        embedder: The embedder to fit; its weights are overwritten.
+        embedder: The embedder to fit, changed in place.
         derivative_penalty: The weight mu of the squared derivative along t.
         ridge: The regularisation rho, relative to the mean squared norm of the hidden features.
 
     Returns:
-        The fit's error and the derivatives before and after.
+        The fit error, and the derivatives before and after.
     """
     first, activation, last = embedder.layers
-    _draw_hidden_layer(first)
+    _randomize_hidden_layer(first)
     times = torch.linspace(0, 1, GRID, device=first.weight.device)
     target = original(times).double()
 
@@ -98,7 +99,16 @@ def refit_embedder(
 def refit_embedders(
     old: Sequence[TwoTimeEmbedding], new: Sequence[TwoTimeEmbedding], derivative_penalty: float
 ) -> SmoothTimeReport:
-    """Fit each of a student's embedders, on its own features, to the teacher's of the same place; the report of the worst."""
+    """Fit each embedder of a student to the corresponding embedder of the teacher.
+
+    Args:
+        old: Embedders of the teacher.
+        new: Embedders of the student, changed in place, in the same order.
+        derivative_penalty: Weight of the squared derivative along t.
+
+    Returns:
+        The report with the largest fit error.
+    """
     reports = []
     for before, after in zip(old, new, strict=True):
 
@@ -109,10 +119,10 @@ def refit_embedders(
     return max(reports, key=lambda report: report.fit_error)
 
 
-def _draw_hidden_layer(first: nn.Linear) -> None:
-    """Draw the first layer anew, from a generator of its own: a student does not depend on the run's seed.
+def _randomize_hidden_layer(first: nn.Linear) -> None:
+    """Initialise the first layer from a separate generator, so that the student does not depend on the run's seed.
 
-    Features have variance 1/2, so that pre-activations have the standard deviation 2 from weights and from biases each.
+    Features have variance 1/2. Weights and biases each contribute a standard deviation of 2 to the pre-activations.
     """
     generator = torch.Generator().manual_seed(0)
     for parameter, std in (

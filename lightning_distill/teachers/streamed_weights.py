@@ -1,4 +1,4 @@
-"""Weights that go from one set of files to another, a file at a time."""
+"""Stream weights from one set of files to another, one output file at a time."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -11,54 +11,60 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]
-"""Tensors by name, possibly flattened."""
+"""Reads the tensors of the given names; they may be flattened."""
 
-LARGEST_FILE = "5GB"
-"""Of what is written, unless told otherwise."""
+DEFAULT_SHARD_SIZE = "5GB"
+"""Largest size of an output file, by default."""
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Where the weights of a network are that has none in memory.
+class WeightStream:
+    """Source of weights that are not in memory.
 
     Attributes:
-        read: By the network's names.
-        max_shard_size: Largest file that they are written to.
+        read: Reads weights by their names in the network.
+        max_shard_size: Largest size of an output file.
     """
 
     read: Read
     max_shard_size: str
 
 
-def stream(network: Any, read: Read, max_shard_size: str) -> None:
-    """Let a network without weights save those that are read, wherever it is saved."""
-    source = Stream(read, max_shard_size)
+def stream_weights(network: Any, read: Read, max_shard_size: str) -> None:
+    """Make `save_pretrained` of a network on the meta device write the weights from `read`.
+
+    Args:
+        network: A diffusers model whose parameters are on the meta device.
+        read: Reads weights by their names in the network.
+        max_shard_size: Largest size of an output file.
+    """
+    source = WeightStream(read, max_shard_size)
 
     def save_pretrained(save_directory: str | Path, **_: Any) -> None:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         network.save_config(folder)
-        save_in_files(network.state_dict(), source, folder, "diffusion_pytorch_model")
+        save_safetensors(network.state_dict(), source, folder, "diffusion_pytorch_model")
 
-    # Of these, a pipeline of diffusers calls the first for each of its components.
-    vars(network).update(save_pretrained=save_pretrained, stream=source)
+    # A diffusers pipeline calls `save_pretrained` of each component; `weight_stream` reads the other attribute.
+    vars(network).update(save_pretrained=save_pretrained, weight_stream=source)
 
 
-def stream_of(network: nn.Module) -> Stream:
-    """Where a network's weights are: in its memory, unless `stream` says otherwise."""
+def weight_stream(network: nn.Module) -> WeightStream:
+    """Source of a network's weights: the argument of `stream_weights`, or else the network's parameters in memory."""
     state = network.state_dict()
-    known: Stream | None = vars(network).get("stream")
-    return known or Stream(lambda names: {name: state[name] for name in names}, LARGEST_FILE)
+    stream: WeightStream | None = vars(network).get("weight_stream")
+    return stream or WeightStream(lambda names: {name: state[name] for name in names}, DEFAULT_SHARD_SIZE)
 
 
-def save_in_files(state: Mapping[str, Tensor], source: Stream, directory: Path, name: str) -> None:
-    """Write safetensors as diffusers and transformers do, with an index if there are several files.
+def save_safetensors(state: Mapping[str, Tensor], source: WeightStream, directory: Path, name: str) -> None:
+    """Write safetensors files in the layout of diffusers and transformers, with an index if there are several files.
 
     Args:
-        state: Names, shapes and sizes of what is written; its tensors may be without memory.
-        source: Of the values.
-        directory: Where to.
-        name: Of the files, without ".safetensors".
+        state: Tensors that give names, shapes and sizes; they may be on the meta device.
+        source: Source of the values.
+        directory: Output directory.
+        name: File name without ".safetensors".
     """
     pattern = f"{name}{{suffix}}.safetensors"
     plan = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=source.max_shard_size)

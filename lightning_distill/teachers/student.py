@@ -1,4 +1,4 @@
-"""Students of a teacher: a copy that trains as a whole, or low-rank updates on the teacher's own weights."""
+"""Build students from a teacher: full copies, or low-rank updates on the teacher's weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.students.lora_student import add_lora, build_over, lora_modules, own_prefixes
+from lightning_distill.students.lora_student import add_lora, build_on_shared_weights, lora_modules, student_only_prefixes
 from lightning_distill.students.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.teachers.registry import resolve_pretrained
 from lightning_distill.teachers.smooth_time import SmoothTimeReport, refit_embedders
@@ -16,22 +16,23 @@ from lightning_distill.teachers.student_options import LoraOptions, StudentOptio
 
 
 def build_student(teacher: TwoTimeModel, options: StudentOptions) -> tuple[TwoTimeModel, SmoothTimeReport | None]:
-    """A trainable network with an interval input and, by default, smooth time, which otherwise computes what the teacher does.
+    """Build a trainable student with an interval input and, by default, smooth time; it starts as the teacher otherwise.
 
     Args:
-        teacher: Frozen.
-        options: Of the student. With LoRA, its parameters are the teacher's own objects, but for the time embedders and the
-            low-rank updates, which start without effect. With `pretrained`, it computes what that student does.
+        teacher: The frozen teacher.
+        options: Options of the student. With LoRA, the student shares the parameter objects of the teacher. Only the time
+            embedders and the low-rank updates, which have no effect at first, are new. With `pretrained`, the student
+            starts as that exported student.
 
     Returns:
-        The student, and how well its refitted time embedders follow the teacher's (None if they were not refitted here).
+        The student, and the fit of its time embedders to the teacher's (None if they were not refitted here).
     """
     config = student_config(teacher.config, options)
     if options.pretrained is not None:
-        student = _read(options.pretrained, type(teacher)).to(teacher.device)
+        student = _load_pretrained(options.pretrained, type(teacher)).to(teacher.device)
     else:
-        student = _copy(teacher, config) if options.lora is None else _over(teacher, config)
-    report = start_from(teacher.timestep_embedders, student, options)
+        student = _copy(teacher, config) if options.lora is None else _share_weights(teacher, config)
+    report = initialize_time_inputs(teacher.timestep_embedders, student, options)
     if options.lora is None:
         make_trainable(student)
     else:
@@ -40,15 +41,15 @@ def build_student(teacher: TwoTimeModel, options: StudentOptions) -> tuple[TwoTi
 
 
 def make_trainable(network: nn.Module) -> nn.Module:
-    """Let all weights of a network train, but those whose results nothing reads: DDP waits for gradients of all that train."""
+    """Make all weights trainable, except unused modules: DDP waits for the gradient of every trainable weight."""
     network.requires_grad_(True)
-    for name in network.unread_parts() if isinstance(network, TwoTimeModel) else ():
+    for name in network.unused_module_names() if isinstance(network, TwoTimeModel) else ():
         network.get_submodule(name).requires_grad_(False)
     return network.train()
 
 
 def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[str, Any]:
-    """The configuration of a student, of that of its teacher."""
+    """Configuration of a student, from that of its teacher."""
     smooth = options.time_embedding == "smooth"
     return {key: value for key, value in teacher.items() if not key.startswith("_")} | {
         "interval_embedding": options.interval_embedding,
@@ -60,25 +61,33 @@ def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[
 
 
 class TwoTimeNetwork(Protocol):
-    """What a student's time inputs are brought to their start by."""
+    """Interface of a two-time network that `initialize_time_inputs` needs."""
 
     @property
     def timestep_embedders(self) -> Sequence[TwoTimeEmbedding]:
-        """All that embed times."""
+        """All timestep embedders."""
 
     def reset_interval_embedding(self) -> None:
-        """Bring the interval input to its start."""
+        """Initialise the interval input."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """Run blocks again in the backward pass."""
+        """Recompute the activations of blocks in the backward pass."""
 
 
-def start_from(
+def initialize_time_inputs(
     embedders: Sequence[TwoTimeEmbedding], student: TwoTimeNetwork, options: StudentOptions
 ) -> SmoothTimeReport | None:
-    """Refit a student's time embedders to its teacher's, if they are to be smooth, and reset its interval input.
+    """Refit the time embedders of a student to its teacher's for smooth time, and initialise its interval input.
 
-    One that starts with the weights of another student has them all already.
+    Neither is necessary with `options.pretrained`: the exported student has these weights.
+
+    Args:
+        embedders: Time embedders of the teacher.
+        student: The student, changed in place.
+        options: Options of the student.
+
+    Returns:
+        The fit of the time embedders (None if they were not refitted).
     """
     report = None
     if options.pretrained is None:
@@ -91,80 +100,80 @@ def start_from(
 
 
 def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel], config: Mapping[str, Any]) -> None:
-    """Refuse a student to start from that cannot be read, or is built otherwise than by this configuration.
+    """Check an exported student before a new student starts from its weights.
 
     Args:
-        options: With `pretrained`.
-        network_class: Of the family.
-        config: Of the student.
+        options: Options with `pretrained` set.
+        network_class: Network class of the family.
+        config: Configuration of the new student.
 
     Raises:
-        ConfigurationError: If that is so.
+        ConfigurationError: If LoRA is set, the exported student cannot be read, or its configuration differs from `config`.
     """
     pretrained = options.pretrained
     if options.lora is not None:
         raise ConfigurationError(
-            "student.lora and student.pretrained are both set, and low-rank updates start on the teacher's own weights; set "
-            "one of them to null"
+            "student.lora and student.pretrained are both set, but low-rank updates start from the teacher's weights; set one "
+            "of them to null"
         )
     try:
         stored = network_class.load_config(resolve_pretrained(str(pretrained)), subfolder="transformer")
     except OSError as error:
         raise ConfigurationError(
-            f"student.pretrained is {pretrained!r}, whose transformer/config.json cannot be read; give a student's pipeline as "
-            "ExportPipeline writes it, or null to start as the teacher"
+            f"student.pretrained is {pretrained!r}, whose transformer/config.json cannot be read; set it to an export of "
+            "ExportPipeline, or to null to start from the teacher"
         ) from error
     if stored.get("interval_embedding", "none") == "none":
         raise ConfigurationError(
-            f"student.pretrained is {pretrained!r}, whose transformer takes one time, as teachers do; give a student's "
-            "pipeline as ExportPipeline writes it, or null to start as the teacher"
+            f"student.pretrained is {pretrained!r}, whose transformer has one time input, so it is a teacher; set it to an "
+            "export of ExportPipeline, or to null to start from the teacher"
         )
     for name, value in {"rescaled_time": False, "policy_points": 1}.items():
-        stored.setdefault(name, value)  # of students from before there was a choice
+        stored.setdefault(name, value)  # older exports do not have these settings
     for name, value in config.items():
         if name in stored and stored[name] != value:
             raise ConfigurationError(
-                f"student.pretrained is {pretrained!r}, whose {name} is {stored[name]!r} where this configuration has "
-                f"{value!r}; set adapter and student as it was trained with"
+                f"student.pretrained is {pretrained!r}, whose {name} is {stored[name]!r}, but this configuration has "
+                f"{value!r}; use the adapter and student settings of its training"
             )
 
 
 def lora_config(network: TwoTimeModel, options: LoraOptions) -> LoraConfig:
-    """What peft is told about a network's low-rank updates.
+    """Peft configuration of the low-rank updates of a network.
 
     Raises:
-        ConfigurationError: If the network has no layers of these names.
+        ConfigurationError: If a target matches no layer of the network.
     """
     try:
         modules = lora_modules(network, network.lora_targets if options.targets is None else options.targets)
     except ValueError as error:
         raise ConfigurationError(
-            f"lora.targets does not fit: {error}; this family's own are {', '.join(network.lora_targets)}"
+            f"lora.targets does not fit: {error}; the defaults of this family are {', '.join(network.lora_targets)}"
         ) from error
-    unread = tuple(network.unread_parts())
-    modules = [name for name in modules if not name.startswith(unread)]  # as of `make_trainable`
+    unused_modules = tuple(network.unused_module_names())
+    modules = [name for name in modules if not name.startswith(unused_modules)]  # as in `make_trainable`
     alpha = options.rank if options.alpha is None else options.alpha
     return LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=modules)
 
 
 def _copy(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
-    # In float32 whatever the teacher's precision: an update of a bfloat16 weight is mostly rounded away.
+    # Always float32: most of an update of a bfloat16 weight is lost in rounding.
     student: TwoTimeModel = type(teacher).from_config(config).to(teacher.device)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    if unexpected or not all(name.startswith(own_prefixes(student)) for name in missing):
+    if unexpected or not all(name.startswith(student_only_prefixes(student)) for name in missing):
         raise RuntimeError(f"the student does not match its teacher: missing {missing}, unexpected {unexpected}")
     return student
 
 
-def _read(pretrained: str, network_class: type[TwoTimeModel]) -> TwoTimeModel:
+def _load_pretrained(pretrained: str, network_class: type[TwoTimeModel]) -> TwoTimeModel:
     student: TwoTimeModel = network_class.from_pretrained(
         resolve_pretrained(pretrained), subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True
     )
     return student
 
 
-def _over(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
-    student = build_over(teacher, type(teacher), config)
-    own = own_prefixes(student)
+def _share_weights(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
+    student = build_on_shared_weights(teacher, type(teacher), config)
+    own = student_only_prefixes(student)
     student.load_state_dict({name: value for name, value in teacher.state_dict().items() if name.startswith(own)}, strict=False)
     return student

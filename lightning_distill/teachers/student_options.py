@@ -1,4 +1,4 @@
-"""How students are built from their teachers."""
+"""Options of students: time embeddings, LoRA and initial weights."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,16 +8,16 @@ from lightning_distill.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class LoraOptions:
-    r"""Low-rank updates of a network's linear layers, :math:`W + \frac{\alpha}{\text{rank}} B A` (LoRA, arXiv 2106.09685).
+    r"""Low-rank updates of linear layers, :math:`W + \frac{\alpha}{\text{rank}} B A` (LoRA, arXiv 2106.09685).
 
-    A and B are float32 whatever the precision of W, and B starts as zeros. There is no dropout: a derivative along time takes
-    the network as one function.
+    A and B are float32 for every dtype of W, and B starts as zeros. There is no dropout, because a derivative along time
+    needs a deterministic network.
 
     Args:
         rank: Rows of A, at least 1.
-        alpha: Scale of the update, above 0; None is the rank, so that the update is B A.
-        targets: Ends of the names of linear layers in the transformer's blocks, such as "to_q"; None is what the family's
-            `lora_targets` says, attention and feed-forward.
+        alpha: Scale of the update, above 0. None: equal to the rank, so that the update is B A.
+        targets: Name endings of linear layers in the transformer blocks, such as "to_q". None: `lora_targets` of the family,
+            the attention and feed-forward layers.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -29,35 +29,35 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigurationError(f"lora.rank is {self.rank}; take at least 1, 64 is usual, or set lora to null for none")
+            raise ConfigurationError(f"lora.rank is {self.rank}; set it to at least 1 (64 is usual), or lora to null")
         if self.alpha is not None and not self.alpha > 0:
-            raise ConfigurationError(f"lora.alpha is {self.alpha}; set it above 0, or to null for the rank")
+            raise ConfigurationError(f"lora.alpha is {self.alpha}; set it above 0, or to null to use lora.rank")
         if self.targets is not None and not self.targets:
-            raise ConfigurationError("lora.targets is empty; name linear layers, or set it to null for the family's own")
+            raise ConfigurationError("lora.targets is empty; list name endings of linear layers, or set it to null")
 
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """How a student's time inputs are built from its teacher's.
+    """Options for building a student from its teacher.
 
     Args:
-        interval_embedding: "zero": the second time input starts without effect, so the student starts as the teacher.
-            "clone": it starts as a copy of the timestep embedder (arXiv 2512.13006), and the student does not.
-        time_embedding: "smooth": refitted on features of bounded frequency. "original": the teacher's own. "rescaled":
-            the teacher's own, fed times in [0, 1] in place of [0, 1000], which the student has to be taught: by
-            `TimestepRescaling`, from whose export other methods start.
+        interval_embedding: Initialisation of the second time input. "zero": it has no effect at first, so the student starts
+            as the teacher. "clone": it is a copy of the timestep embedder (arXiv 2512.13006), so the student differs.
+        time_embedding: "smooth": refitted on features of bounded frequency. "original": the teacher's embedding. "rescaled":
+            the teacher's embedding with times in [0, 1] in place of [0, 1000]. The student has to learn rescaled times with
+            `TimestepRescaling`; other methods start from its export.
         frequency_bound: Largest angular frequency of smooth features, in rad per unit of t.
-        derivative_penalty: Weight of the squared derivative along t in the refit; larger is smoother and further from the
-            teacher.
-        gradient_checkpointing: Whether blocks are run again in the backward pass instead of keeping their activations.
-        max_drift: Largest relative change of the teacher's velocities that the refit may cause on a probe batch; not looked at
-            where the interval input starts as a clone, which changes them by itself.
-        policy_points: Outputs of a policy for a whole step (`models.policy`), which `PiFlow` trains, and other methods that go
-            on from its students; 1 is none.
-        lora: None: every weight trains, in a copy of the teacher in float32. Else the student's weights are the teacher's own,
-            in one memory, and low-rank updates and the time embedders train.
-        pretrained: None: the student starts as its teacher. Else a student that was exported before, whose weights it starts
-            with: a shipped name ("shapes-student"), a pipeline directory, or a hub id. Its own settings must be those above.
+        derivative_penalty: Weight of the squared derivative along t in the refit. Larger values give a smoother embedding
+            that is further from the teacher's.
+        gradient_checkpointing: Whether the backward pass recomputes the activations of blocks instead of storing them.
+        max_drift: Largest relative change of the teacher's velocities that the refit may cause, on a probe batch. Not checked
+            if the interval input starts as a clone, which itself changes the velocities.
+        policy_points: Number of outputs of a policy for one step (`students.policy`); 1 is no policy. `PiFlow` trains
+            policies, and other methods can continue from its students.
+        lora: None: the student is a copy of the teacher in float32, and every weight trains. Otherwise the student shares the
+            teacher's weights in memory, and only low-rank updates and the time embedders train.
+        pretrained: None: the student starts as its teacher. Otherwise it starts with the weights of an exported student:
+            a shipped name ("shapes-student"), a pipeline directory, or a hub id. Its settings must equal those above.
     """
 
     interval_embedding: Literal["zero", "clone"] = "zero"

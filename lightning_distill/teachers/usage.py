@@ -1,17 +1,21 @@
-"""Code by which exports are used, for their model cards."""
+"""Code snippets that load exports and sample from them, for model cards."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ExportCode:
-    """Code by which exports are used, for their model cards; it leaves a picture in `image`.
+    """Python code for model cards of exports; each snippet assigns an image to `image`.
+
+    All snippets may contain the placeholder `{inputs}`, for the prompt and the settings of the image, one a line. They may
+    also contain `{steps}`, `{guidance_scale}`, `{height}` and `{width}`.
 
     Args:
-        library: That they are loaded with, as the hub names it.
-        student: Python lines, with `{inputs}` for a prompt and the settings of its picture, one a line.
-        teacher: Likewise; `{steps}`, `{guidance_scale}`, `{height}` and `{width}` may stand in all.
-        lora_student: Of students that are exported without their base; `{base}` and its `{torch_dtype}` may stand in it.
+        library: Library that loads the exports, under its name on the hub.
+        student: Code for a student.
+        teacher: Code for a teacher.
+        lora_student: Code for a student exported without its base model. It may also contain `{base}` and the base model's
+            `{torch_dtype}`.
     """
 
     library: str
@@ -27,7 +31,7 @@ image = pipeline(
 {inputs}
 ).images[0]
 """
-_ON_BASE = """import sys
+_LORA_PIPELINE = """import sys
 
 import torch
 from diffusers import DiffusionPipeline
@@ -45,5 +49,5 @@ DIFFUSERS_CODE = ExportCode(
     library="diffusers",
     student=_PIPELINE.replace("{options}", ", trust_remote_code=True"),
     teacher=_PIPELINE.replace("{options}", ""),
-    lora_student=_ON_BASE,
+    lora_student=_LORA_PIPELINE,
 )

@@ -94,14 +94,14 @@ def test_what_is_real_decides_what_data_it_needs(tmp_path: Path) -> None:
 
 def test_it_is_refused_where_it_cannot_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = method()
-    monkeypatch.setattr(GaussianAdapter, "shards", True)
+    monkeypatch.setattr(GaussianAdapter, "supports_sharding", True)
     monkeypatch.setattr(LADD, "sharding", FSDP2Strategy())
     with pytest.raises(ConfigurationError, match=r"which FSDP2Strategy takes apart; set trainer\.strategy to auto or ddp"):
         module.setup("fit")
     assert not hasattr(module, "student")
     monkeypatch.undo()
     monkeypatch.setattr(GaussianAdapter, "feature_widths", ModelAdapter.feature_widths)
-    with pytest.raises(ConfigurationError, match="adapter is GaussianAdapter, which does not show the features"):
+    with pytest.raises(ConfigurationError, match="adapter is GaussianAdapter, which provides no features"):
         trainer(tmp_path).fit(method(), loader())
 
 

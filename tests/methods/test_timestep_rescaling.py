@@ -115,7 +115,7 @@ def test_it_refuses_other_times(pretrained: str, time_embedding: Any) -> None:
 
 def test_families_without_rescaled_times_refuse_them() -> None:
     module = TimestepRescaling(GaussianAdapter("small"), student=RESCALED)
-    with pytest.raises(ConfigurationError, match="which GaussianAdapter has not; choose smooth or original"):
+    with pytest.raises(ConfigurationError, match="which GaussianAdapter does not support; choose smooth or original"):
         module.setup("fit")
 
 

@@ -16,7 +16,7 @@ from lightning_distill.planning.step import Batch, StepCost, measure_step
 from lightning_distill.sharding.blocks import blocks, experts, units
 from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.teachers import HunyuanImage3Adapter
-from lightning_distill.teachers.hunyuan_image3.networks import student_config, to_fake
+from lightning_distill.teachers.hunyuan_image3.networks import build_on_meta_device, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 from tests.teachers.hunyuan_image3.stand_in.configuration_hunyuan_image_3 import HunyuanImage3Config
 from tests.teachers.hunyuan_image3.tiny_pipeline import save_stand_in
@@ -30,7 +30,7 @@ def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
 def described(directory: Path, options: StudentOptions) -> TwoTimeHunyuanImage3:
     config = hunyuan_image3.stacks(directory, 0).config
     kind = hunyuan_image3.two_time_class(hunyuan_image3.DescribedHunyuanImage3, TwoTimeHunyuanImage3)
-    return to_fake(kind, student_config(config, options))
+    return build_on_meta_device(kind, student_config(config, options))
 
 
 @pytest.mark.parametrize("form", ["newer", "newer_distilled"])

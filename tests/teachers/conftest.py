@@ -1,9 +1,9 @@
 """Fixtures of tiny FLUX pipelines."""
 
 from tests.tiny_fixtures import (  # noqa: F401  # pytest finds fixtures by their names here
-    _modules_of_checkpoints,
     adapter,
     guided_adapter,
     guided_directory,
+    remote_code_cache,
     teacher_directory,
 )

@@ -1,4 +1,4 @@
-"""The derivative of a FLUX student by dual numbers, against finite differences in float64."""
+"""Time derivative of a FLUX student from dual numbers, compared with finite differences in float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.tiny import PROMPTS, save_tiny_pipeline
 
 
 @pytest.mark.parametrize("guidance_embeds", [False, True])
-def test_dual_derivative_is_the_limit_of_differences(guidance_embeds: bool, tmp_path) -> None:
+def test_dual_derivative_equals_finite_differences(guidance_embeds: bool, tmp_path) -> None:
     adapter = DiffusersAdapter(save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=guidance_embeds))
     adapter.check()
     adapter.load()
@@ -19,7 +19,7 @@ def test_dual_derivative_is_the_limit_of_differences(guidance_embeds: bool, tmp_
     assert isinstance(report, SmoothTimeReport)
     with torch.no_grad():
         for parameter in student.timestep_embedders[0].interval_embedder.parameters():
-            parameter.normal_(std=0.05)  # the interval must matter
+            parameter.normal_(std=0.05)  # the output must depend on the interval
     student.double()
     condition = {name: value.double() for name, value in adapter.encode_prompt(PROMPTS).items()}
     shape = (len(PROMPTS), *adapter.latent_shape(32, 32))
@@ -35,9 +35,9 @@ def test_dual_derivative_is_the_limit_of_differences(guidance_embeds: bool, tmp_
     with torch.no_grad():
         ahead = average_velocity(x + step * v, r, t + step)
         behind = average_velocity(x - step * v, r, t - step)
-        still = average_velocity(x, r, t + step) - average_velocity(x, r, t - step)
+        fixed_x = average_velocity(x, r, t + step) - average_velocity(x, r, t - step)
     difference = (ahead - behind) / (2 * step)
     assert u.dtype == torch.float64
     assert (dudt - difference).norm() / difference.norm() < 1e-4
-    # Both parts count: along x, and along t alone.
-    assert (still / (2 * step)).norm() / difference.norm() > 0.01
+    # The derivative along t alone must contribute as well.
+    assert (fixed_x / (2 * step)).norm() / difference.norm() > 0.01

@@ -28,7 +28,7 @@ def stock(directory: str) -> FluxPipeline:
 # Tokens
 
 
-def test_packing_is_the_pipelines_and_comes_undone() -> None:
+def test_packing_equals_the_stock_pipeline_and_unpacking_inverts_it() -> None:
     latents = torch.randn(2, 16, 6, 10)
     tokens = pack_latents(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 10))
@@ -36,16 +36,16 @@ def test_packing_is_the_pipelines_and_comes_undone() -> None:
     assert torch.equal(unpack_latents(tokens, 6, 10), FluxPipeline._unpack_latents(tokens, 48, 80, vae_scale_factor=8))
 
 
-def test_image_positions_are_the_pipelines() -> None:
+def test_image_ids_equal_the_stock_pipeline() -> None:
     device = torch.device("cpu")
     assert torch.equal(image_ids(3, 5, device), FluxPipeline._prepare_latent_image_ids(1, 3, 5, device, torch.float32))
 
 
-# Against the stock pipeline
+# Comparison with the stock pipeline
 
 
 @pytest.mark.parametrize("fixture", ["teacher_directory", "guided_directory"])
-def test_velocity_is_the_stock_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
+def test_velocity_equals_the_stock_transformer(fixture: str, request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue(fixture)
     adapter, pipeline = load_adapter(directory), stock(directory)
     teacher = adapter.load_teacher()
@@ -68,7 +68,7 @@ def test_velocity_is_the_stock_transformers(fixture: str, request: pytest.Fixtur
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 @pytest.mark.parametrize("fixture", ["teacher_directory", "guided_directory"])
-def test_euler_steps_of_the_teacher_are_the_stock_pipelines(
+def test_euler_steps_of_the_teacher_equal_the_stock_pipeline(
     fixture: str, guidance_scale: float, request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(fixture)
@@ -100,20 +100,20 @@ def test_euler_steps_of_the_teacher_are_the_stock_pipelines(
     assert images.std() > 1e-3
 
 
-def test_guidance_is_one_forward_where_it_is_embedded_and_two_where_not(
+def test_embedded_guidance_needs_one_branch_and_other_guidance_two(
     adapter: DiffusersAdapter, guided_adapter: DiffusersAdapter
 ) -> None:
-    for either, batch in ((adapter, 6), (guided_adapter, 3)):
-        teacher = either.load_teacher()
-        seen: list[int] = []
-        teacher.x_embedder.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(output)))
-        condition, null = either.encode_prompt(PROMPTS), either.encode_prompt([""] * 3)
+    for tested, batch in ((adapter, 6), (guided_adapter, 3)):
+        teacher = tested.load_teacher()
+        batches: list[int] = []
+        teacher.x_embedder.register_forward_hook(lambda module, args, output, batches=batches: batches.append(len(output)))
+        condition, null = tested.encode_prompt(PROMPTS), tested.encode_prompt([""] * 3)
         with torch.no_grad():
-            either.guided_velocity(teacher, noise(3), torch.full((3,), 0.5), condition, null, 3.0)
-        assert seen == [batch]
+            tested.guided_velocity(teacher, noise(3), torch.full((3,), 0.5), condition, null, 3.0)
+        assert batches == [batch]
 
 
-def test_guidance_applies_inside_its_interval_only(adapter: DiffusersAdapter) -> None:
+def test_guidance_applies_only_inside_its_interval(adapter: DiffusersAdapter) -> None:
     teacher = adapter.load_teacher()
     condition, null, t = adapter.encode_prompt(PROMPTS), adapter.encode_prompt([""] * 3), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
@@ -123,36 +123,36 @@ def test_guidance_applies_inside_its_interval_only(adapter: DiffusersAdapter) ->
     assert close == [True, False, True]
 
 
-def test_embedded_guidance_must_be_given(guided_adapter: DiffusersAdapter) -> None:
+def test_embedded_guidance_needs_a_scale(guided_adapter: DiffusersAdapter) -> None:
     teacher = guided_adapter.load_teacher()
     with pytest.raises(ConfigurationError, match="embeds the guidance scale"):
         guided_adapter.velocity(teacher, noise(1), torch.ones(1), guided_adapter.encode_prompt(["a circle"]))
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_dynamic_shift_is_that_of_flux_dev(guided_adapter: DiffusersAdapter, size: int) -> None:
+def test_dynamic_shift_equals_flux_dev(guided_adapter: DiffusersAdapter, size: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**FLUX_DEV_SHIFT)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 6, 6).tolist(), mu=calculate_shift(size * size // 4))
     torch.testing.assert_close(guided_adapter.time_grid(6, (16, size, size)), scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
-def test_fixed_shift_is_the_schedulers(adapter: DiffusersAdapter) -> None:
+def test_fixed_shift_equals_the_scheduler(adapter: DiffusersAdapter) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / 6, 6).tolist())
     torch.testing.assert_close(adapter.time_grid(6, (16, 8, 8)), scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
-# Prompts, pictures and latents
+# Prompts, images and latents
 
 
-def test_prompts_are_padded_to_the_tokenizers_length_or_to_the_setting(teacher_directory: str) -> None:
+def test_prompts_are_padded_to_the_tokenizer_length_or_to_max_sequence_length(teacher_directory: str) -> None:
     condition = load_adapter(teacher_directory).encode_prompt(PROMPTS)
     assert condition["prompt_embeds"].shape == (3, LENGTH, 16)
     assert condition["pooled_prompt_embeds"].shape == (3, 16)
     assert load_adapter(teacher_directory, max_sequence_length=6).encode_prompt([""])["prompt_embeds"].shape == (1, 6, 16)
 
 
-def test_latents_are_shifted_scaled_means(adapter: DiffusersAdapter) -> None:
+def test_latents_are_shifted_and_scaled_means(adapter: DiffusersAdapter) -> None:
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     latents = adapter.encode_images(images)
     vae = adapter.pipeline.vae
@@ -162,13 +162,13 @@ def test_latents_are_shifted_scaled_means(adapter: DiffusersAdapter) -> None:
     assert latents.shape == (2, *adapter.latent_shape(32, 32))
 
 
-def test_sizes_that_do_not_fit_are_refused(adapter: DiffusersAdapter) -> None:
+def test_unsupported_image_size_raises(adapter: DiffusersAdapter) -> None:
     assert adapter.latent_shape(32, 64) == (16, 8, 16)
     with pytest.raises(ConfigurationError, match="multiples of 8 pixels"):
         adapter.latent_shape(36, 32)
 
 
-def test_frozen_parts_are_frozen_and_a_student_is_not(adapter: DiffusersAdapter) -> None:
+def test_only_the_student_is_trainable_and_it_shares_no_weights(adapter: DiffusersAdapter) -> None:
     teacher = adapter.load_teacher()
     student, _ = adapter.build_student(teacher, StudentOptions())
     assert not any(parameter.requires_grad for parameter in (*adapter.parameters(), *teacher.parameters()))
@@ -183,17 +183,17 @@ def test_frozen_parts_are_frozen_and_a_student_is_not(adapter: DiffusersAdapter)
 # Without encoders
 
 
-def without_encoders(directory: str) -> DiffusersAdapter:
+def load_without_encoders(directory: str) -> DiffusersAdapter:
     adapter = DiffusersAdapter(directory)
     adapter.check()
     adapter.load(encoders=False)
     return adapter
 
 
-def test_without_encoders_nothing_moves_to_the_gpu_but_what_decodes(
+def test_without_encoders_only_the_autoencoder_moves_to_the_gpu(
     teacher_directory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter, whole = without_encoders(teacher_directory), load_adapter(teacher_directory)
+    adapter, with_encoders = load_without_encoders(teacher_directory), load_adapter(teacher_directory)
     assert not list(adapter.parameters())
     assert not adapter.text_encoders()
     moves: list[str] = []
@@ -201,14 +201,14 @@ def test_without_encoders_nothing_moves_to_the_gpu_but_what_decodes(
     monkeypatch.setattr(vae, "to", lambda device: moves.append(str(device)))
     monkeypatch.setattr(vae, "cpu", lambda: moves.append("back"))
     latents = noise(2)
-    assert torch.equal(adapter.decode_latents(latents), whole.decode_latents(latents))
+    assert torch.equal(adapter.decode_latents(latents), with_encoders.decode_latents(latents))
     assert moves == ["cpu", "back"]
 
 
-# What encodings are known by
+# Encoding settings
 
 
-def test_a_teacher_is_known_by_its_encoders_wherever_it_lies(tmp_path: Path) -> None:
+def test_encoding_settings_depend_on_the_encoders_and_not_on_the_path(tmp_path: Path) -> None:
     settings = DiffusersAdapter(save_tiny_pipeline(tmp_path / "first")).encoding_settings()
     (tmp_path / "first").rename(tmp_path / "elsewhere")
     moved = DiffusersAdapter(str(tmp_path / "elsewhere"))
@@ -216,12 +216,12 @@ def test_a_teacher_is_known_by_its_encoders_wherever_it_lies(tmp_path: Path) -> 
     (weights,) = (tmp_path / "elsewhere" / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[::-1])
     assert moved.encoding_settings() == settings
-    other = save_tiny_pipeline(tmp_path / "other")  # of the same shapes, from other random numbers
+    other = save_tiny_pipeline(tmp_path / "other")  # same shapes, different random numbers
     assert DiffusersAdapter(other).encoding_settings()["pretrained"] != settings["pretrained"]
 
 
 @pytest.mark.parametrize("change", [{"torch_dtype": "bfloat16"}, {"max_sequence_length": 6}, {"revision": "x"}])
-def test_what_an_adapter_is_asked_counts_too(change: dict[str, Any], teacher_directory: str) -> None:
+def test_encoding_settings_include_the_adapter_options(change: dict[str, Any], teacher_directory: str) -> None:
     settings = DiffusersAdapter(teacher_directory).encoding_settings()
     assert DiffusersAdapter(teacher_directory, **change).encoding_settings() == settings | change
 
@@ -237,24 +237,24 @@ def test_what_an_adapter_is_asked_counts_too(change: dict[str, Any], teacher_dir
         ("nothing", "neither a pipeline directory nor a hub id"),
     ],
 )
-def test_a_missing_directory_is_one_sentence(pretrained: str, message: str) -> None:
+def test_missing_directory_raises_one_line(pretrained: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message) as caught:
         DiffusersAdapter(pretrained).check()
     assert "\n" not in str(caught.value)
     assert repr(pretrained) in str(caught.value)
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_directory_without_a_pipeline_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"has no model_index\.json"):
         DiffusersAdapter(str(tmp_path)).check()
 
 
-def test_a_student_is_no_teacher() -> None:
-    with pytest.raises(ConfigurationError, match=r"adapter\.pretrained is 'shapes-student', a TwoTimeFluxPipeline; give"):
+def test_student_as_teacher_raises() -> None:
+    with pytest.raises(ConfigurationError, match=r"adapter\.pretrained is 'shapes-student', a TwoTimeFluxPipeline; set it"):
         DiffusersAdapter("shapes-student").check()
 
 
-def test_an_unknown_hub_id_is_refused_within_seconds_without_network() -> None:
+def test_unknown_hub_id_raises_within_seconds_without_network() -> None:
     start = time.perf_counter()
     with pytest.raises(ConfigurationError, match="cannot be fetched from the hub") as caught:
         DiffusersAdapter("black-forest-labs/FLUX.0-none").check()
@@ -262,12 +262,12 @@ def test_an_unknown_hub_id_is_refused_within_seconds_without_network() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_precision_is_refused(teacher_directory: str) -> None:
+def test_unknown_dtype_raises(teacher_directory: str) -> None:
     with pytest.raises(ConfigurationError, match=r"adapter\.torch_dtype is 'float8'; choose one of float32, bfloat16"):
         DiffusersAdapter(teacher_directory, torch_dtype="float8").check()
 
 
-def test_nothing_works_before_load(teacher_directory: str) -> None:
+def test_encoding_before_load_raises(teacher_directory: str) -> None:
     with pytest.raises(RuntimeError, match="call load"):
         DiffusersAdapter(teacher_directory).encode_prompt(["a circle"])
 
@@ -275,7 +275,7 @@ def test_nothing_works_before_load(teacher_directory: str) -> None:
 # The attention backend
 
 
-def test_the_attention_backend_is_both_networks(teacher_directory: str) -> None:
+def test_attention_backend_applies_to_teacher_and_student(teacher_directory: str) -> None:
     adapter = DiffusersAdapter(teacher_directory, attention_backend="_native_math")
     adapter.check()
     adapter.load()
@@ -295,7 +295,7 @@ def test_the_attention_backend_is_both_networks(teacher_directory: str) -> None:
     )
 
 
-def test_the_attention_backend_is_not_that_of_other_models(teacher_directory: str) -> None:
+def test_attention_backend_does_not_change_the_global_default(teacher_directory: str) -> None:
     before = _AttentionBackendRegistry.get_active_backend()
     adapter = DiffusersAdapter(teacher_directory, attention_backend="_native_math")
     adapter.load()
@@ -303,6 +303,6 @@ def test_the_attention_backend_is_not_that_of_other_models(teacher_directory: st
     assert _AttentionBackendRegistry.get_active_backend() == before
 
 
-def test_an_unknown_attention_backend_is_refused(teacher_directory: str) -> None:
+def test_unknown_attention_backend_raises(teacher_directory: str) -> None:
     with pytest.raises(ConfigurationError, match=r"adapter\.attention_backend"):
         DiffusersAdapter(teacher_directory, attention_backend="fast").check()

@@ -20,7 +20,7 @@ def embedded(tmp_path: Path) -> EmbeddedFluxAdapter:
     return adapter
 
 
-def test_tokenizer_ends_and_pads_prompts() -> None:
+def test_tokenizer_appends_eos_and_pads() -> None:
     tokenizer = build_tokenizer(WORDS, 6)
     ids = tokenizer(["a red circle", "", "a purple circle"], padding="max_length", max_length=6).input_ids
     end, pad, unknown = (tokenizer.convert_tokens_to_ids(token) for token in ("</s>", "<pad>", "<unk>"))
@@ -29,7 +29,7 @@ def test_tokenizer_ends_and_pads_prompts() -> None:
     assert len({end, pad, unknown, a, red, circle}) == 6
 
 
-def test_pooled_prompt_is_read_at_the_end_of_the_prompt(adapter: DiffusersAdapter) -> None:
+def test_pooled_embedding_is_that_of_the_eos_token(adapter: DiffusersAdapter) -> None:
     encoder, tokenizer = adapter.pipeline.text_encoder, adapter.pipeline.tokenizer
     ids = tokenizer(PROMPTS, padding="max_length", max_length=8, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -41,13 +41,13 @@ def test_pooled_prompt_is_read_at_the_end_of_the_prompt(adapter: DiffusersAdapte
     torch.testing.assert_close(pooled, expected)
 
 
-def test_both_encoders_tell_prompts_apart(adapter: DiffusersAdapter) -> None:
+def test_both_encoders_distinguish_prompts(adapter: DiffusersAdapter) -> None:
     condition = adapter.encode_prompt(["a red circle", "a green circle"])
     for embeds in condition.values():
         assert (embeds[0] - embeds[1]).abs().max() > 1e-3
 
 
-def test_it_starts_from_random_weights_around_the_autoencoder(embedded: EmbeddedFluxAdapter) -> None:
+def test_pipeline_has_random_weights_and_the_trained_autoencoder(embedded: EmbeddedFluxAdapter) -> None:
     network = embedded.load_teacher()
     assert not embedded.embeds_guidance
     v = embedded.velocity(network, noise(3), torch.full((3,), 0.5), embedded.encode_prompt(PROMPTS))
@@ -57,7 +57,7 @@ def test_it_starts_from_random_weights_around_the_autoencoder(embedded: Embedded
     assert all(torch.equal(loaded[name], value) for name, value in on_disk.items())
 
 
-def test_what_it_writes_is_a_stock_pipeline_of_the_same_function(embedded: EmbeddedFluxAdapter, tmp_path: Path) -> None:
+def test_exported_teacher_is_a_stock_pipeline_with_equal_outputs(embedded: EmbeddedFluxAdapter, tmp_path: Path) -> None:
     network = embedded.load_teacher()
     embedded.save_teacher(network, tmp_path / "teacher")
     adapter = load_adapter(str(tmp_path / "teacher"))
@@ -69,17 +69,17 @@ def test_what_it_writes_is_a_stock_pipeline_of_the_same_function(embedded: Embed
     assert torch.equal(embedded.decode_latents(x), adapter.decode_latents(x))
 
 
-def test_a_missing_autoencoder_is_named(tmp_path: Path) -> None:
+def test_missing_autoencoder_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"adapter\.vae is .* fit --config shapes_vae\.yaml"):
         EmbeddedFluxAdapter(str(tmp_path), WORDS).check()
 
 
-def test_there_is_no_network_before_load(tmp_path: Path) -> None:
+def test_loading_the_teacher_before_load_raises(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="call load"):
         EmbeddedFluxAdapter(str(tmp_path), WORDS).load_teacher()
 
 
-def test_it_has_nothing_that_could_be_encoded_beforehand(embedded: EmbeddedFluxAdapter) -> None:
-    for ask in (embedded.encoding_settings, lambda: embedded.load(encoders=False)):
-        with pytest.raises(ConfigurationError, match="draws its text encoders anew at every start"):
-            ask()
+def test_precomputed_encodings_raise(embedded: EmbeddedFluxAdapter) -> None:
+    for call in (embedded.encoding_settings, lambda: embedded.load(encoders=False)):
+        with pytest.raises(ConfigurationError, match="text encoders get new random weights at every start"):
+            call()

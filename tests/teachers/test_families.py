@@ -1,4 +1,4 @@
-"""What every teacher family must do, on a tiny pipeline of its own classes."""
+"""Tests that every teacher family must pass, on tiny pipelines of the real classes."""
 
 import os
 import subprocess
@@ -29,12 +29,12 @@ from lightning_distill.teachers.families import FAMILIES as KNOWN
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from tests.teachers.tiny_families import FAMILIES, load_family, make_adapter, save_family
-from tests.tiny import PROMPTS, draw, load_adapter, noise, train_a_little
+from tests.tiny import PROMPTS, load_adapter, noise, perturb_weights, sample_images
 
 LORA = LoraOptions(rank=2)
 SIZE = 32
 SCALE = 3.5
-DRAW = """
+SAMPLE_CODE = """
 import pathlib, sys, torch
 from diffusers import DiffusionPipeline
 from transformers import AutoModelForCausalLM
@@ -46,9 +46,9 @@ if pathlib.Path(sys.argv[1], "model_index.json").is_file():
 else:
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
     model.load_tokenizer(sys.argv[1])
-    images = model.draw(sys.argv[3:], **settings)
+    images = model.sample_images(sys.argv[3:], **settings)
 torch.save(images, sys.argv[2])
-assert not any(name.startswith("lightning") for name in sys.modules), "the export needs its maker"
+assert not any(name.startswith("lightning") for name in sys.modules), "the export imports this package"
 """
 
 
@@ -57,7 +57,7 @@ def pipeline_directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.
     return save_family(request.param, tmp_path_factory.mktemp("family") / request.param)
 
 
-# Most forms of HunyuanImage 3.0 are slow tests; what tells them apart is in `test_hunyuan_image3.py`.
+# Most versions of HunyuanImage 3.0 are slow tests; `hunyuan_image3/test_adapter.py` tests their differences.
 FORMS = ["newer_distilled", *(pytest.param(form, marks=pytest.mark.slow) for form in ("older", "newer", "newer_guided"))]
 
 
@@ -81,8 +81,8 @@ def build(adapter: ModelAdapter, **options: Any) -> tuple[nn.Module, nn.Module]:
     return teacher, adapter.build_student(teacher, StudentOptions(**options))[0]
 
 
-def move(student: TwoTimeModel) -> TwoTimeModel:
-    """Move what trains."""
+def perturb_trainable_weights(student: TwoTimeModel) -> TwoTimeModel:
+    """Add noise to the trainable weights."""
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
@@ -91,18 +91,18 @@ def move(student: TwoTimeModel) -> TwoTimeModel:
 
 
 def states(adapter: ModelAdapter, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Condition]:
-    """Latents, as many times and conditions."""
+    """Latents, times and conditions of the same batch size."""
     x = torch.randn(len(PROMPTS), *adapter.latent_shape(SIZE, SIZE), dtype=dtype)
     condition = adapter.encode_prompt(PROMPTS)
     t = torch.tensor([0.9, 0.6, 0.3], dtype=dtype)
     return x, t, {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
 
 
-def test_every_family_is_among_them() -> None:
+def test_every_family_has_a_tiny_pipeline() -> None:
     assert {type(build()).__name__ for build in FAMILIES.values()} == set(KNOWN)
 
 
-def test_its_settings_are_the_stock_networks_and_two_times(pipeline_adapter: DiffusersAdapter) -> None:
+def test_teacher_has_the_stock_configuration_and_weights(pipeline_adapter: DiffusersAdapter) -> None:
     stock = DiffusionPipeline.from_pretrained(pipeline_adapter.pretrained).transformer
     network = pipeline_adapter.load_teacher()
     assert {name: network.config[name] for name in stock.config if not name.startswith("_")} == {
@@ -112,20 +112,20 @@ def test_its_settings_are_the_stock_networks_and_two_times(pipeline_adapter: Dif
     assert network.timestep_embedders
 
 
-def test_it_draws_what_the_stock_pipeline_draws(pipeline_adapter: DiffusersAdapter) -> None:
-    """Without guidance and with two branches, or with guidance as an input."""
+def test_teacher_samples_equal_the_stock_pipeline(pipeline_adapter: DiffusersAdapter) -> None:
+    """Without guidance and with two branches, or with embedded guidance."""
     adapter = pipeline_adapter
     stock = DiffusionPipeline.from_pretrained(adapter.pretrained)
     stock.set_progress_bar_config(disable=True)
-    # HunyuanImage's guidance is a component whose mix depends on the steps before.
+    # The guidance of HunyuanImage is a component whose result depends on previous steps.
     branches = [1.0] if type(stock) is HunyuanImagePipeline else [1.0, SCALE]
     for scale in [SCALE] if adapter.embeds_guidance else branches:
-        assert_draws_the_same(adapter, stock, scale)
+        assert_samples_equal(adapter, stock, scale)
 
 
-def assert_draws_the_same(adapter: DiffusersAdapter, stock: DiffusionPipeline, scale: float) -> None:
+def assert_samples_equal(adapter: DiffusersAdapter, stock: DiffusionPipeline, scale: float) -> None:
     options = adapter.stock_arguments(scale)
-    # Some schedulers would end their grid almost at 0.
+    # The default grid of some schedulers ends slightly above 0.
     options["sigmas"] = [1.0, 0.75, 0.5, 0.25]
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     if "negative_prompt" in options:
@@ -150,13 +150,13 @@ def assert_draws_the_same(adapter: DiffusersAdapter, stock: DiffusionPipeline, s
             else:
                 u = adapter.guided_velocity(teacher, x, start, condition, null, scale)
             x = flow_step(x, u, end, start)
-        drawn = (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
-    assert drawn.std() > 1e-3
-    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+        images = (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert images.std() > 1e-3
+    assert (images[0] - images[1]).abs().max() > 1e-3
 
 
-def test_a_new_student_is_the_teacher_for_every_interval(adapter: ModelAdapter) -> None:
+def test_new_student_equals_the_teacher_for_every_interval(adapter: ModelAdapter) -> None:
     x, t, condition = states(adapter)
     teacher, student = build(adapter, time_embedding="original")
     with torch.no_grad():
@@ -165,12 +165,12 @@ def test_a_new_student_is_the_teacher_for_every_interval(adapter: ModelAdapter) 
         for r in (torch.zeros(3), 0.4 * t):
             u = adapter.average_velocity(student, x, r, t, condition, SCALE)
             assert torch.equal(u, adapter.average_velocity(teacher, x, r, t, condition, SCALE))
-            assert torch.equal(u, v) or teacher.config.use_meanflow  # which has an r of its own
-        train_a_little(student)
+            assert torch.equal(u, v) or teacher.config.use_meanflow  # this teacher has an input for r
+        perturb_weights(student)
         assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), u, rtol=1e-3)
 
 
-def test_smooth_time_leaves_the_teacher_as_it_is_up_to_the_fit(adapter: ModelAdapter) -> None:
+def test_smooth_time_changes_velocities_by_less_than_the_fit_error(adapter: ModelAdapter) -> None:
     x, t, condition = states(adapter)
     teacher = adapter.load_teacher()
     student, report = adapter.build_student(teacher, StudentOptions())
@@ -183,13 +183,13 @@ def test_smooth_time_leaves_the_teacher_as_it_is_up_to_the_fit(adapter: ModelAda
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter, lora: LoraOptions | None) -> None:
+def test_time_derivative_equals_finite_differences(adapter: ModelAdapter, lora: LoraOptions | None) -> None:
     if lora is not None and not isinstance(adapter, DiffusersAdapter):
-        with pytest.raises(ConfigurationError, match=r"student\.lora is set, and HunyuanImage3Adapter makes students"):
+        with pytest.raises(ConfigurationError, match=r"student\.lora is set, but HunyuanImage3Adapter does not"):
             adapter.check_student(StudentOptions(lora=lora))
         return
     _, student = build(adapter, lora=lora)
-    train_a_little(student).double()
+    perturb_weights(student).double()
     x, t, condition = states(adapter, torch.float64)
     v, r = torch.randn_like(x), 0.4 * t
 
@@ -204,11 +204,11 @@ def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter, lora:
 
     u, dudt = time_derivative(average_velocity, x, r, t, v)
     torch.testing.assert_close(u, average_velocity(x, r, t).detach())
-    # Steps that are wide enough where a model rounds to float32 inside, and small enough where it has kinks (Sana).
+    # The larger step suits models that round to float32 internally, the smaller step models with kinks (Sana).
     errors = [((dudt - difference(v, step)).norm() / dudt.norm()).item() for step in (5e-4, 1e-5)]
     assert min(errors) < 1e-3
-    assert difference(0 * v, 5e-4).norm() / dudt.norm() > 1e-3  # time itself counts
-    if not isinstance(adapter, DiffusersAdapter):  # torch has no rule for a group norm of tokens
+    assert difference(0 * v, 5e-4).norm() / dudt.norm() > 1e-3  # the output depends on t itself
+    if not isinstance(adapter, DiffusersAdapter):  # torch has no forward-mode rule for a group norm of tokens
         return
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
         dual = average_velocity(forward_ad.make_dual(x, v), r, forward_ad.make_dual(t, torch.ones_like(t)))
@@ -217,8 +217,8 @@ def test_its_derivative_is_the_limit_of_differences(adapter: ModelAdapter, lora:
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_all_that_trains_gets_a_gradient(pipeline_adapter: DiffusersAdapter, lora: LoraOptions | None) -> None:
-    """And of the rest of a whole student nothing would: DDP waits for each."""
+def test_exactly_the_trainable_weights_get_gradients(pipeline_adapter: DiffusersAdapter, lora: LoraOptions | None) -> None:
+    """DDP waits for the gradient of every trainable weight. Unused modules get none even if they are trainable."""
     _, student = build(pipeline_adapter, lora=lora)
     assert isinstance(student, TwoTimeModel)
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
@@ -229,7 +229,7 @@ def test_all_that_trains_gets_a_gradient(pipeline_adapter: DiffusersAdapter, lor
     assert {name for name, parameter in student.named_parameters() if parameter.grad is not None} == trained
 
 
-def test_a_lora_student_is_the_teacher_on_the_teachers_own_weights(pipeline_adapter: DiffusersAdapter) -> None:
+def test_lora_student_shares_the_weights_and_equals_the_teacher_at_first(pipeline_adapter: DiffusersAdapter) -> None:
     adapter = pipeline_adapter
     x, t, condition = states(adapter)
     options = StudentOptions(time_embedding="original", lora=LORA)
@@ -248,31 +248,31 @@ def test_a_lora_student_is_the_teacher_on_the_teachers_own_weights(pipeline_adap
         for r in (t, torch.zeros(3), 0.4 * t):
             u = adapter.average_velocity(student, x, r, t, condition, SCALE)
             assert torch.equal(u, adapter.average_velocity(teacher, x, r, t, condition, SCALE))
-        move(student)
+        perturb_trainable_weights(student)
         assert not torch.allclose(adapter.average_velocity(student, x, 0 * t, t, condition, SCALE), u, rtol=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_lora_student_goes_into_whole_weights_or_onto_its_base(pipeline_adapter: DiffusersAdapter, tmp_path: Path) -> None:
+def test_lora_student_samples_equal_merged_and_on_its_base(pipeline_adapter: DiffusersAdapter, tmp_path: Path) -> None:
     adapter = pipeline_adapter
     _, student = build(adapter, lora=LORA)
-    move(student).eval()
+    perturb_trainable_weights(student).eval()
     card = ModelCard("MeanFlow", "tiny", (4,), SIZE, SIZE, SCALE)
     export_student(adapter, student, tmp_path / "student", card, "unmerged")
     pipeline = load_lora_student(DiffusionPipeline.from_pretrained(adapter.pretrained), tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     size = {"height": SIZE, "width": SIZE, "output_type": "pt"}
-    images = draw(adapter, student, PROMPTS, 2, SCALE)
-    drawn = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=SCALE, generator=generators, **size).images
-    assert torch.equal(drawn, images)
-    plain = adapter.merge_lora(student)
-    assert not [name for name in plain.state_dict() if "lora" in name or "base_layer" in name]
-    assert plain.state_dict().keys() == build(adapter)[1].state_dict().keys()
-    torch.testing.assert_close(draw(adapter, plain, PROMPTS, 2, SCALE), images, rtol=0, atol=1e-4)
+    images = sample_images(adapter, student, PROMPTS, 2, SCALE)
+    exported = pipeline(PROMPTS, num_inference_steps=2, guidance_scale=SCALE, generator=generators, **size).images
+    assert torch.equal(exported, images)
+    merged = adapter.merge_lora(student)
+    assert not [name for name in merged.state_dict() if "lora" in name or "base_layer" in name]
+    assert merged.state_dict().keys() == build(adapter)[1].state_dict().keys()
+    torch.testing.assert_close(sample_images(adapter, merged, PROMPTS, 2, SCALE), images, rtol=0, atol=1e-4)
 
 
-def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:
+def test_time_embedders_are_float32_with_bfloat16_weights(directory: str) -> None:
     adapter = load_family(directory, torch_dtype="bfloat16")
     exact = load_family(directory)
     x, t, condition = states(exact)
@@ -287,7 +287,7 @@ def test_times_stay_float32_beside_weights_in_bfloat16(directory: str) -> None:
         assert embedder.layers[0].weight.dtype == torch.float32
 
 
-def test_a_run_trains_resumes_and_draws_the_same_elsewhere(directory: str, tmp_path: Path) -> None:
+def test_training_resumes_and_its_export_samples_equally_in_another_process(directory: str, tmp_path: Path) -> None:
     def method() -> MeanFlow:
         options = ValidationOptions(nfe=(4,), height=SIZE, width=SIZE, average_velocity=False)
         guidance = Guidance("embedded" if adapter.embeds_guidance else "two_branch", SCALE)
@@ -323,22 +323,22 @@ def test_a_run_trains_resumes_and_draws_the_same_elsewhere(directory: str, tmp_p
     student = second.student.eval()
     export_student(adapter, student, tmp_path / "student", ModelCard("MeanFlow", "tiny", (4,), SIZE, SIZE, SCALE))
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRAW, str(tmp_path / "student"), str(tmp_path / "drawn.pt"), *PROMPTS]
+    command = [sys.executable, "-c", SAMPLE_CODE, str(tmp_path / "student"), str(tmp_path / "images.pt"), *PROMPTS]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment)
-    assert torch.equal(torch.load(tmp_path / "drawn.pt"), draw(adapter, student, PROMPTS, 4, SCALE))
+    assert torch.equal(torch.load(tmp_path / "images.pt"), sample_images(adapter, student, PROMPTS, 4, SCALE))
 
 
-def test_a_teacher_is_written_in_stock_form(adapter: ModelAdapter, tmp_path: Path) -> None:
-    network = train_a_little(adapter.load_teacher())
+def test_exported_teacher_has_equal_velocities(adapter: ModelAdapter, tmp_path: Path) -> None:
+    network = perturb_weights(adapter.load_teacher())
     out = export_teacher(adapter, network, tmp_path / "teacher", ModelCard("FlowMatching", "tiny", (32,), SIZE, SIZE))
-    again = load_family(str(out))
+    exported = load_family(str(out))
     x, t, condition = states(adapter)
     with torch.no_grad():
         before = adapter.velocity(network, x, t, condition, SCALE)
-        assert torch.equal(again.velocity(again.load_teacher(), x, t, condition, SCALE), before)
+        assert torch.equal(exported.velocity(exported.load_teacher(), x, t, condition, SCALE), before)
 
 
-def test_it_needs_no_encoders_where_conditions_come_encoded(directory: str, adapter: ModelAdapter, tmp_path: Path) -> None:
+def test_precomputed_conditions_need_no_encoders(directory: str, adapter: ModelAdapter, tmp_path: Path) -> None:
     without = make_adapter(directory)
     without.check()
     without.load(encoders=False)
@@ -350,7 +350,7 @@ def test_it_needs_no_encoders_where_conditions_come_encoded(directory: str, adap
         assert torch.equal(v, adapter.velocity(adapter.load_teacher(), x, t, condition, SCALE))
         assert torch.equal(without.decode_latents(x), adapter.decode_latents(x))
     assert without.latent_shape(SIZE, SIZE) == adapter.latent_shape(SIZE, SIZE)
-    # A tokenizer remembers how it padded last, so one that has not yet.
+    # A tokenizer stores the last padding, so use an adapter that has not encoded prompts.
     for each, name in ((load_family(directory), "with"), (without, "without")):
         each.save_student(student, tmp_path / name)
     files = [
@@ -361,7 +361,7 @@ def test_it_needs_no_encoders_where_conditions_come_encoded(directory: str, adap
     assert not [name for name in files[0] if files[0][name] != files[1][name]]
 
 
-def test_latents_come_back_from_pictures(adapter: ModelAdapter) -> None:
+def test_encoded_images_decode_to_the_same_shape(adapter: ModelAdapter) -> None:
     images = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
     latents = adapter.encode_images(images)
     assert latents.shape == (2, *adapter.latent_shape(SIZE, SIZE))
@@ -369,10 +369,10 @@ def test_latents_come_back_from_pictures(adapter: ModelAdapter) -> None:
     assert adapter.decode_latents(latents).shape == images.shape
 
 
-def test_rescaled_times_are_the_familys_own_but_a_thousand_times_slower(adapter: ModelAdapter) -> None:
+def test_rescaled_time_embedding_equals_the_original_at_a_thousandth_of_t(adapter: ModelAdapter) -> None:
     options = StudentOptions(time_embedding="rescaled")
     if not isinstance(adapter, DiffusersAdapter):
-        with pytest.raises(ConfigurationError, match="time_embedding is rescaled, which HunyuanImage3Adapter has not"):
+        with pytest.raises(ConfigurationError, match="time_embedding is rescaled, which HunyuanImage3Adapter does not support"):
             adapter.check_student(options)
         return
     adapter.check_student(options)
@@ -383,6 +383,6 @@ def test_rescaled_times_are_the_familys_own_but_a_thousand_times_slower(adapter:
     pairs = list(zip(teacher.timestep_embedders, student.timestep_embedders, strict=True))
     assert pairs
     with torch.no_grad():
-        for own, rescaled in pairs:
-            torch.testing.assert_close(rescaled.embed_times(t, 0.4 * t), own.embed_times(t / 1000, 0.4 * t / 1000))
-            assert not torch.allclose(rescaled.embed_times(t, 0.4 * t), own.embed_times(t, 0.4 * t), rtol=1e-2)
+        for original, rescaled in pairs:
+            torch.testing.assert_close(rescaled.embed_times(t, 0.4 * t), original.embed_times(t / 1000, 0.4 * t / 1000))
+            assert not torch.allclose(rescaled.embed_times(t, 0.4 * t), original.embed_times(t, 0.4 * t), rtol=1e-2)

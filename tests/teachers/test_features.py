@@ -11,7 +11,7 @@ from tests.teachers.tiny_families import FAMILIES, load_family, save_family
 from tests.tiny import PROMPTS, load_adapter, save_tiny_pipeline
 
 
-def test_layers_are_spread_to_the_last() -> None:
+def test_layers_are_evenly_spaced_and_include_the_last() -> None:
     assert evenly_spaced_layers(57) == (14, 28, 42, 56)
     assert evenly_spaced_layers(4) == (1, 2, 3)
     assert evenly_spaced_layers(1) == (0,)
@@ -22,7 +22,7 @@ QUICK = "flux_guided"
 
 @pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in FAMILIES])
 def test_features_carry_gradients_to_the_latents(family: str, tmp_path: Path) -> None:
-    """Of a frozen teacher, and of a network of two times under checkpointing."""
+    """Features of a frozen teacher, and of a two-time network with gradient checkpointing."""
     adapter = load_adapter(save_family(family, tmp_path / family))
     widths = adapter.feature_widths()
     teacher = adapter.load_teacher()
@@ -37,19 +37,19 @@ def test_features_carry_gradients_to_the_latents(family: str, tmp_path: Path) ->
         assert not any(block._forward_pre_hooks for block in trunk(network))
 
 
-def test_features_are_what_a_block_gets(tmp_path: Path) -> None:
-    """In the order that is asked for; the second block's are what the first hands on."""
+def test_features_are_the_inputs_of_blocks(tmp_path: Path) -> None:
+    """Features have the order of `layers`; those of the second block equal the output of the first."""
     adapter = load_adapter(save_tiny_pipeline(tmp_path / "teacher"))
     teacher = adapter.load_teacher()
-    handed_on = []
-    teacher.transformer_blocks[0].register_forward_hook(lambda block, args, output: handed_on.append(output[1]))
+    outputs = []
+    teacher.transformer_blocks[0].register_forward_hook(lambda block, args, output: outputs.append(output[1]))
     x, t = torch.randn(3, *adapter.latent_shape(32, 32)), torch.tensor([0.9, 0.6, 0.3])
     second, first = adapter.features(teacher, x, None, t, adapter.encode_prompt(PROMPTS), (1, 0))
-    assert torch.equal(second, handed_on[0])
+    assert torch.equal(second, outputs[0])
     assert not torch.equal(first, second)
 
 
-def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_missing_layers_raise_before_load(tmp_path: Path) -> None:
     adapter = DiffusersAdapter(save_tiny_pipeline(tmp_path / "teacher"))
     adapter.check()
     for layers in ((2,), (-1,), ()):
@@ -58,7 +58,7 @@ def test_layers_that_are_not_there_are_refused_before_anything_is_loaded(tmp_pat
     assert adapter.feature_widths((0, 1)) == {0: 64, 1: 64}
 
 
-def test_a_family_without_features_says_so(tmp_path: Path) -> None:
+def test_family_without_features_raises(tmp_path: Path) -> None:
     adapter = load_family(save_family("newer_distilled", tmp_path / "newer"))
-    with pytest.raises(ConfigurationError, match="adapter is HunyuanImage3Adapter, which does not show the features"):
+    with pytest.raises(ConfigurationError, match="adapter is HunyuanImage3Adapter, which provides no features"):
         adapter.feature_widths()

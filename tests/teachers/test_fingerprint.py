@@ -1,4 +1,4 @@
-"""Any change of a component's files shows, except in the middle of large ones."""
+"""The fingerprint depends on all files of a component, except the middle of large files."""
 
 from pathlib import Path
 
@@ -6,42 +6,42 @@ import pytest
 
 from lightning_distill.teachers.fingerprint import SAMPLE, fingerprint
 
-PARTS = ["vae", "text_encoder"]
+COMPONENTS = ["vae", "text_encoder"]
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    for part in (*PARTS, "transformer"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(part)
+    for component in (*COMPONENTS, "transformer"):
+        (tmp_path / component).mkdir()
+        (tmp_path / component / "config.json").write_text(component)
     (tmp_path / "text_encoder" / "model.safetensors").write_bytes(bytes(3 * SAMPLE))
     return tmp_path
 
 
-def test_the_order_of_components_and_other_files_do_not_count(directory: Path) -> None:
-    before = fingerprint(directory, PARTS)
+def test_fingerprint_ignores_component_order_and_other_files(directory: Path) -> None:
+    before = fingerprint(directory, COMPONENTS)
     (directory / "transformer" / "config.json").write_text("other")
-    (directory / "README.md").write_text("of the whole")
-    assert fingerprint(directory, PARTS[::-1]) == before
+    (directory / "README.md").write_text("other")
+    assert fingerprint(directory, COMPONENTS[::-1]) == before
     assert len(before) == 16
 
 
-@pytest.mark.parametrize("place", [0, SAMPLE - 1, 2 * SAMPLE, 3 * SAMPLE - 1])
-def test_weights_that_changed_show(directory: Path, place: int) -> None:
-    before = fingerprint(directory, PARTS)
+@pytest.mark.parametrize("position", [0, SAMPLE - 1, 2 * SAMPLE, 3 * SAMPLE - 1])
+def test_fingerprint_detects_changed_weights(directory: Path, position: int) -> None:
+    before = fingerprint(directory, COMPONENTS)
     file = directory / "text_encoder" / "model.safetensors"
     content = bytearray(file.read_bytes())
-    content[place] = 1
+    content[position] = 1
     file.write_bytes(content)
-    assert fingerprint(directory, PARTS) != before
+    assert fingerprint(directory, COMPONENTS) != before
 
 
-def test_names_sizes_and_small_files_show(directory: Path) -> None:
-    seen = {fingerprint(directory, PARTS)}
+def test_fingerprint_detects_changed_names_sizes_and_small_files(directory: Path) -> None:
+    seen = {fingerprint(directory, COMPONENTS)}
     (directory / "vae" / "config.json").write_text("vax")
-    seen.add(fingerprint(directory, PARTS))
+    seen.add(fingerprint(directory, COMPONENTS))
     (directory / "vae" / "config.json").rename(directory / "vae" / "other.json")
-    seen.add(fingerprint(directory, PARTS))
+    seen.add(fingerprint(directory, COMPONENTS))
     (directory / "text_encoder" / "model.safetensors").write_bytes(bytes(4 * SAMPLE))
-    seen.add(fingerprint(directory, PARTS))
+    seen.add(fingerprint(directory, COMPONENTS))
     assert len(seen) == 4

@@ -1,4 +1,4 @@
-"""Students that start with the weights of a student that was exported before."""
+"""Students that start from the weights of an exported student."""
 
 import shutil
 from pathlib import Path
@@ -19,8 +19,8 @@ from lightning_distill.teachers.student_options import LoraOptions, StudentOptio
 from tests.tiny import PROMPTS
 
 
-def exported(adapter: DiffusersAdapter, directory: Path, **options: Any) -> nn.Module:
-    """A student that has moved away from its teacher in every weight."""
+def export_perturbed_student(adapter: DiffusersAdapter, directory: Path, **options: Any) -> nn.Module:
+    """Build a student, perturb all its weights, and export it."""
     student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(**options))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -31,8 +31,8 @@ def exported(adapter: DiffusersAdapter, directory: Path, **options: Any) -> nn.M
 
 
 @pytest.mark.parametrize("time_embedding", ["smooth", "original"])
-def test_it_is_that_student(adapter: DiffusersAdapter, time_embedding: Any, tmp_path: Path) -> None:
-    before = exported(adapter, tmp_path / "student", time_embedding=time_embedding)
+def test_student_has_the_pretrained_weights(adapter: DiffusersAdapter, time_embedding: Any, tmp_path: Path) -> None:
+    before = export_perturbed_student(adapter, tmp_path / "student", time_embedding=time_embedding)
     options = StudentOptions(time_embedding=time_embedding, pretrained=str(tmp_path / "student"))
     adapter.check_student(options)
     student, report = adapter.build_student(adapter.load_teacher(), options)
@@ -45,10 +45,8 @@ def test_it_is_that_student(adapter: DiffusersAdapter, time_embedding: Any, tmp_
         assert parameter.requires_grad == expected[name].requires_grad, name
 
 
-def test_it_trains_in_float32_beside_a_teacher_in_less(
-    teacher_directory: str, adapter: DiffusersAdapter, tmp_path: Path
-) -> None:
-    exported(adapter, tmp_path / "student")
+def test_student_is_float32_with_a_bfloat16_teacher(teacher_directory: str, adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    export_perturbed_student(adapter, tmp_path / "student")
     half = DiffusersAdapter(teacher_directory, torch_dtype="bfloat16")
     half.check()
     options = StudentOptions(gradient_checkpointing=True, pretrained=str(tmp_path / "student"))
@@ -57,46 +55,48 @@ def test_it_trains_in_float32_beside_a_teacher_in_less(
     assert student.is_gradient_checkpointing
 
 
-def test_one_that_is_built_otherwise_is_refused(adapter: DiffusersAdapter, tmp_path: Path) -> None:
-    exported(adapter, tmp_path / "student", frequency_bound=5.0)
-    with pytest.raises(ConfigurationError, match=r"student\.pretrained.*time_frequency_bound is 5\.0 where.*6\.2832"):
+def test_pretrained_student_with_other_time_settings_raises(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    export_perturbed_student(adapter, tmp_path / "student", frequency_bound=5.0)
+    with pytest.raises(ConfigurationError, match=r"student\.pretrained.*time_frequency_bound is 5\.0, but.*6\.2832"):
         adapter.check_student(StudentOptions(pretrained=str(tmp_path / "student")))
-    with pytest.raises(ConfigurationError, match=r"time_frequency_bound is 5\.0 where this configuration has None"):
+    with pytest.raises(ConfigurationError, match=r"time_frequency_bound is 5\.0, but this configuration has None"):
         adapter.check_student(StudentOptions(time_embedding="original", pretrained=str(tmp_path / "student")))
 
 
-def test_one_of_another_size_is_refused(adapter: DiffusersAdapter) -> None:
-    with pytest.raises(ConfigurationError, match=r"'shapes-student', whose \w+ is .* where this configuration has"):
+def test_pretrained_student_of_another_size_raises(adapter: DiffusersAdapter) -> None:
+    with pytest.raises(ConfigurationError, match=r"'shapes-student', whose \w+ is .*, but this configuration has"):
         adapter.check_student(StudentOptions(pretrained="shapes-student"))
 
 
-def test_what_is_no_student_is_refused(adapter: DiffusersAdapter, teacher_directory: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="whose transformer takes one time, as teachers do"):
+def test_pretrained_model_that_is_no_student_raises(adapter: DiffusersAdapter, teacher_directory: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="whose transformer has one time input, so it is a teacher"):
         adapter.check_student(StudentOptions(pretrained=teacher_directory))
     with pytest.raises(ConfigurationError, match=r"student\.pretrained is .*nowhere.* cannot be read"):
         adapter.check_student(StudentOptions(pretrained=str(tmp_path / "nowhere")))
-    exported(adapter, tmp_path / "student")
+    export_perturbed_student(adapter, tmp_path / "student")
     shutil.rmtree(tmp_path / "student" / "transformer")
     with pytest.raises(ConfigurationError, match=r"student\.pretrained is .* cannot be read"):
         adapter.check_student(StudentOptions(pretrained=str(tmp_path / "student")))
 
 
-def test_low_rank_updates_start_on_their_teacher(adapter: DiffusersAdapter) -> None:
+def test_lora_with_pretrained_raises(adapter: DiffusersAdapter) -> None:
     with pytest.raises(ConfigurationError, match=r"student\.lora and student\.pretrained are both set"):
         adapter.check_student(StudentOptions(lora=LoraOptions(2), pretrained="shapes-student"))
 
 
-def test_networks_of_other_origin_are_refused(adapter: DiffusersAdapter) -> None:
+def test_pretrained_raises_where_it_is_not_supported(adapter: DiffusersAdapter) -> None:
     options = StudentOptions(pretrained="shapes-student")
-    with pytest.raises(ConfigurationError, match=r"student\.pretrained is set, and EmbeddedFluxAdapter"):
+    with pytest.raises(ConfigurationError, match=r"student\.pretrained is set, but students of EmbeddedFluxAdapter"):
         EmbeddedFluxAdapter("nowhere", ["a"]).check_student(options)
     with pytest.raises(ConfigurationError, match=r"student\.pretrained is set, and FlowMatching"):
         FlowMatching(adapter, student=options)
 
 
-def test_its_drift_from_the_teacher_is_no_error(teacher_directory: str, adapter: DiffusersAdapter, tmp_path: Path) -> None:
-    """It is meant to have moved; only the refit of a fresh student is bounded."""
-    before = exported(adapter, tmp_path / "student")
+def test_max_drift_does_not_apply_to_pretrained_students(
+    teacher_directory: str, adapter: DiffusersAdapter, tmp_path: Path
+) -> None:
+    """A pretrained student has moved away from its teacher by training; `max_drift` only bounds the refit of a new one."""
+    before = export_perturbed_student(adapter, tmp_path / "student")
     options = StudentOptions(pretrained=str(tmp_path / "student"), max_drift=1e-6)
     validation = ValidationOptions(nfe=(1,), average_velocity=False)
     module = MeanFlow(
@@ -109,7 +109,7 @@ def test_its_drift_from_the_teacher_is_no_error(teacher_directory: str, adapter:
         enable_checkpointing=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, DataLoader(samples, batch_size=2))
-    for network in (module.student, module.sampling_student):
+    for network in (module.student, module.networks.sampling_student):
         found = dict(network.named_parameters())
         for name, parameter in before.named_parameters():
             assert torch.equal(found[name], parameter), name

@@ -13,7 +13,7 @@ WIDTH = 64
 
 
 class FluxTime(nn.Module):
-    """A timestep embedder as in FLUX, with random weights."""
+    """A FLUX timestep embedder with random weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class FluxTime(nn.Module):
 
 
 class TrainedTime(nn.Module):
-    """A smooth curve, as training leaves it, with a little of the fast sinusoids that FLUX feeds."""
+    """A model of a trained embedder: a smooth curve with a small amount of FLUX's fast sinusoids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TrainedTime(nn.Module):
 
 
 class SmoothTime(nn.Module):
-    """What replaces it."""
+    """The smooth embedder that replaces them."""
 
     def __init__(self, bound: float = BOUND) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def exact_derivative(network: nn.Module, times: Tensor) -> Tensor:
         return torch.autograd.forward_ad.unpack_dual(network(dual)).tangent.norm(dim=-1)
 
 
-def test_fit_follows_a_trained_embedder_and_tames_its_derivative() -> None:
+def test_refit_approximates_a_trained_embedder_and_reduces_its_derivative() -> None:
     original, smooth = TrainedTime(), SmoothTime()
     report = smooth.refit(original)
     assert report.fit_error < 0.05
@@ -75,21 +75,21 @@ def test_fit_follows_a_trained_embedder_and_tames_its_derivative() -> None:
     assert error == pytest.approx(report.fit_error, rel=0.2)
 
 
-def test_reported_derivatives_are_the_exact_ones() -> None:
+def test_reported_derivatives_are_exact() -> None:
     original, smooth = FluxTime(), SmoothTime()
     report = smooth.refit(original)
     times = torch.linspace(0, 1, 4001)[1:-1]
-    # Central differences blunt sinusoids of 1000 rad a little.
+    # Central differences slightly underestimate the derivative of sinusoids of 1000 rad.
     assert report.derivative_before == pytest.approx(exact_derivative(original, times).max().item(), rel=0.02)
     assert report.derivative_after == pytest.approx(exact_derivative(smooth, times).max().item(), rel=0.02)
 
 
-def test_derivative_of_a_random_flux_embedder_is_tamed() -> None:
+def test_refit_reduces_the_derivative_of_a_random_flux_embedder() -> None:
     report = SmoothTime().refit(FluxTime())
     assert report.derivative_after < 0.2 * report.derivative_before
 
 
-def test_penalty_trades_the_fit_for_smoothness() -> None:
+def test_larger_penalty_gives_smaller_derivative_and_larger_fit_error() -> None:
     original = TrainedTime()
     loose, tight = (SmoothTime().refit(original, penalty) for penalty in (1e-6, 1e-1))
     assert tight.derivative_after < loose.derivative_after
@@ -97,7 +97,7 @@ def test_penalty_trades_the_fit_for_smoothness() -> None:
 
 
 @pytest.mark.parametrize("bound", [1.0, BOUND, 20.0])
-def test_fastest_feature_oscillates_at_the_bound(bound: float) -> None:
+def test_largest_feature_frequency_is_the_bound(bound: float) -> None:
     features = SmoothTimeProjection(bound)
     times = torch.linspace(0, 1, 999)
     with torch.autograd.forward_ad.dual_level():
@@ -106,13 +106,13 @@ def test_fastest_feature_oscillates_at_the_bound(bound: float) -> None:
     assert bound * 0.8 < tangent.abs().max() <= bound * 1.001
 
 
-def test_higher_bound_fits_better() -> None:
+def test_higher_bound_gives_smaller_fit_error() -> None:
     original = TrainedTime()
     errors = [SmoothTime(bound).refit(original, derivative_penalty=0.0).fit_error for bound in (1.0, 3.0, BOUND)]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_refit_does_not_depend_on_the_seed_of_the_run() -> None:
+def test_refit_does_not_depend_on_the_seed() -> None:
     original, first, second = TrainedTime(), SmoothTime(), SmoothTime()
     first.refit(original)
     torch.manual_seed(1)

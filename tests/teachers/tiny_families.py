@@ -1,4 +1,4 @@
-"""Tiny pipelines of every family, of the very classes that users load, with random weights."""
+"""Tiny pipelines of every family, with random weights and the classes that users load."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +49,7 @@ from tests.teachers.hunyuan_image3.tiny_pipeline import FORMS, save_stand_in
 from tests.tiny import WORDS, tiny_pipeline, tiny_vae
 
 LENGTH = 8
-"""Tokens that prompts are padded to."""
+"""Number of tokens to which prompts are padded."""
 
 
 def clip(tokenizer: PreTrainedTokenizerFast, width: int = 16) -> CLIPTextModelWithProjection:
@@ -336,7 +336,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 
 
 def save_family(name: str, directory: Path) -> str:
-    """Write a tiny pipeline, or a stand-in for HunyuanImage 3.0, and return where."""
+    """Write a tiny pipeline, or a stand-in model for HunyuanImage 3.0, and return its directory."""
     if name in FORMS:
         return save_stand_in(name, directory)
     torch.manual_seed(0)
@@ -345,7 +345,7 @@ def save_family(name: str, directory: Path) -> str:
 
 
 def make_adapter(directory: str, **options: Any) -> ModelAdapter:
-    """An adapter of what `save_family` or an export has written."""
+    """An adapter for a directory from `save_family` or from an export."""
     if (Path(directory) / "model_index.json").is_file():
         return DiffusersAdapter(directory, **options)
     options = {"torch_dtype": "float32", "max_sequence_length": 2 * LENGTH, **options}
@@ -353,7 +353,7 @@ def make_adapter(directory: str, **options: Any) -> ModelAdapter:
 
 
 def load_family(directory: str, **options: Any) -> ModelAdapter:
-    """The same, loaded."""
+    """A loaded adapter for a directory from `save_family` or from an export."""
     adapter = make_adapter(directory, **options)
     adapter.check()
     adapter.load()

@@ -1,1 +1,1 @@
-"""HunyuanImage 3.0, a teacher that is in neither diffusers nor transformers."""
+"""Adapter for HunyuanImage 3.0, whose model code is in neither diffusers nor transformers."""

@@ -1,4 +1,4 @@
-"""HunyuanImage 3.0, whose code comes with the checkpoint."""
+"""Adapter for HunyuanImage 3.0, whose model code is part of the checkpoint."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,10 +27,10 @@ from lightning_distill.teachers.hunyuan_image3.directory import (
 )
 from lightning_distill.teachers.hunyuan_image3.networks import (
     IMPLEMENTATIONS,
+    build_meta_student,
+    build_on_meta_device,
     build_student,
     read_teacher,
-    to_fake,
-    without_weights,
 )
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
@@ -42,7 +42,7 @@ _LOAD = """from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this/directory", trust_remote_code=True{options})
 model.load_tokenizer("this/directory")
 """
-_STUDENT = """image = model.draw(
+_STUDENT = """image = model.sample_images(
 {inputs}
 )[0]
 """
@@ -53,23 +53,25 @@ image = model.generate_image(prompt="a prompt", image_size="{height}x{width}")
 
 
 class HunyuanImage3Adapter(ModelAdapter):
-    """HunyuanImage 3.0: a mixture of experts that reads prompts and draws pictures in one sequence of tokens.
+    """Adapter for HunyuanImage 3.0, a mixture of experts with prompt and image tokens in one sequence.
 
-    Its code is part of the checkpoint, in an older and a newer form, and this adapter knows both. The newer one's flags decide
-    on guidance (`cfg_distilled`: an input; else two branches) and on a token for r of its own (`use_meanflow`). Prompts are
-    drawn as they are; the published model can also rewrite them, which is not done here.
+    The checkpoint contains the model code, in an older or a newer version; this adapter supports both. The newer version has
+    two flags. `cfg_distilled`: guidance is an input (otherwise, it needs two branches). `use_meanflow`: r has a separate
+    token. The published model can also rewrite prompts; this adapter does not change them.
 
     Args:
-        pretrained: A directory as it is published, or a hub id ("tencent/HunyuanImage-3.0"), which is downloaded whole.
-        trust_remote_code: Whether to run the Python files of the checkpoint; without it nothing can be loaded.
+        pretrained: A directory in the published layout, or a hub id ("tencent/HunyuanImage-3.0"), which is downloaded
+            completely.
+        trust_remote_code: Whether to run the Python files of the checkpoint. Loading needs True.
         revision: Revision of a hub id.
-        torch_dtype: Precision of the frozen parts: "float32", "bfloat16" or "float16". Time embeddings, and the weights
-            that train, are float32 in any case.
-        max_sequence_length: Tokens in front of a picture, template and system prompt included; longer prompts are cut.
-        system_prompt: Text in front of every prompt, or None.
+        torch_dtype: Dtype of the frozen weights: "float32", "bfloat16" or "float16". Time embeddings and trainable weights
+            are always float32.
+        max_sequence_length: Number of tokens before the image, including template and system prompt. Longer prompts are
+            truncated.
+        system_prompt: Text before every prompt, or None.
     """
 
-    shards: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
     export_code: ClassVar[ExportCode] = ExportCode(
         library="transformers",
         student=_LOAD.format(options="") + _STUDENT,
@@ -94,35 +96,50 @@ class HunyuanImage3Adapter(ModelAdapter):
         self.system_prompt = system_prompt
         self.embeds_guidance = False
         self._layout: TokenLayout | None = None
-        self._generation: Any = None
-        self._vae: list[Any] = []  # a list, since what is a part of this module moves to the GPU with it
+        self._generation_config: Any = None
+        self._vae: list[Any] = []  # a list, because submodules move to the GPU together with the adapter
         self._encoders = True
 
+    @property
+    def name(self) -> str:
+        """Name of the teacher in model cards: the directory or hub id."""
+        return str(self.pretrained)
+
+    @property
+    def weights_dtype(self) -> str:
+        """Dtype of the frozen weights, such as "bfloat16"."""
+        return str(self.torch_dtype)
+
     def check(self) -> None:
-        """Raise `ConfigurationError` where the settings cannot work."""
+        """Check the settings before anything is loaded, and set `embeds_guidance`.
+
+        Raises:
+            ConfigurationError: If the settings cannot work.
+        """
         if self.torch_dtype not in DTYPES:
             raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.max_sequence_length < 1:
             raise ConfigurationError(
-                f"adapter.max_sequence_length is {self.max_sequence_length}; give the tokens of the longest prompts, as 256"
+                f"adapter.max_sequence_length is {self.max_sequence_length}; set it to the length of the longest prompts in "
+                "tokens, such as 256"
             )
         config = self._read_config()
         if is_student(config):
             raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, an exported student; give the checkpoint that it was made from"
+                f"adapter.pretrained is {self.pretrained!r}, an exported student; set it to the checkpoint of its teacher"
             )
         if not is_hunyuan_image3(config):
             raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, which is not HunyuanImage 3.0 with its code; give a directory "
-                "whose config.json has the model_type hunyuan_image_3_moe and an auto_map"
+                f"adapter.pretrained is {self.pretrained!r}, which is not HunyuanImage 3.0 with its code; set it to a "
+                "directory whose config.json has the model_type hunyuan_image_3_moe and an auto_map"
             )
         if Path(self.pretrained).is_dir() and (missing := missing_files(Path(self.pretrained))):
             raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, which lacks {', '.join(missing)}; download the whole checkpoint"
+                f"adapter.pretrained is {self.pretrained!r}, which lacks {', '.join(missing)}; download the complete checkpoint"
             )
         if not self.trust_remote_code:
             raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, which brings code of its own; read its Python files, and set "
+                f"adapter.pretrained is {self.pretrained!r}, which contains model code; review its Python files, and set "
                 "adapter.trust_remote_code to true to run them"
             )
         self.embeds_guidance = bool(config.get("cfg_distilled", False))
@@ -138,20 +155,20 @@ class HunyuanImage3Adapter(ModelAdapter):
             )
         try:
             return read_config(Path(hf_hub_download(name, "config.json", revision=self.revision)).parent)
-        except Exception as error:  # whatever the hub's client of the day raises, the remedy is the same
+        except Exception as error:  # hub clients raise many types of errors, with the same remedy
             raise ConfigurationError(
                 f"adapter.pretrained is {name!r}, which is not in the local cache and cannot be fetched from the hub "
-                f"({type(error).__name__}); download it first, or give a directory"
+                f"({type(error).__name__}); download it first, or set it to a directory"
             ) from error
 
     @property
     def directory(self) -> Path:
-        """Where the checkpoint lies; a hub id is downloaded."""
+        """Directory of the checkpoint; a hub id is downloaded."""
         local = Path(self.pretrained)
         return local if local.is_dir() else Path(snapshot_download(self.pretrained, revision=self.revision))
 
     def encoding_settings(self) -> dict[str, Any]:
-        """What latents and conditions depend on: the checkpoint, by its files or its hub id, and what it is asked."""
+        """Settings that determine latents and conditions: a fingerprint or the hub id of the checkpoint, and its options."""
         pretrained, directory = self.pretrained, Path(self.pretrained)
         return {
             "pretrained": f"sha256:{fingerprint(directory, ['.'])}" if directory.is_dir() else pretrained,
@@ -163,76 +180,86 @@ class HunyuanImage3Adapter(ModelAdapter):
 
     def load(self, encoders: bool = True) -> None:
         """Load the tokenizer and the autoencoder, frozen and in evaluation mode; there are no text encoders."""
-        self.check()  # nothing of the checkpoint runs unless it is trusted
+        self.check()  # run no code of the checkpoint unless it is trusted
         directory = self.directory
         published: Any = published_class(directory)
         config = published.config_class.from_pretrained(directory, **IMPLEMENTATIONS)
         with torch.device("meta"):
-            described = published(config)
-        described.generation_config = GenerationConfig.from_pretrained(directory)
-        family.load_tokenizer(described, published, str(directory))
-        self._layout = family.layout_of(described, self.system_prompt, self.max_sequence_length)
-        self._generation = described.generation_config
-        vae = type(described.vae).from_config(config.vae)
+            model = published(config)
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        family.load_tokenizer(model, published, str(directory))
+        layout = family.token_layout(model, self.system_prompt, self.max_sequence_length)
+        vae = type(model.vae).from_config(config.vae)
         vae.load_state_dict(
             {
                 name.removeprefix("vae."): weight
                 for name, weight in read_weights(directory, {f"vae.{name}" for name in vae.state_dict()}).items()
             }
         )
-        # Not by diffusers' own `to`, which warns of parts in float32 that this autoencoder has not.
-        self._vae = [nn.Module.to(vae, DTYPES[self.torch_dtype]).requires_grad_(False).eval()]
-        self._encoders = encoders
+        # The `to` of diffusers warns of modules in float32, which this autoencoder does not have.
+        vae = nn.Module.to(vae, DTYPES[self.torch_dtype]).requires_grad_(False).eval()
+        self.attach(vae, layout, model.generation_config, encoders)
+
+    def attach(self, vae: nn.Module, layout: TokenLayout, generation_config: Any, encoders: bool = True) -> None:
+        """Use this autoencoder and this token layout.
+
+        Args:
+            vae: Frozen autoencoder in evaluation mode.
+            layout: Token layout of prompts and images.
+            generation_config: Generation settings of the checkpoint; `flow_shift` is the shift of the sampling grid.
+            encoders: Whether images will be encoded. If not, the autoencoder is on the CPU except while it decodes.
+        """
+        self._vae, self._layout, self._generation_config, self._encoders = [vae], layout, generation_config, encoders
         if encoders:
-            self.add_module("vae", self._vae[0])
+            self.add_module("vae", vae)
 
     @property
     def layout(self) -> TokenLayout:
-        """How prompts and pictures become tokens."""
+        """Token layout of prompts and images."""
         if self._layout is None:
             raise RuntimeError("the adapter is not loaded yet; call load() first")
         return self._layout
 
     def load_teacher(self) -> nn.Module:
-        """Load the part of the model that draws, frozen and in evaluation mode."""
+        """Load the image generation network, frozen and in evaluation mode."""
         self.check()
         return read_teacher(self.directory, DTYPES[self.torch_dtype], self.sharding)
 
     def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
-        """A trainable copy of the teacher with an interval input and, by default, smooth time."""
+        """Build a trainable copy of the teacher with an interval input and, by default, smooth time."""
         return build_student(two_time(teacher), options, self.directory, self.sharding)
 
     def meta_student(self, options: StudentOptions) -> nn.Module:
-        """A student as `build_student` makes it, whose weights take no memory."""
-        return without_weights(self.directory, options)
+        """A student as from `build_student`, with parameters on the meta device."""
+        return build_meta_student(self.directory, options)
 
     def unsharded_copy(self, network: nn.Module) -> nn.Module:
-        """The network itself, or of one that is spread over processes a whole copy on the CPU of the first of them."""
+        """The network itself or, if it is sharded, an unsharded copy on the CPU of the first process."""
         if self.sharding is None:
             return network
-        spread = two_time(network)
-        copy = to_fake(two_time_class(spread.published, TwoTimeHunyuanImage3), spread.config)
+        sharded = two_time(network)
+        copy = build_on_meta_device(two_time_class(sharded.published, TwoTimeHunyuanImage3), sharded.config)
         if state := self.sharding.gather(network):
             copy.load_state_dict({**state, **dict(network.named_buffers())}, assign=True, strict=False)
         return copy
 
     def frozen_routing(self) -> Routing:
-        """A context in which every pass of a network sends its tokens to the experts of the first."""
+        """Context with frozen routing: every forward pass uses the expert assignments of the first."""
         return Routing()
 
     def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts: their tokens, since the network reads them itself."""
+        """Tokenize B prompts; the network encodes the tokens itself."""
         try:
             return self.layout.condition(prompts, self._vae[0].device)
         except ValueError as error:
-            raise ConfigurationError(f"{error}: set adapter.max_sequence_length") from error
+            raise ConfigurationError(f"adapter.{error}") from error
 
-    def null_for(self, condition: Condition, null_condition: Condition) -> Condition:
-        """The prompts with each of their tokens dropped: the published null condition is as long as the prompt."""
+    def null_condition_for(self, condition: Condition, null_condition: Condition) -> Condition:
+        """The prompts with all tokens dropped: the published null condition has the length of the prompt."""
         return {**condition, "prompt_ids": condition["null_ids"]}
 
     def text_encoders(self) -> dict[str, nn.Module]:
-        """None: the network reads prompts itself."""
+        """No text encoders: the network encodes prompts itself."""
         return {}
 
     @torch.no_grad()
@@ -255,7 +282,7 @@ class HunyuanImage3Adapter(ModelAdapter):
         """Shape (C, h, w) of the latents of an image of H x W pixels.
 
         Raises:
-            ConfigurationError: If the checkpoint has no such size.
+            ConfigurationError: If the checkpoint does not support the size.
         """
         try:
             return family.latent_shape(self.layout.config, self.layout, height, width)
@@ -263,13 +290,13 @@ class HunyuanImage3Adapter(ModelAdapter):
             raise ConfigurationError(str(error)) from error
 
     def time_shift(self, latent_shape: tuple[int, ...]) -> float:
-        """The shift of the checkpoint's sampling grid."""
-        return float(self._generation.flow_shift)
+        """Shift of the checkpoint's sampling grid."""
+        return float(self._generation_config.flow_shift)
 
     def velocity(
         self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, guidance_scale: Tensor | float | None = None
     ) -> Tensor:
-        """Velocity (B, C, h, w) by one forward."""
+        """Velocity (B, C, h, w) from one forward pass."""
         return self._evaluate(network, x_t, None, t, condition, guidance_scale)
 
     def average_velocity(
@@ -281,7 +308,7 @@ class HunyuanImage3Adapter(ModelAdapter):
         condition: Condition,
         guidance_scale: Tensor | float | None = None,
     ) -> Tensor:
-        """The student's average velocity (B, C, h, w) from t down to r, by one forward."""
+        """Average velocity (B, C, h, w) of the student from t down to r, from one forward pass."""
         return self._evaluate(student, x_t, r, t, condition, guidance_scale)
 
     def _evaluate(
@@ -298,12 +325,14 @@ class HunyuanImage3Adapter(ModelAdapter):
         guidance = None
         if self.embeds_guidance:
             if guidance_scale is None:
-                raise ConfigurationError("this checkpoint embeds the guidance scale; set guidance.scale, 2.5 is usual")
+                raise ConfigurationError(
+                    "guidance.scale is not set, but this checkpoint embeds the guidance scale; set it (2.5 is usual)"
+                )
             guidance = torch.as_tensor(guidance_scale, device=t.device, dtype=torch.float32).expand(len(t))
         return two_time(network).average_velocity(x_t, r, t, sequence, guidance)
 
     def save_student(self, student: nn.Module, directory: Path) -> None:
-        """Write the model in its published layout, with the code of its sampler, loaded with `trust_remote_code=True`."""
+        """Write the model in its published layout, with the few-step sampler; it loads with `trust_remote_code=True`."""
         student = two_time(student)
         settings = {
             "interval_embedding": student.config.interval_embedding,
@@ -316,19 +345,23 @@ class HunyuanImage3Adapter(ModelAdapter):
         save_model(student, self.directory, directory, settings)
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
-        """Write the published model.
+        """Write the network as a published model.
 
         Raises:
-            ValueError: If it cannot compute what the network computes.
+            ValueError: If the published model cannot represent the network.
         """
         network = two_time(network)
         if hasattr(network.config, "interval_embedding"):
-            raise ValueError("this network takes two times, which the published model cannot; save it as a student")
+            raise ValueError("the published model cannot represent a network with two times; save it as a student")
         save_model(network, self.directory, directory, {})
 
 
 def two_time(network: nn.Module) -> TwoTimeHunyuanImage3:
-    """The network itself, which must be one that an adapter made."""
+    """Narrow the type of a network.
+
+    Raises:
+        TypeError: If it is not a two-time HunyuanImage 3.0 network.
+    """
     if not isinstance(network, TwoTimeHunyuanImage3):
-        raise TypeError(f"HunyuanImage3Adapter works with its own networks, not with {type(network).__name__}")
+        raise TypeError(f"HunyuanImage3Adapter needs a two-time HunyuanImage 3.0 network, not a {type(network).__name__}")
     return network

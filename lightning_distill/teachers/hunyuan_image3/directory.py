@@ -1,4 +1,4 @@
-"""Directories of HunyuanImage 3.0 as they are published: one model, its code, tokenizer and weights side by side."""
+"""Read and write directories in the published layout of HunyuanImage 3.0: model code, tokenizer and weights in one folder."""
 
 import copy
 import inspect
@@ -17,11 +17,11 @@ from transformers import dynamic_module_utils
 
 from lightning_distill.students.few_step_hunyuan_image3 import FewStepHunyuanImage3
 from lightning_distill.students.two_time_hunyuan_image3 import EMBEDDERS, TwoTimeHunyuanImage3
-from lightning_distill.teachers.streamed_weights import Stream, save_in_files, stream_of
+from lightning_distill.teachers.streamed_weights import WeightStream, save_safetensors, weight_stream
 
 AUTO_CLASS = "AutoModelForCausalLM"
 ENTRY = "hunyuan_image3_student"
-"""Module of an export that joins this package's code with the published one."""
+"""Module of an export that combines the code of this package with the published code."""
 STUDENT_SETTINGS = (
     "interval_embedding",
     "time_frequency_bound",
@@ -33,39 +33,39 @@ STUDENT_SETTINGS = (
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 COPIED = (".py", ".json", ".txt", ".model", ".jinja")
-_ENTRY_CODE = '''"""The student as transformers loads it: the published model, with two times and a sampler of few steps."""
+_ENTRY_CODE = '''"""The student class that transformers loads: the published model with two times and a few-step sampler."""
 
 from .{module} import {published}
 from .{own} import {base}
 
 
 class {name}({base}, {published}):
-    """HunyuanImage 3.0 in a few steps; see `draw`."""
+    """HunyuanImage 3.0 with a few-step sampler; see `sample_images`."""
 
     published = {published}
 '''
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The settings of a directory, or none where it holds no model of transformers."""
+    """Read the configuration of a directory; empty if the directory has no transformers model."""
     file = directory / "config.json"
     config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return config
 
 
 def is_hunyuan_image3(config: dict[str, Any]) -> bool:
-    """Whether the settings are those of a published model, or of a student of one."""
+    """Whether a configuration is of a published model or of its student."""
     return config.get("model_type") == "hunyuan_image_3_moe" and AUTO_CLASS in config.get("auto_map", {})
 
 
 def is_student(config: dict[str, Any]) -> bool:
-    """Whether the settings are those of an exported student."""
+    """Whether a configuration is of an exported student."""
     return "interval_embedding" in config
 
 
 def published_class(directory: Path) -> type[nn.Module]:
-    """The model class that the directory brings; this runs its code."""
-    # transformers copies the code before it runs it, and processes that start together must not read half a copy.
+    """Import the model class of a directory; this runs the directory's code."""
+    # transformers copies the code before it runs it. The lock prevents parallel processes from reading an incomplete copy.
     cache = Path(dynamic_module_utils.HF_MODULES_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(cache / "lightning_distill.lock"):
@@ -75,8 +75,8 @@ def published_class(directory: Path) -> type[nn.Module]:
 
 
 def two_time_class(published: type[nn.Module], base: type[TwoTimeHunyuanImage3]) -> type[TwoTimeHunyuanImage3]:
-    """A published class with this package's mixed in."""
-    # Not registered with transformers, even where the published class is: it would be saved as if its file were its own.
+    """Subclass of a published model class and a class of this package."""
+    # Not registered with transformers, even if the published class is: saving would copy the wrong source file.
     settings = {"published": published, "_auto_class": None, "__module__": base.__module__}
     return type(_class_name(published, base), (base, published), settings)
 
@@ -86,34 +86,34 @@ def _class_name(published: type[nn.Module], base: type[TwoTimeHunyuanImage3]) ->
 
 
 def read_weights(directory: Path, names: set[str]) -> dict[str, Tensor]:
-    """Tensors by name, from the files that hold them.
+    """Read tensors by name from the files of a directory.
 
     Raises:
-        KeyError: If one is missing.
+        KeyError: If a tensor is missing.
     """
-    places = _places(directory)
-    if missing := sorted(names - places.keys()):
+    weight_map = _weight_map(directory)
+    if missing := sorted(names - weight_map.keys()):
         raise KeyError(f"{directory} has no weights {missing}")
     tensors: dict[str, Tensor] = {}
-    for name in sorted({places[each] for each in names}):
+    for name in sorted({weight_map[each] for each in names}):
         with safe_open(directory / name, framework="pt") as file:
-            tensors |= {each: file.get_tensor(each) for each in names if places[each] == name}
+            tensors |= {each: file.get_tensor(each) for each in names if weight_map[each] == name}
     return tensors
 
 
 def missing_files(directory: Path) -> list[str]:
-    """Files that a published directory should have and has not, as after a download that broke off."""
+    """Names of the files that a published directory lacks, as after an incomplete download."""
     index = directory / INDEX
-    shards = set(_places(directory).values()) if index.is_file() else {"model.safetensors"}
+    shards = set(_weight_map(directory).values()) if index.is_file() else {"model.safetensors"}
     return sorted(name for name in {*shards, "generation_config.json", "tokenizer.json"} if not (directory / name).is_file())
 
 
-def _places(directory: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
+def _weight_map(directory: Path) -> dict[str, str]:
+    """File name of each tensor."""
     index = directory / INDEX
     if index.is_file():
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return places
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return weight_map
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         return dict.fromkeys(file.keys(), "model.safetensors")
 
@@ -122,10 +122,10 @@ def save_model(network: TwoTimeHunyuanImage3, source: Path, directory: Path, set
     """Write a network in the published layout, which `AutoModelForCausalLM` loads with `trust_remote_code=True`.
 
     Args:
-        network: Its weights and configuration.
-        source: The published directory, of which all that the network has not is kept.
-        directory: Where to; made if it is not there.
-        settings: Of a student, for its configuration. Without them it is the published model that is written.
+        network: The network, which gives weights and configuration.
+        source: The published directory, which gives all files and weights that the network does not have.
+        directory: Output directory; created if it does not exist.
+        settings: Student settings for the configuration. Empty: the output is a published model.
     """
     published = network.published
     config = copy.deepcopy(network.config)
@@ -137,48 +137,48 @@ def save_model(network: TwoTimeHunyuanImage3, source: Path, directory: Path, set
     if settings:
         config.auto_map[AUTO_CLASS] = f"{ENTRY}.{_class_name(published, FewStepHunyuanImage3)}"
     with torch.device("meta"):
-        whole: Any = (two_time_class(published, FewStepHunyuanImage3) if settings else published)(config)
+        model: Any = (two_time_class(published, FewStepHunyuanImage3) if settings else published)(config)
     directory.mkdir(parents=True, exist_ok=True)
     config.dtype = str(network.dtype).removeprefix("torch.")
-    config.architectures = [type(whole).__name__]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    _save_weights(network, source, whole.state_dict(), directory)
+    _save_weights(network, source, model.state_dict(), directory)
     for file in source.iterdir():
         wanted = file.suffix in COPIED or file.name.lower().startswith(("license", "notice"))
         if file.is_file() and wanted and file.name != "config.json" and not file.name.endswith(WEIGHTS):
             shutil.copyfile(file, directory / file.name)
     if settings:
-        _copy_own_code(published, directory)
+        _copy_student_code(published, directory)
 
 
-def _save_weights(network: TwoTimeHunyuanImage3, source: Path, whole: dict[str, Tensor], directory: Path) -> None:
-    """Write a network's weights, and the published ones of what it has not."""
-    own, stream, dtype = network.state_dict(), stream_of(network), network.dtype
-    if unknown := sorted(name for name, value in own.items() if name not in whole or whole[name].shape != value.shape):
-        raise RuntimeError(f"the published model has no such weights as {unknown}")
-    # In the precision in which transformers will load it all; a teacher's time embeddings are of a higher one.
-    kept = {name for name in own if name.partition(".")[0] not in EMBEDDERS}
-    state = {
-        name: torch.empty(value.shape, dtype=own[name].dtype if name in kept else dtype, device="meta")
-        for name, value in whole.items()
+def _save_weights(network: TwoTimeHunyuanImage3, source: Path, full_state: dict[str, Tensor], directory: Path) -> None:
+    """Write the weights of a network, and the published weights of all other modules."""
+    state, stream, dtype = network.state_dict(), weight_stream(network), network.dtype
+    if unknown := sorted(n for n, value in state.items() if n not in full_state or full_state[n].shape != value.shape):
+        raise RuntimeError(f"the published model has no weights {unknown}")
+    # Cast to the dtype in which transformers loads the model; time embeddings of a teacher have a higher precision.
+    not_cast = {name for name in state if name.partition(".")[0] not in EMBEDDERS}
+    full_state = {
+        name: torch.empty(value.shape, dtype=state[name].dtype if name in not_cast else dtype, device="meta")
+        for name, value in full_state.items()
     }
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
-        found = stream.read([name for name in names if name in own])
-        found |= read_weights(source, {name for name in names if name not in own})
-        return {name: value if name in kept else value.to(dtype) for name, value in found.items()}
+        tensors = stream.read([name for name in names if name in state])
+        tensors |= read_weights(source, {name for name in names if name not in state})
+        return {name: value if name in not_cast else value.to(dtype) for name, value in tensors.items()}
 
-    save_in_files(state, Stream(read, stream.max_shard_size), directory, "model")
+    save_safetensors(full_state, WeightStream(read, stream.max_shard_size), directory, "model")
 
 
-def _copy_own_code(published: type[nn.Module], directory: Path) -> None:
-    own = Path(inspect.getfile(FewStepHunyuanImage3))
-    for file in (own, *map(Path, get_relative_import_files(own))):
+def _copy_student_code(published: type[nn.Module], directory: Path) -> None:
+    source = Path(inspect.getfile(FewStepHunyuanImage3))
+    for file in (source, *map(Path, get_relative_import_files(source))):
         shutil.copyfile(file, directory / file.name)
     code = _ENTRY_CODE.format(
         module=published.__module__.rpartition(".")[2],
         published=published.__name__,
-        own=own.stem,
+        own=source.stem,
         base=FewStepHunyuanImage3.__name__,
         name=_class_name(published, FewStepHunyuanImage3),
     )

@@ -1,4 +1,4 @@
-"""What HunyuanImage 3.0 has of its own, on the stand-in; the rest is in `test_families.py`."""
+"""Tests specific to HunyuanImage 3.0, with the stand-in model; `test_families.py` has the tests of all families."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from lightning_distill.students.few_step_hunyuan_image3 import load_tokenizer
 from lightning_distill.teachers import HunyuanImage3Adapter, StudentOptions
 from tests.teachers.hunyuan_image3.tiny_pipeline import FORMS, QUICK, save_stand_in
 from tests.teachers.tiny_families import load_family
-from tests.tiny import PROMPTS, draw, noise, train_a_little
+from tests.tiny import PROMPTS, noise, perturb_weights, sample_images
 
 SIZE = (32, 32)
 SHAPE = (4, 8, 8)
@@ -55,10 +55,10 @@ def build_student(adapter: HunyuanImage3Adapter, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def draw_as_published(
+def sample_with_published_code(
     directory: str, prompts: list[str], size: tuple[int, int], scale: float, system_prompt: str | None, x: Tensor, grid: Tensor
 ) -> Tensor:
-    """Latents by the published model's own inputs and forward, and Euler steps; its guidance is an input or a second half."""
+    """Latents from Euler steps with the inputs and forward of the published model, with embedded or two-branch guidance."""
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
     load_tokenizer(model, type(model), directory)
     model.post_token_len = None
@@ -79,13 +79,13 @@ def draw_as_published(
 
 
 @pytest.mark.parametrize("size", [SIZE, (16, 64)], ids=["square", "wide"])
-def test_it_draws_what_the_published_code_draws(directory: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_equals_the_published_code(directory: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     adapter = load_family(directory, system_prompt="draw a square")
     shape = adapter.latent_shape(*size)
     x, grid = noise(3, shape=shape), adapter.time_grid(4, shape)
     assert grid[1] == 0.9  # a shift of 3
-    expected = draw_as_published(directory, PROMPTS, size, 3.5, "draw a square", x, grid)
+    expected = sample_with_published_code(directory, PROMPTS, size, 3.5, "draw a square", x, grid)
     teacher, condition = adapter.load_teacher(), adapter.encode_prompt(PROMPTS)
     with torch.no_grad():
         for t, r in pairwise(grid):
@@ -99,36 +99,36 @@ def test_it_draws_what_the_published_code_draws(directory: str, size: tuple[int,
     assert (x[0] - x[1]).abs().max() > 1e-2
 
 
-def test_prompts_are_laid_out_as_published(tmp_path: Path) -> None:
+def test_token_layout_equals_the_published_code(tmp_path: Path) -> None:
     adapter = load_family(save_stand_in("newer_distilled", tmp_path / "instruct", sequence_template="instruct"))
     tokenizer = adapter.layout.tokenizer
     condition = adapter.encode_prompt(["a red circle", ""])
     sequence = adapter.layout.sequence(condition, *SIZE)
-    picture = "<boi> <img_size_32> <img_ratio_1> <timestep> <guidance> <timestep_r>" + 64 * " <img>" + " <eoi>"
+    image = "<boi> <img_size_32> <img_ratio_1> <timestep> <guidance> <timestep_r>" + 64 * " <img>" + " <eoi>"
     rows = [
-        f"<bos> User : a red circle Assistant : <answer> {picture}",
-        f"<bos> User : <cfg> Assistant : <answer> {picture}",
+        f"<bos> User : a red circle Assistant : <answer> {image}",
+        f"<bos> User : <cfg> Assistant : <answer> {image}",
     ]
     for i, row in enumerate(rows):
-        found = [token for token in tokenizer.convert_ids_to_tokens(sequence.input_ids[i]) if token != "<pad>"]
-        assert " ".join(found) == row
-        # The places of numbers and of the picture.
+        tokens = [token for token in tokenizer.convert_ids_to_tokens(sequence.input_ids[i]) if token != "<pad>"]
+        assert " ".join(tokens) == row
+        # The positions of times, guidance and image.
         names = {
             "<timestep>": sequence.timestep_index,
             "<guidance>": sequence.guidance_index,
             "<timestep_r>": sequence.timestep_r_index,
         }
         for name, index in names.items():
-            assert found[index[i, 0]] == name
-        assert {found[place] for place in sequence.image_mask[i].nonzero()[:, 0]} == {"<img>"}
-        ((where, shape),) = sequence.rope_image_info[i]
-        assert found[where] == ["<img>"] * 64
+            assert tokens[index[i, 0]] == name
+        assert {tokens[position] for position in sequence.image_mask[i].nonzero()[:, 0]} == {"<img>"}
+        ((image_slice, shape),) = sequence.rope_image_info[i]
+        assert tokens[image_slice] == ["<img>"] * 64
         assert shape == (8, 8)
-    null = tokenizer.convert_ids_to_tokens(adapter.null_for(condition, condition)["prompt_ids"][0])
+    null = tokenizer.convert_ids_to_tokens(adapter.null_condition_for(condition, condition)["prompt_ids"][0])
     assert " ".join(null[:9]) == "<bos> User : <cfg> <cfg> <cfg> Assistant : <answer>"
 
 
-def test_text_attends_to_what_is_before_and_a_picture_to_all_of_itself(newer_directory: str) -> None:
+def test_text_attention_is_causal_and_image_attention_bidirectional(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     sequence = adapter.layout.sequence(adapter.encode_prompt(PROMPTS), *SIZE)
     length = sequence.input_ids.shape[1]
@@ -138,7 +138,7 @@ def test_text_attends_to_what_is_before_and_a_picture_to_all_of_itself(newer_dir
                 assert row[i, j] == (j <= i or bool(image[i] and image[j]))
 
 
-def test_padding_and_the_other_rows_do_not_matter(newer_directory: str) -> None:
+def test_velocity_does_not_depend_on_padding_and_other_rows(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     longer = load_family(newer_directory, max_sequence_length=40)
     teacher, x, t = adapter.load_teacher(), noise(3, shape=SHAPE), torch.tensor([0.3, 0.6, 0.9])
@@ -150,22 +150,22 @@ def test_padding_and_the_other_rows_do_not_matter(newer_directory: str) -> None:
     torch.testing.assert_close(alone, together[1:2])
 
 
-def test_long_prompts_lose_their_end_and_keep_the_template(tmp_path: Path) -> None:
+def test_long_prompts_are_truncated_inside_the_template(tmp_path: Path) -> None:
     directory = save_stand_in("newer", tmp_path / "instruct", sequence_template="instruct")
     adapter = load_family(directory, max_sequence_length=9)
     ids = adapter.encode_prompt(["a red circle a green square"])["prompt_ids"][0]
     assert " ".join(adapter.layout.tokenizer.convert_ids_to_tokens(ids)) == "<bos> User : a red circle Assistant : <answer>"
     short = load_family(directory, max_sequence_length=4)
-    with pytest.raises(ConfigurationError, match="alone take 6 tokens, and sequences have 4 in front"):
+    with pytest.raises(ConfigurationError, match=r"^adapter\.max_sequence_length is 4.* alone have 6 tokens"):
         short.encode_prompt(["a circle"])
 
 
 # The derivative
 
 
-def test_a_difference_across_a_change_of_experts_is_wrong_and_with_them_held_is_right(directory: str) -> None:
+def test_finite_differences_are_correct_only_with_frozen_routing(directory: str) -> None:
     adapter = load_family(directory)
-    student = train_a_little(build_student(adapter, gradient_checkpointing=True)).double()
+    student = perturb_weights(build_student(adapter, gradient_checkpointing=True)).double()
     condition = adapter.encode_prompt(PROMPTS)
     x, v = torch.randn(2, 3, *SHAPE, dtype=torch.float64)
     t = torch.tensor([0.9, 0.6, 0.3], dtype=torch.float64)
@@ -184,24 +184,24 @@ def test_a_difference_across_a_change_of_experts_is_wrong_and_with_them_held_is_
         free = difference(5e-3)
         with adapter.frozen_routing():
             average_velocity(x, 0.4 * t, t)
-            held, narrow = difference(5e-3), difference(5e-4)
-    assert (dudt - narrow).norm() / dudt.norm() < 1e-3
-    assert (held - narrow).norm() / dudt.norm() < 0.05
-    assert (free - held).norm() / dudt.norm() > 0.1, "no token changed its experts, so nothing was tested"
+            frozen, frozen_small_step = difference(5e-3), difference(5e-4)
+    assert (dudt - frozen_small_step).norm() / dudt.norm() < 1e-3
+    assert (frozen - frozen_small_step).norm() / dudt.norm() < 0.05
+    assert (free - frozen).norm() / dudt.norm() > 0.1, "no token changed its experts, so the test has no effect"
 
 
-def test_a_copy_of_a_student_runs_its_own_blocks(newer_directory: str) -> None:
+def test_deepcopy_of_a_student_uses_its_own_blocks(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     student = build_student(adapter, gradient_checkpointing=True)
-    average = copy.deepcopy(student)
+    clone = copy.deepcopy(student)
     x, t, condition = noise(3, shape=SHAPE), torch.tensor([0.3, 0.6, 0.9]), adapter.encode_prompt(PROMPTS)
-    before = adapter.average_velocity(average, x, 0 * t, t, condition)
-    train_a_little(student.blocks)
-    assert torch.equal(adapter.average_velocity(average, x, 0 * t, t, condition), before)
+    before = adapter.average_velocity(clone, x, 0 * t, t, condition)
+    perturb_weights(student.blocks)
+    assert torch.equal(adapter.average_velocity(clone, x, 0 * t, t, condition), before)
     assert not torch.equal(adapter.average_velocity(student, x, 0 * t, t, condition), before)
 
 
-def test_mixed_precision_writes_its_tokens_into_a_sequence_in_float32(directory: str) -> None:
+def test_autocast_supports_a_float32_token_sequence(directory: str) -> None:
     adapter = load_family(directory)
     student = build_student(adapter, gradient_checkpointing=True)
     x, t, condition = noise(3, shape=SHAPE), torch.tensor([0.3, 0.6, 0.9]), adapter.encode_prompt(PROMPTS)
@@ -213,10 +213,10 @@ def test_mixed_precision_writes_its_tokens_into_a_sequence_in_float32(directory:
     u.sum().backward()
 
 
-# What others need to know of the network
+# Attributes for sharding and LoRA
 
 
-def test_blocks_and_targets_of_adapters_are_there(newer_directory: str) -> None:
+def test_network_has_block_names_and_lora_targets(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     student = build_student(adapter)
     (block,) = student._repeated_blocks
@@ -239,16 +239,16 @@ def test_blocks_and_targets_of_adapters_are_there(newer_directory: str) -> None:
     [
         (
             {"trust_remote_code": False},
-            "brings code of its own; read its Python files, and set adapter.trust_remote_code to true",
+            "contains model code; review its Python files, and set adapter.trust_remote_code to true",
         ),
         ({"torch_dtype": "int8"}, "adapter.torch_dtype is 'int8'; choose one of float32, bfloat16, float16"),
-        ({"max_sequence_length": 0}, "adapter.max_sequence_length is 0; give the tokens of the longest prompts"),
+        ({"max_sequence_length": 0}, "adapter.max_sequence_length is 0; set it to the length of the longest prompts"),
         ({"pretrained": "no/such/place"}, "which is neither a directory nor a hub id"),
         ({"pretrained": "tencent/NotThere-3.0"}, "which is not in the local cache and cannot be fetched from the hub"),
         ({"pretrained": "."}, "which is not HunyuanImage 3.0 with its code"),
     ],
 )
-def test_settings_that_cannot_work_are_one_sentence(settings: dict[str, Any], message: str, newer_directory: str) -> None:
+def test_invalid_settings_raise_one_line(settings: dict[str, Any], message: str, newer_directory: str) -> None:
     adapter = HunyuanImage3Adapter(**{"pretrained": newer_directory, "trust_remote_code": True, **settings})
     for step in (adapter.check, adapter.load, adapter.load_teacher):
         with pytest.raises(ConfigurationError) as caught:
@@ -257,7 +257,7 @@ def test_settings_that_cannot_work_are_one_sentence(settings: dict[str, Any], me
         assert "\n" not in str(caught.value)
 
 
-def test_nothing_of_the_checkpoint_runs_without_trust(tmp_path: Path) -> None:
+def test_checkpoint_code_does_not_run_without_trust_remote_code(tmp_path: Path) -> None:
     directory = save_stand_in("older", tmp_path / "published")
     (tmp_path / "published" / "hunyuan.py").write_text("raise SystemExit('the code ran')")
     adapter = HunyuanImage3Adapter(directory)
@@ -267,10 +267,10 @@ def test_nothing_of_the_checkpoint_runs_without_trust(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model-00002-of-00005.safetensors"])
-def test_a_download_that_broke_off_is_seen_before_anything_loads(name: str, newer_directory: str, tmp_path: Path) -> None:
+def test_incomplete_download_raises_before_loading(name: str, newer_directory: str, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(newer_directory, tmp_path / "broken"))
     (broken / name).unlink()
-    with pytest.raises(ConfigurationError, match=f"which lacks {name}; download the whole checkpoint"):
+    with pytest.raises(ConfigurationError, match=f"which lacks {name}; download the complete checkpoint"):
         HunyuanImage3Adapter(str(broken), trust_remote_code=True).check()
     for file in broken.glob("model*safetensors*"):
         file.unlink()
@@ -278,25 +278,25 @@ def test_a_download_that_broke_off_is_seen_before_anything_loads(name: str, newe
         HunyuanImage3Adapter(str(broken), trust_remote_code=True).check()
 
 
-def test_sizes_are_those_of_the_checkpoint(newer_directory: str) -> None:
+def test_latent_shape_supports_only_sizes_of_the_checkpoint(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     assert adapter.latent_shape(64, 16) == (4, 16, 4)
-    with pytest.raises(ConfigurationError, match="24 x 24 do not fit; the nearest size that this checkpoint draws is 32 x 32"):
+    with pytest.raises(ConfigurationError, match="24 x 24 do not fit; the nearest size of this checkpoint is 32 x 32"):
         adapter.latent_shape(24, 24)
 
 
-def test_a_checkpoint_that_embeds_guidance_asks_for_it(guided_directory: str) -> None:
+def test_embedded_guidance_needs_a_scale(guided_directory: str) -> None:
     adapter = load_family(guided_directory)
     assert adapter.embeds_guidance
     teacher, x, t, condition = adapter.load_teacher(), noise(3, shape=SHAPE), torch.ones(3), adapter.encode_prompt(PROMPTS)
     with torch.no_grad():
         low, high = (adapter.velocity(teacher, x, t, condition, scale) for scale in (1.0, 2.5))
         assert (low - high).abs().max() > 1e-3
-        with pytest.raises(ConfigurationError, match=r"set guidance\.scale, 2\.5 is usual"):
+        with pytest.raises(ConfigurationError, match=r"guidance\.scale is not set.*set it \(2\.5 is usual"):
             adapter.velocity(teacher, x, t, condition)
 
 
-def test_every_process_decodes_its_own_pictures(newer_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_decodes_images(newer_directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = load_family(newer_directory)
     latents = noise(2, shape=SHAPE)
     expected = adapter.decode_latents(latents)
@@ -306,7 +306,7 @@ def test_every_process_decodes_its_own_pictures(newer_directory: str, monkeypatc
 
 
 @pytest.mark.parametrize("revision", [None, "first"])
-def test_a_hub_id_is_looked_up_in_the_cache(
+def test_hub_id_is_read_from_the_cache(
     revision: str | None, newer_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, commit in (("main", "a" * 40), ("first", "b" * 40)):
@@ -325,24 +325,24 @@ def test_a_hub_id_is_looked_up_in_the_cache(
 # Exports
 
 
-def test_a_student_is_the_published_layout_with_its_code(directory: str, tmp_path: Path) -> None:
+def test_exported_student_has_the_published_layout_and_its_code(directory: str, tmp_path: Path) -> None:
     adapter = load_family(directory)
-    student = train_a_little(build_student(adapter)).eval()
-    # transformers takes directories of one name, in one process, for the same model.
+    student = perturb_weights(build_student(adapter)).eval()
+    # In one process, transformers treats directories with the same name as the same model.
     out = export_student(adapter, student, tmp_path / "out" / f"student_of_{Path(directory).name}", CARD)
-    held = {path.name for path in out.iterdir()}
+    files = {path.name for path in out.iterdir()}
     published = {path.name for path in Path(directory).iterdir() if not path.name.startswith(("model.", "model-"))}
     own = {"average_velocity_scheduler", "expert_routing", "few_step", "few_step_hunyuan_image3", "hunyuan_image3_layout"}
     own |= {"hunyuan_image3_student", "two_time", "two_time_hunyuan_image3"}
-    assert held == published | {f"{name}.py" for name in own} | {"model.safetensors", "README.md", MARK}
+    assert files == published | {f"{name}.py" for name in own} | {"model.safetensors", "README.md", MARK}
     for path in out.glob("*.json"):
-        assert str(tmp_path) not in path.read_text(), f"{path} tells where it was made"
+        assert str(tmp_path) not in path.read_text(), f"{path} contains a local path"
     config = json.loads((out / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "hunyuan_image3_student.FewStepHunyuanImage3ForCausalMM"
-    with pytest.raises(ConfigurationError, match="an exported student; give the checkpoint that it was made from"):
+    with pytest.raises(ConfigurationError, match="an exported student; set it to the checkpoint of its teacher"):
         HunyuanImage3Adapter(str(out), trust_remote_code=True).check()
 
-    # The card's code, and the command.
+    # The code snippet of the model card, and the `sample` command.
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert "library_name: transformers" in (out / "README.md").read_text()
     names: dict[str, Any] = {}
@@ -354,10 +354,10 @@ def test_a_student_is_the_published_layout_with_its_code(directory: str, tmp_pat
         sampling.main(command)
     sampling.main([*command, "--trust_remote_code"])
     images = sampling.sample(sampling.load_pipeline(str(out), True), PROMPTS, nfe=4, guidance_scale=3.5 if scale else None)
-    assert torch.equal(images, draw(adapter, student, PROMPTS, 4, 3.5))
+    assert torch.equal(images, sample_images(adapter, student, PROMPTS, 4, 3.5))
 
 
-def test_what_the_command_cannot_do_is_one_sentence(newer_directory: str, tmp_path: Path) -> None:
+def test_unsupported_arguments_of_the_sample_command_raise(newer_directory: str, tmp_path: Path) -> None:
     adapter = load_family(newer_directory)
     out = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
     student = sampling.load_pipeline(str(out), True)
@@ -365,25 +365,25 @@ def test_what_the_command_cannot_do_is_one_sentence(newer_directory: str, tmp_pa
         sampling.sample(student, ["a circle"], nfe=1, height=24, width=24)
     with pytest.raises(ConfigurationError, match="this student has its guidance built in"):
         sampling.sample(student, ["a circle"], nfe=1, guidance_scale=2.0)
-    with pytest.raises(ConfigurationError, match=r"HunyuanImage 3\.0 itself; draw with its own generate_image"):
+    with pytest.raises(ConfigurationError, match=r"HunyuanImage 3\.0 itself; sample by its generate_image"):
         sampling.load_pipeline(newer_directory, True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_teacher_is_the_published_model(dtype: str, newer_directory: str, tmp_path: Path) -> None:
+def test_exported_teacher_is_the_published_model(dtype: str, newer_directory: str, tmp_path: Path) -> None:
     adapter = load_family(newer_directory, torch_dtype=dtype)
     network = adapter.load_teacher()
     out = export_teacher(adapter, network, tmp_path / "teacher", CARD)
     assert {path.name for path in out.glob("*.py")} == {path.name for path in Path(newer_directory).glob("*.py")}
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    found = {part.weight.dtype for part in (model.timestep_emb.mlp[0], model.vae.decoder, model.lm_head, model.model.wte)}
-    assert found == {getattr(torch, dtype)}
-    again = load_family(str(out), torch_dtype=dtype)
+    dtypes = {part.weight.dtype for part in (model.timestep_emb.mlp[0], model.vae.decoder, model.lm_head, model.model.wte)}
+    assert dtypes == {getattr(torch, dtype)}
+    exported = load_family(str(out), torch_dtype=dtype)
     x, t, condition = noise(3, shape=SHAPE), torch.tensor([0.3, 0.6, 0.9]), adapter.encode_prompt(PROMPTS)
     with torch.no_grad():
         before = adapter.velocity(network, x, t, condition)
-        after = again.velocity(again.load_teacher(), x, t, condition)
-    # The checkpoint here is in float32, so that time embeddings are rounded when it is written in bfloat16.
+        after = exported.velocity(exported.load_teacher(), x, t, condition)
+    # This checkpoint is float32, so a bfloat16 export rounds the time embeddings.
     assert (after - before).norm() / before.norm() < (1e-6 if dtype == "float32" else 0.05)
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     compile(code, "README.md", "exec")
@@ -393,12 +393,12 @@ def test_a_teacher_is_the_published_model(dtype: str, newer_directory: str, tmp_
         export_teacher(adapter, build_student(adapter), tmp_path / "student", CARD)
 
 
-def test_a_student_has_no_times_but_those_of_its_own_sampler(newer_directory: str, tmp_path: Path) -> None:
+def test_exported_student_loads_its_tokenizer_and_samples(newer_directory: str, tmp_path: Path) -> None:
     adapter = load_family(newer_directory)
     out = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     with pytest.raises(ValueError, match="has not been initialized yet"):
-        model.draw("a circle")
+        model.sample_images("a circle")
     model.load_tokenizer(str(out))
-    assert model.draw("a circle", num_inference_steps=1)[0].size == SIZE
+    assert model.sample_images("a circle", num_inference_steps=1)[0].size == SIZE
     assert sys.modules[type(model).__module__].__name__.startswith("transformers_modules.")

@@ -1,4 +1,4 @@
-"""Directories of the stand-in for HunyuanImage 3.0, as the published ones are: code, tokenizer, settings and weights."""
+"""Write directories of the HunyuanImage 3.0 stand-in model in the published layout: code, tokenizer, settings and weights."""
 
 import shutil
 from pathlib import Path
@@ -22,9 +22,9 @@ FORMS = {
     "newer_guided": ("modeling_hunyuan_image_3", {"cfg_distilled": True}),
     "newer_distilled": ("modeling_hunyuan_image_3", {"cfg_distilled": True, "use_meanflow": True}),
 }
-"""Module of the model, and its flags."""
+"""Module and configuration flags of each version of the model."""
 QUICK = ("older", "newer_distilled")
-"""Forms that have all there is between them; tests of the others are slow ones."""
+"""Versions that together have all features; tests of the other versions are slow."""
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<img>", "<cfg>", "<timestep>", "<timestep_r>", "<guidance>"]
 SPECIAL += ["<img_size_32>", *(f"<img_ratio_{i}>" for i in range(3)), "<answer>", "</answer>"]
 
@@ -38,12 +38,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_stand_in(form: str, directory: Path, sequence_template: str = "pretrain", **settings: Any) -> str:
-    """Write a directory, with settings of the model other than its form's, and return where."""
+    """Write a model of a version, with additional model settings, and return its directory."""
     module, flags = FORMS[form]
     kind = {"hunyuan": hunyuan, "modeling_hunyuan_image_3": modeling_hunyuan_image_3}[module].HunyuanImage3ForCausalMM
     torch.manual_seed(0)
     model = kind(HunyuanImage3Config(**flags, **settings))
-    draw_weights(model)
+    randomize_weights(model)
     model.config.auto_map = {
         "AutoConfig": "configuration_hunyuan_image_3.HunyuanImage3Config",
         "AutoModelForCausalLM": f"{module}.HunyuanImage3ForCausalMM",
@@ -51,19 +51,19 @@ def save_stand_in(form: str, directory: Path, sequence_template: str = "pretrain
     model.generation_config = GenerationConfig(
         flow_shift=3.0, diff_guidance_scale=2.5, diff_infer_steps=50, sequence_template=sequence_template
     )
-    model.save_pretrained(directory, max_shard_size="100KB")  # in several files, as the published one
+    model.save_pretrained(directory, max_shard_size="100KB")  # several files, as in the published model
     build_tokenizer().save_pretrained(directory)
     other = {"hunyuan": "modeling_hunyuan_image_3", "modeling_hunyuan_image_3": "hunyuan"}[module]
     for file in Path(stand_in.__file__).parent.glob("*.py"):
         if file.stem not in (other, "__init__"):
             shutil.copyfile(file, directory / file.name)
-    (directory / "LICENSE.txt").write_text("The stand-in's.\n")
+    (directory / "LICENSE.txt").write_text("License of the stand-in model.\n")
     return str(directory)
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module) -> None:
-    """Large enough for tokens to differ, and to be routed differently."""
+def randomize_weights(model: nn.Module) -> None:
+    """Sample weights that are large enough for tokens to differ and to be routed to different experts."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel() if "wte" not in name else 1

@@ -1,6 +1,12 @@
-"""A small stand-in for HunyuanImage 3.0, written for these tests, since the published code cannot be shipped.
+"""A small stand-in model for HunyuanImage 3.0, written for these tests because the published code cannot be shipped.
 
-It has the published names, call signatures and token layout, in the older and in the newer form of the code, and the traps: a
-mixture of experts that asks for a GPU, positions up to the longest sequence in evaluation, an attribute that only `generate`
-sets, an autoencoder that decodes in the first process only. It draws nothing sensible: its weights are random.
+It has the published names, call signatures and token layout, in the older and the newer version of the code. It also has
+the published pitfalls:
+
+- The mixture of experts needs a GPU.
+- In evaluation mode, positions are computed up to the longest possible sequence.
+- Only `generate` sets one of the attributes.
+- The autoencoder only decodes in the first process.
+
+The weights are random, so the images are meaningless.
 """

@@ -1,4 +1,4 @@
-"""An autoencoder of videos, of which a picture is one frame."""
+"""A video autoencoder; an image is a video of one frame."""
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -31,7 +31,7 @@ class AutoencoderKLConv3D(ModelMixin, ConfigMixin):
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: object = None) -> DecoderOutput | tuple[Tensor]:
         assert z.ndim == 5
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:  # as published
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:  # as in the published code
             return torch.empty(0)
         decoded = self.decoder(z)[:, :, -1:]
         return DecoderOutput(sample=decoded) if return_dict else (decoded,)

@@ -1,4 +1,4 @@
-"""The transformer and the convolutions around it, which both published forms of the code share."""
+"""The transformer and its convolutions, shared by both published versions of the code."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = 8
-"""Of channels that are normalised together; 32 as published, and the same channels here, would leave a bias without effect."""
+"""Number of group-norm groups. The published 32 would equal the number of channels here, so a bias would have no effect."""
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
@@ -33,7 +33,7 @@ class TimestepEmbedder(nn.Module):
 def build_batch_2d_rope(
     seq_len: int, n_elem: int, image_infos: list[Any], device: torch.device, base: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """Positions of text on the diagonal, those of an image around the middle of the stretch of text that it replaces."""
+    """Text positions are on the diagonal; image positions are centred on the text span that the image replaces."""
     theta = 1.0 / base ** (torch.arange(0, n_elem, 2, device=device).float() / n_elem)
     rows = []
     for infos in image_infos:
@@ -99,7 +99,7 @@ class HunyuanMoE(nn.Module):
         self.experts = nn.ModuleList(HunyuanMLP(config) for _ in range(config.num_experts))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        torch.cuda.set_device(hidden_states.device.index)  # as published: without a GPU it raises
+        torch.cuda.set_device(hidden_states.device.index)  # as in the published code: raises without a GPU
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights, index = self.gate(hidden_states)
         repeated = flat.repeat_interleave(self.moe_topk, dim=0)

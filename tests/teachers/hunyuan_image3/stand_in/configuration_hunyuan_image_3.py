@@ -1,4 +1,4 @@
-"""Settings under the names of the published configuration."""
+"""Configuration with the published setting names."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The older published form: one time by another name, positions computed by the caller, a wrapper around a tokenizer."""
+"""The older published version: one time with a different name, positions from the caller, a tokenizer wrapper."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +121,7 @@ class HunyuanImage3ForCausalMM(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_model_inputs(self, prompt: list[str], image_size: tuple[int, int], system_prompt: str | None) -> dict[str, Any]:
-        """Inputs of `forward` but for pictures and times; the second half has no prompts."""
+        """Inputs of `forward` except images and times; the second half of the batch has null conditions."""
         info = self.image_processor.build_image_info(image_size)
         output = self.tokenizer.apply_chat_template(
             batch_prompt=prompt,

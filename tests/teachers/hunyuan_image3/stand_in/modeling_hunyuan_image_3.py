@@ -1,4 +1,4 @@
-"""The newer published form: times and guidance by name, positions computed by the model, tokenizer of its own class."""
+"""The newer published version: named times and guidance, positions from the model, a tokenizer class."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +110,7 @@ class HunyuanImage3ForCausalMM(PreTrainedModel, GenerationMixin):
     ) -> CausalMMOutputWithPast:
         assert mode == "gen_image"
         assert first_step
-        # as published: in evaluation the table of positions is as long as any sequence may be
+        # as in the published code: in evaluation mode, the table of positions has the largest sequence length
         length = input_ids.size(1) if self.training else self.config.max_position_embeddings
         cos, sin = build_batch_2d_rope(
             length, self.config.attention_head_dim, rope_image_info, input_ids.device, self.config.rope_theta
@@ -135,7 +135,7 @@ class HunyuanImage3ForCausalMM(PreTrainedModel, GenerationMixin):
             custom_pos_emb=(cos, sin),
             mode=mode,
             first_step=first_step,
-            post_token_len=self.post_token_len,  # as published: only `generate` sets it
+            post_token_len=self.post_token_len,  # as in the published code: only `generate` sets it
         )
         output = select_image(hidden_states, image_mask)
         return CausalMMOutputWithPast(
@@ -143,7 +143,7 @@ class HunyuanImage3ForCausalMM(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_model_inputs(self, prompt: list[str], image_size: tuple[int, int], system_prompt: str | None) -> dict[str, Any]:
-        """Inputs of `forward` but for pictures and numbers; without `cfg_distilled` the second half has no prompts."""
+        """Inputs of `forward` except images, times and guidance; without `cfg_distilled`, half are null conditions."""
         info = self.image_processor.build_gen_image_info(
             image_size, add_guidance_token=self.config.cfg_distilled, add_timestep_r_token=self.config.use_meanflow
         )

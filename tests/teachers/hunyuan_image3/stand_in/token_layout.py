@@ -1,4 +1,4 @@
-"""Sequences of text and one picture, as the published tokenizers make them."""
+"""Token sequences of text and one image, in the layout of the published tokenizers."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -41,15 +41,15 @@ def closest(config: Any, image_size: tuple[int, int], **flags: bool) -> ImageInf
 
 
 class ChatTemplate(ABC):
-    """What both published tokenizers do with prompts."""
+    """Chat template of both published tokenizers."""
 
     @abstractmethod
     def ids(self, token: str) -> int:
-        """Of a special token."""
+        """Id of a special token."""
 
     @abstractmethod
     def text_ids(self, text: str) -> list[int]:
-        """Of a text."""
+        """Token ids of a text."""
 
     def apply_chat_template(
         self,
