@@ -1,12 +1,19 @@
-"""The errors of this package that are meant for the person at the command line: one sentence, no traceback."""
+"""Errors that the command line reports as one line on stderr, without a traceback."""
 
 
 class ConfigurationError(ValueError):
-    """A setting that cannot work. The message is one sentence that names the setting and the remedy.
+    """A setting with an invalid value. The message is one line that names the setting and the remedy.
 
-    The command line prints it and ends with exit code 2.
+    The command line prints the message and exits with code 2.
     """
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a loss or a gradient that is not a number. The command line prints the message and ends with code 1."""
+    """A loss or a gradient is NaN or infinite. The command line prints the message and exits with code 1."""
+
+
+def find_configuration_error(error: BaseException | None) -> ConfigurationError | None:
+    """First `ConfigurationError` in a chain of causes; jsonargparse wraps the errors of constructors."""
+    while error is not None and not isinstance(error, ConfigurationError):
+        error = error.__cause__ or error.__context__
+    return error

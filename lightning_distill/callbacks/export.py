@@ -82,8 +82,7 @@ class ExportPipeline(Callback):
         if self._target is None:
             return
         assert isinstance(pl_module, TeacherStudentBase), "setup has refused others"
-        trained = pl_module.sampling_student
-        network = pl_module.adapter.unsharded_copy(trained if pl_module.has_teacher else trained.get_submodule("transformer"))
+        network = pl_module.adapter.unsharded_copy(pl_module.networks.sampling_student)
         if not trainer.is_global_zero:
             return
         card = self.model_card(trainer, pl_module)
@@ -102,7 +101,7 @@ class ExportPipeline(Callback):
             figures = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         return ModelCard(
             method=type(module).__name__,
-            teacher=str(getattr(module.adapter, "pretrained", type(module.adapter).__name__)),
+            teacher=module.adapter.name,
             nfe=module.validation.nfe,
             height=module.validation.height,
             width=module.validation.width,
@@ -111,6 +110,6 @@ class ExportPipeline(Callback):
             minutes=reports[-1].minutes if reports else self._elapsed() / 60,  # the report's are without its own pictures
             figures={name: value for name, value in figures.items() if math.isfinite(value)},
             notes=self.notes,
-            torch_dtype=str(getattr(module.adapter, "torch_dtype", "float32")),
+            torch_dtype=module.adapter.weights_dtype,
             started_from=module.student_options.pretrained,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.condition import encoded_data
+from lightning_distill.methods.encoder import encoded_data
 
 TAG = "images/student_vs_teacher"
 _CELL = (96, 256)

@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lightning_distill.methods.base import TeacherStudentBase
+
 
 class DistillProgressBar(TQDMProgressBar):
     """Lightning's bar with short names and the phase: loss, solution in use, samples a second, latest validation.
@@ -29,6 +31,6 @@ class DistillProgressBar(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         shown: dict[str, Any] = {"loss": metrics.pop("train/loss")} if "train/loss" in metrics else {}
-        if hasattr(pl_module, "solution"):
-            shown["phase"] = pl_module.solution
+        if isinstance(pl_module, TeacherStudentBase) and len(pl_module.phases) > 1:
+            shown["phase"] = pl_module.phase
         return shown | {name.rsplit("/", 1)[-1]: value for name, value in metrics.items()}

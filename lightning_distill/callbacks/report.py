@@ -28,7 +28,7 @@ from lightning_distill.callbacks.images import (
 )
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.evaluation import computed, metric_name
+from lightning_distill.methods.evaluation import computed_values, metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
 
 Network = Literal["student", "teacher"]
@@ -197,7 +197,7 @@ class FinalReport(Callback):
             repeated = [prompt for prompt in prompts for _ in range(self.noises)]
             seeds = [self.seed + place * self.noises + i for place in places for i in range(self.noises)]
             metric.update(module.sample(repeated, nfe, seeds, network), repeated)
-        return {name: float(value) for name, value in computed(metric).items()}
+        return {name: float(value) for name, value in computed_values(metric).items()}
 
     def _diversity(self, module: TeacherStudentBase, prompts: Sequence[str], nfe: int, network: Network) -> float:
         # Every process draws all of them, since sharded networks need all, and its own figure counts.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill.errors import NonFiniteError
+from lightning_distill.sharding.protocols import StepAccounting
 
 
 class StopOnNonFinite(Callback):
@@ -41,14 +42,18 @@ class StopOnNonFinite(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what was left out before."""
-        self._skipped = getattr(trainer.strategy, "skipped_steps", 0)
+        self._skipped = _skipped_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check that the step was not left out."""
-        if trainer.precision != "16-mixed" and getattr(trainer.strategy, "skipped_steps", 0) > self._skipped:
+        if trainer.precision != "16-mixed" and _skipped_steps(trainer) > self._skipped:
             raise _error(trainer, "gradient norm", math.inf)
+
+
+def _skipped_steps(trainer: Trainer) -> int:
+    return trainer.strategy.skipped_steps if isinstance(trainer.strategy, StepAccounting) else 0
 
 
 def _error(trainer: Trainer, what: str, value: float) -> NonFiniteError:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods.meanflow import PHASES
+from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.sharding.protocols import Sharding
 from lightning_distill.sharding.shared_weights import own_state_dict
 
@@ -89,8 +89,6 @@ class SwitchSolution(Callback):
             raise ConfigurationError(
                 f"SwitchSolution.latest_step is {latest_step}, before earliest_step {earliest_step}; put it at or after that"
             )
-        if to not in PHASES:
-            raise ConfigurationError(f"SwitchSolution.to is {to!r}; choose one of {', '.join(PHASES)}")
         if guard_factor is not None and not guard_factor > 1:
             raise ConfigurationError(f"SwitchSolution.guard_factor is {guard_factor}; set it above 1, or to null for no guard")
         self.monitor = monitor
@@ -109,11 +107,11 @@ class SwitchSolution(Callback):
         """Refuse a method that this cannot work with."""
         if stage != "fit":
             return
-        if not hasattr(pl_module, "solution"):
-            raise ConfigurationError(
-                f"SwitchSolution needs a method with solutions, and {type(pl_module).__name__} has none; leave the callback out"
-            )
-        if pl_module.solution == self.to and self.state.step is None:
+        method = _phased(pl_module)
+        if self.to not in method.phases:
+            raise ConfigurationError(f"SwitchSolution.to is {self.to!r}; choose one of {', '.join(method.phases)}")
+        method.expect_phase(self.to)
+        if method.phase == self.to and self.state.step is None:
             raise ConfigurationError(
                 f"model.solution is {self.to!r} already, which SwitchSolution switches to; start from another solution or "
                 "leave the callback out"
@@ -122,9 +120,9 @@ class SwitchSolution(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on in the phase that the checkpoint was saved in."""
         if self.guard_factor is None and (sharding := _sharding(trainer)) is not None:
-            sharding.keep(())  # which a checkpoint has brought along
+            sharding.take_snapshot(())  # drops that of the checkpoint
         if self.state.step is not None:
-            _set_solution(pl_module, self.to if self.state.returned_at is None else str(self.state.origin))
+            _set_phase(pl_module, self.to if self.state.returned_at is None else str(self.state.origin))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch at `latest_step`: here, the student's average has taken in the last step, at the end of a batch not yet."""
@@ -163,7 +161,7 @@ class SwitchSolution(Callback):
         self.state = SwitchState(**state)
 
     def _waits(self, pl_module: LightningModule) -> bool:
-        return self.state.step is None and pl_module.solution != self.to
+        return self.state.step is None and _phased(pl_module).phase != self.to
 
     def _read(self, trainer: Trainer, *, needed: bool) -> float | None:
         found = trainer.callback_metrics.get(self.monitor)
@@ -192,10 +190,10 @@ class SwitchSolution(Callback):
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule, reason: str) -> None:
         state = self.state
-        state.origin, state.step, state.value = str(pl_module.solution), trainer.global_step, state.observed
+        state.origin, state.step, state.value = _phased(pl_module).phase, trainer.global_step, state.observed
         if self.guard_factor is not None:
             self._keep(trainer, pl_module)
-        _set_solution(pl_module, self.to)
+        _set_phase(pl_module, self.to)
         value = "not measured yet" if state.value is None else f"{state.value:.4g}"
         rank_zero_info(
             f"SwitchSolution: {state.origin} to {self.to} at step {state.step} ({reason}; {self.monitor} is {value})"
@@ -203,25 +201,26 @@ class SwitchSolution(Callback):
         _log(trainer, {"switch/step": state.step, "switch/value": state.value})
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        networks, teacher = _kept(pl_module), getattr(pl_module, "teacher", None)
+        method = _phased(pl_module)
+        networks = method.snapshot_networks()
         if (sharding := _sharding(trainer)) is None:
-            self._weights = {name: _copy(own_state_dict(module, teacher)) for name, module in networks.items()}
+            self._weights = {path: _copy(own_state_dict(module, method.teacher)) for path, module in networks.items()}
         else:
-            sharding.keep(tuple(networks))
+            sharding.take_snapshot(tuple(networks))
 
     def _can_return(self, trainer: Trainer) -> bool:
         sharding = _sharding(trainer)
-        return self._weights is not None if sharding is None else sharding.keeps
+        return self._weights is not None if sharding is None else sharding.has_snapshot
 
     def _take_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad():
             if (sharding := _sharding(trainer)) is not None:
                 sharding.restore_snapshot()
-                sharding.keep(())
+                sharding.take_snapshot(())
             else:
                 assert self._weights is not None
-                for name, module in _kept(pl_module).items():
-                    module.load_state_dict({**module.state_dict(), **self._weights[name]})  # those of a shared base never left
+                for path, module in _phased(pl_module).snapshot_networks().items():
+                    module.load_state_dict({**module.state_dict(), **self._weights[path]})  # weights of a shared base stay
                 self._weights = None
             for optimizer in trainer.optimizers:
                 optimizer.zero_grad(set_to_none=True)  # what has accumulated is of the weights that are given up
@@ -231,7 +230,7 @@ class SwitchSolution(Callback):
         state = self.state
         self._take_back(trainer, pl_module)
         state.returned_at = trainer.global_step
-        _set_solution(pl_module, str(state.origin))
+        _set_phase(pl_module, str(state.origin))
         rank_zero_info(
             f"SwitchSolution: back to {state.origin} at step {state.returned_at} with the weights of step {state.step}: "
             f"{self.monitor} went from {state.value:.4g} at the switch to {value:.4g} (guard_factor {self.guard_factor:g})"
@@ -239,15 +238,19 @@ class SwitchSolution(Callback):
         _log(trainer, {"switch/returned_at": state.returned_at, "switch/value": value})
 
 
-def _set_solution(pl_module: LightningModule, solution: str) -> None:
-    if pl_module.solution != solution:
-        pl_module.solution = solution  # type: ignore[assignment]  # an attribute of the method, not one of its submodules
+def _phased(pl_module: LightningModule) -> TeacherStudentBase:
+    if not isinstance(pl_module, TeacherStudentBase) or len(pl_module.phases) < 2:
+        raise ConfigurationError(
+            f"SwitchSolution needs a method with several solutions, and {type(pl_module).__name__} has none; remove the "
+            "callback"
+        )
+    return pl_module
 
 
-def _kept(pl_module: LightningModule) -> dict[str, nn.Module]:
-    """What the switch's weights are: the student, and its average if there is one."""
-    found = {name: getattr(pl_module, name, None) for name in ("student", "ema")}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+def _set_phase(pl_module: LightningModule, phase: str) -> None:
+    method = _phased(pl_module)
+    if method.phase != phase:
+        method.phase = phase
 
 
 def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.directory import ModelCard, check_export_directory, export_student
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.sharding.checkpoint import METADATA, REST, recover
-from lightning_distill.teachers.streamed_weights import Read, stream
+from lightning_distill.teachers.streamed_weights import Read, stream_weights
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     if module.student_options.lora is None:
         student = module.adapter.meta_student(module.student_options)
         _refuse_others(stored, student.state_dict())
-        stream(student, lambda names: _renamed(read, stored, names), options.max_shard_size)
+        stream_weights(student, lambda names: _renamed(read, stored, names), options.max_shard_size)
         module.adapter.load()
     else:
         module.configure_model()
@@ -78,13 +78,13 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
         student.load_state_dict({name: values[stored[name]] for name in stored}, strict=False)
     card = ModelCard(
         method=type(module).__name__,
-        teacher=str(getattr(module.adapter, "pretrained", type(module.adapter).__name__)),
+        teacher=module.adapter.name,
         nfe=module.validation.nfe,
         height=module.validation.height,
         width=module.validation.width,
         guidance_scale=module.guidance.scale,
         steps=step,
-        torch_dtype=str(getattr(module.adapter, "torch_dtype", "float32")),
+        torch_dtype=module.adapter.weights_dtype,
         started_from=module.student_options.pretrained,
     )
     target = export_student(module.adapter, student, directory, card, options.lora)
@@ -122,10 +122,10 @@ def _open(path: Path) -> tuple[list[str], Read, int]:
 
 
 def _prefix(options: CheckpointExport, names: Iterable[str]) -> str:
-    averaged = any(name.startswith("ema.module.") for name in names)
+    averaged = any(name.startswith("networks.ema.module.") for name in names)
     if options.weights == "average" and not averaged:
         raise ConfigurationError(f"weights is average, and {options.ckpt_path!r} has none; set weights to last")
-    return "ema.module." if averaged and options.weights != "last" else "student."
+    return "networks.ema.module." if averaged and options.weights != "last" else "networks.student."
 
 
 def _refuse_others(stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> None:

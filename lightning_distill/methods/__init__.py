@@ -2,10 +2,11 @@
 
 from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.autoencoder import Autoencoder
-from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryTraining
+from lightning_distill.methods.base import Objective, ObjectiveSteps, TeacherStudentBase
 from lightning_distill.methods.consistency_distillation import ConsistencyDistillation
 from lightning_distill.methods.dmd2 import DMD2, CriticGan
-from lightning_distill.methods.evaluation import Batch
+from lightning_distill.methods.encoder import Batch
 from lightning_distill.methods.flow_matching import FlowMatching
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.imm import IMM
@@ -27,6 +28,8 @@ __all__ = [
     "SCM",
     "TDM",
     "Autoencoder",
+    "AuxiliaryLoss",
+    "AuxiliaryTraining",
     "Batch",
     "ConsistencyDistillation",
     "CriticGan",
@@ -36,6 +39,7 @@ __all__ = [
     "MeanFlow",
     "MuonWithAdamW",
     "Objective",
+    "ObjectiveSteps",
     "PiFlow",
     "SplitMeanFlow",
     "TeacherStudentBase",

@@ -1,47 +1,52 @@
-"""What all methods share: a frozen teacher, a student, few-step sampling, validation, logging and what is saved."""
+"""The base of all methods: a frozen teacher, a student, sampling, validation, logging and checkpoints."""
 
 import copy
 import time
 from abc import abstractmethod
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import Metric
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.path import flow_step
-from lightning_distill.methods.checkpoint_state import SavedState
-from lightning_distill.methods.condition import encoded_data
-from lightning_distill.methods.encoder import BatchEncoding
-from lightning_distill.methods.evaluation import Batch
+from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryNetworks
+from lightning_distill.methods.checkpoint_state import check_loaded_names, saved_names, unshared
+from lightning_distill.methods.encoder import Batch, BatchEncoder, encoded_data
+from lightning_distill.methods.evaluation import Evaluator, Network
 from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.networks import GuidedCondition, Networks
+from lightning_distill.methods.setup_checks import check_optimizer, check_precision, check_strategy
+from lightning_distill.methods.time_embedder_drift import relative_change, report_drift
 from lightning_distill.methods.validation import ValidationOptions
-from lightning_distill.optimizers import allow_clipping, split_parameters
-from lightning_distill.sharding.ema import ShardedEMA
-from lightning_distill.sharding.shared_weights import StudentEMA, check_sharing
+from lightning_distill.optimizers import allow_clipping, flatten_block_state, split_parameters, unflatten_block_state
+from lightning_distill.sharding.ema import ShardedEMA, StudentEMA
+from lightning_distill.sharding.protocols import AuxiliaryOptimizer, Sharding, StepAccounting
+from lightning_distill.sharding.shared_weights import check_sharing
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.sharded_loading import check_base_sharing
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student_options import StudentOptions
 
 TIME_BINS = 4
+"""Number of intervals of t whose losses are logged separately."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method makes of a batch.
+    """Loss of a batch.
 
     Attributes:
         loss: Loss of each sample (B,), differentiable in the student.
-        t: Time at which each sample was taken (B,), for the curves of loss by time.
+        t: Time of each sample (B,), for the curves of loss by time.
         logs: Further scalars to log under `train/`.
     """
 
@@ -50,38 +55,46 @@ class Objective:
     logs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TeacherStudentBase(BatchEncoding, SavedState):
-    """Distillation of a frozen teacher into a student of few steps.
+ObjectiveSteps = Generator[AuxiliaryLoss, None, Objective]
+"""An objective that trains auxiliary networks: it yields their losses in turn, and returns the student's objective."""
 
-    A method implements `objective`; everything else is here. The teacher, the text encoders and the autoencoder are never
-    saved, only the student, its average and the optimizer's state; with LoRA, only what trains of the student and its average.
+
+class TeacherStudentBase(LightningModule):
+    """Distillation of a frozen teacher into a few-step student.
+
+    A method implements `objective`. The base holds its parts: `networks` (teacher, student, EMA, and their velocities),
+    `encoder` (latents and conditions of a batch), `evaluator` (sampling and metrics) and `auxiliary` (networks that train
+    beside the student). Checkpoints hold what trains and its EMA; with LoRA only the trained weights of the student.
 
     Args:
-        adapter: The teacher's family and where its weights are.
-        student: How the student's time inputs are built.
-        guidance: The guidance that the student learns to do without, and under which the teacher is sampled.
+        adapter: Teacher family and location of its weights.
+        student: How the student is built from the teacher.
+        guidance: Guidance of the teacher that is distilled into the student.
         caption_dropout: Share of captions replaced by the empty prompt in training, in [0, 1); guidance of kind "improved"
             needs it.
         optimizer: Callable from parameter groups to an optimizer.
         lr_scheduler: Callable from the optimizer to a scheduler that steps once a batch, or None for a constant rate.
-        ema_decay: Decay of the exponential moving average of the student, in (0, 1), or None for no average. Where there
-            is one, it is validated and exported.
-        validation: What validation measures.
-        metric: Measure of generated pictures against their prompts, or None: `update(images, prompts)` takes pictures
-            (B, 3, H, W) in [0, 1], and `compute()` gives a number, or several by name of which one is `overall`.
-        cache_latents: Whether to keep each training picture's latents in memory after its first visit; they do not fit
-            for large data sets, which `precompute` is for.
+        ema_decay: Decay of the student's EMA, in (0, 1), or None for no EMA. Where there is one, it is validated and exported.
+        validation: Settings of validation.
+        metric: Metric of generated images against their prompts, or None: `update(images, prompts)` takes images
+            (B, 3, H, W) in [0, 1], and `compute()` returns a number, or several by name of which one is `overall`.
+        cache_latents: Whether to keep the latents of each training image in memory after its first visit. Large data sets do
+            not fit; use `precompute` for them.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
     """
 
+    has_teacher: ClassVar[bool] = True
+    """Whether the method distils a teacher; flow matching trains a network without one."""
+    stochastic_sampling: ClassVar[bool] = False
+    """Whether the student's sampling step predicts x0 and re-noises it (arXiv 2303.01469, Algorithm 1), with r = 0 only."""
     learns_velocity: ClassVar[bool] = True
-    """Whether the student trains at r = t, where guidance of kind "improved" asks it."""
+    """Whether the student trains at r = t, where guidance of kind "improved" evaluates it."""
     learns_rescaled_time: ClassVar[bool] = False
-    """Whether it teaches a student whose times are rescaled what they mean."""
-
-    student: nn.Module
+    """Whether the method trains a student of rescaled times from a teacher of the original ones."""
+    phases: ClassVar[tuple[str, ...]] = ("training",)
+    """Names of the phases that training can be in."""
 
     def __init__(
         self,
@@ -97,88 +110,175 @@ class TeacherStudentBase(BatchEncoding, SavedState):
         metric: Metric | None = None,
         cache_latents: bool = False,
     ) -> None:
-        super().__init__(cache_latents)
+        super().__init__()
         if _given_hyperparameters.get() is not None:
-            # The command line's settings are plain values; arguments given from Python are objects, which would be pickled.
+            # Settings of the command line are plain values; arguments given from Python are objects, which would be pickled.
             self.save_hyperparameters(logger=False)
         if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ConfigurationError(f"model.ema_decay is {ema_decay}; choose a value between 0 and 1, or null for none")
+            raise ConfigurationError(f"model.ema_decay is {ema_decay}; choose a value between 0 and 1, or null for no EMA")
         if not 0 <= caption_dropout < 1:
             raise ConfigurationError(f"model.caption_dropout is {caption_dropout}; choose a share in [0, 1), 0.1 is usual")
         if guidance.kind == "improved" and not self.learns_velocity:
             raise ConfigurationError(
-                f"guidance.kind improved mixes in the student at r = t, where {type(self).__name__} does not train it; choose "
-                "embedded or two_branch"
+                f"guidance.kind is improved, which evaluates the student at r = t, and {type(self).__name__} does not train it "
+                "there; choose embedded or two_branch"
             )
         if guidance.kind == "improved" and caption_dropout == 0:
             raise ConfigurationError(
-                "guidance.kind improved mixes in the student without a prompt, which model.caption_dropout 0 never trains; "
-                "set caption_dropout to 0.1"
+                "guidance.kind is improved, which evaluates the student without a prompt, and model.caption_dropout 0 never "
+                "trains it so; set caption_dropout to 0.1"
             )
-        adapter.stochastic_sampling = self.stochastic_sampling
-        self.adapter = adapter
         self.student_options = student
         self.guidance = guidance
-        self.caption_dropout = caption_dropout
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.ema_decay = ema_decay
         self.validation = validation
-        self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
-        self.strict_loading = False  # checkpoints leave the frozen parts out
-        self.ema: StudentEMA | ShardedEMA | None = None
         self.smooth_time_report: SmoothTimeReport | None = None
-        self._reference = None
+        self.strict_loading = False  # checkpoints leave the frozen networks out
+        adapter.stochastic_sampling = self.stochastic_sampling
+        self.encoder = BatchEncoder(adapter, self._current_device, cache_latents)
+        self.networks = Networks(adapter, guidance, self.encoder.null_condition, caption_dropout, self.stochastic_sampling)
+        self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
+        self.evaluator = Evaluator(
+            adapter, self.encoder, self.sampling_velocity, self.stochastic_sampling, validation, self.metrics
+        )
+        self.auxiliary = AuxiliaryNetworks(self.get_submodule)
         self._clock = (0.0, 0)
 
     @abstractmethod
-    def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """The method's loss.
+    def objective(self, x0: Tensor, condition: Condition) -> Objective | ObjectiveSteps:
+        """Loss of the method, a function of the batch and the networks.
+
+        A method with auxiliary networks returns a generator. It yields an `AuxiliaryLoss` wherever an auxiliary network takes
+        an optimizer step, and returns the student's `Objective`.
 
         Args:
-            x0: Latents of the batch's pictures (B, C, h, w).
-            condition: Of the batch's prompts.
+            x0: Latents of the batch's images (B, C, h, w).
+            condition: Conditions of the batch's prompts.
         """
 
     @property
     def needs_images(self) -> bool:
-        """Whether `objective` looks at the latents of pictures; where it does not, prompts alone will do."""
+        """Whether `objective` reads the latents of images; otherwise prompts suffice."""
         return True
+
+    # Parts
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The teacher family."""
+        return self.networks.adapter
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self.networks.teacher
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that trains."""
+        return self.networks.student
+
+    @property
+    def ema(self) -> StudentEMA | ShardedEMA | None:
+        """The student's EMA, or None."""
+        return self.networks.ema
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """The trainer's strategy, if it shards networks."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, Sharding) else None
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """The networks that the trainer's optimizer updates, by their paths within the method."""
+        return {"networks.student": self.student}
+
+    def auxiliary_students(self) -> dict[str, StudentOptions]:
+        """Options of the auxiliary networks that are built like students, such as critics, by their paths within the method."""
+        return {}
+
+    # Interface to callbacks and the planner
+
+    def snapshot_networks(self) -> dict[str, nn.Module]:
+        """The networks whose weights a rollback restores, by their paths within the method: the student and its EMA."""
+        networks = {"networks.student": self.student}
+        return networks if self.ema is None else {**networks, "networks.ema": self.ema}
+
+    @property
+    def phase(self) -> str:
+        """The phase of the training, one of `phases`."""
+        return self.phases[0]
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        if phase not in self.phases:
+            raise ConfigurationError(f"phase is {phase!r}; {type(self).__name__} has {', '.join(self.phases)}")
+
+    def expect_phase(self, phase: str) -> None:
+        """Prepare for a phase that a callback may switch to."""
+
+    def fix_random_choices(self) -> None:
+        """Fix the number of network calls that a step samples at random: fewest calls, all samples in one part of the batch.
+
+        For the planner, which measures one step. `expected_calls` accounts for the other calls.
+        """
+
+    def expected_calls(self, phase: str) -> Mapping[str, float] | None:
+        """Mean number of calls of each network in a step of a phase.
+
+        Keys are `teacher`, `student` and the last names of `auxiliary_students` paths, each also with `_backward` for calls
+        with gradients. None if the number is the same in every step: the planner then counts them in the step it measures.
+        """
+        return None
 
     # Set-up
 
     def prepare_data(self) -> None:
-        """Look for the weights before the data is set up: they are what is missing most often."""
+        """Look for the teacher's weights before the data is set up: they are missing most often."""
         self.adapter.check()
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that cannot work, before anything large is loaded."""
+        """Check the settings before anything large is loaded.
+
+        Raises:
+            ConfigurationError: If settings cannot work together.
+        """
         if stage == "fit":
-            self.check_optimizer()
-        self.reset_data()
+            check_optimizer(self.optimizer, self.lr_scheduler)
+        self.encoder.reset()
+        self.evaluator.reset()
         self.adapter.check()
         self.check_student(self.student_options)
+        for options in self.auxiliary_students().values():
+            self.check_student(options)
         self.guidance.check(self.adapter.embeds_guidance)
-        self.check_strategy(None if self.train_text_encoders else self.adapter)
+        strategy = None if self._trainer is None else self._trainer.strategy
+        check_strategy(type(self).__name__, strategy, self.encoder, self.auxiliary.feature_readers)
         if stage == "fit":
-            self.check_precision()
-        self.use_encoded_data(encoded_data(self._trainer))
-        if self.has_teacher and self.validation.average_velocity and not self.measured_intervals:
+            check_precision(getattr(self._trainer, "precision", None), self.auxiliary.paths)
+        self.encoder.use_encoded_data(encoded_data(self._trainer))
+        if self.has_teacher and self.validation.average_velocity and not self.evaluator.measured_intervals:
             raise ConfigurationError(
-                f"validation.intervals has none that ends at 0, where {type(self).__name__} jumps to; add one, such as [0, 1], "
-                "or set validation.average_velocity to false"
+                f"validation.intervals has no interval with r = 0, and {type(self).__name__} evaluates its student there "
+                "only; add one, such as [0, 1], or set validation.average_velocity to false"
             )
         data = getattr(self._trainer, "datamodule", None)
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
-                f"data is {type(data).__name__}, which has no pictures, and {type(self).__name__} trains on them; give data "
-                "that has, or model.trajectory_fraction 1 to a method that takes it, or choose KnowledgeDistillation"
+                f"data is {type(data).__name__}, which has no images, and {type(self).__name__} trains on them; choose data "
+                "with images, set model.trajectory_fraction to 1 if the method has it, or choose KnowledgeDistillation"
             )
 
     def check_student(self, options: StudentOptions) -> None:
-        """Refuse a network of these options that the adapter cannot build or the trainer cannot place."""
+        """Check that the adapter can build a student of these options and the strategy can place it.
+
+        Raises:
+            ConfigurationError: If not.
+        """
         if options.policy_points < 1:
-            raise ConfigurationError(f"student.policy_points is {options.policy_points}; set it to 1 for none, or above")
+            raise ConfigurationError(f"student.policy_points is {options.policy_points}; set it to 1 for no policy, or above")
         self.adapter.check_student(options)
         if options.time_embedding == "rescaled" and options.pretrained is None and not self.learns_rescaled_time:
             raise ConfigurationError(
@@ -189,72 +289,37 @@ class TeacherStudentBase(BatchEncoding, SavedState):
             check_base_sharing(self.sharding)
 
     def configure_model(self) -> None:
-        """Load the teacher and build the student."""
-        if hasattr(self, "student"):
+        """Load the teacher, and build the student, its EMA and the auxiliary networks."""
+        if self.networks.built:
             return
-        self.adapter.sharding = self.sharding
-        self.adapter.load(encoders=self._encoded is None)
+        self.adapter.sharding = self.networks.sharding = self.sharding
+        self.adapter.load(encoders=self.encoder.encoded is None)
         self.build_networks()
-        # Networks of the side have optimizers of their own, which average their gradients.
+        # Auxiliary optimizers average the gradients of their networks themselves.
         self._ddp_params_and_buffers_to_ignore = [
             f"{path}.{name}"
-            for path in self.auxiliary_networks
+            for path in self.auxiliary.paths
             for name, parameter in self.get_submodule(path).named_parameters()
             if parameter.requires_grad
         ]
         if self.ema_decay is not None:
-            self.ema = self.build_ema(self.ema_decay)
-            self.ema.requires_grad_(False)
-
-    def build_ema(self, decay: float) -> StudentEMA | ShardedEMA:
-        """The average of what is trained, which starts like it."""
-        if self.sharding is None:
-            return StudentEMA(self.trained, get_ema_multi_avg_fn(decay))
-        average = ShardedEMA(self.build_trained(), decay)
-        average.start_from(self.trained)
-        return average
-
-    def build_trained(self) -> nn.Module:
-        """A network like `trained` at its start."""
-        return self.adapter.build_student(self.teacher, self.student_options)[0]
+            self.networks.build_ema(self.ema_decay, self.build_student)
 
     def build_networks(self) -> None:
-        """Load the teacher and build the student; a method that needs other networks extends this."""
-        self.teacher = self.adapter.load_teacher()
-        self.student, self.smooth_time_report = self.adapter.build_student(self.teacher, self.student_options)
+        """Load the teacher and build the student and the auxiliary students; methods with other networks extend this."""
+        self.networks.teacher = self.adapter.load_teacher()
+        self.networks.student, self.smooth_time_report = self.adapter.build_student(self.teacher, self.student_options)
+        for path, options in self.auxiliary_students().items():
+            self.set_submodule(path, self.adapter.build_student(self.teacher, options)[0])
 
-    @property
-    def trained(self) -> nn.Module:
-        """What the optimizer trains and the average follows."""
-        return self.student
-
-    @property
-    def sampling_student(self) -> nn.Module:
-        """The student that is validated and exported: the average where there is one."""
-        return self.trained if self.ema is None else self.ema.module
-
-    def check_optimizer(self) -> None:
-        """Refuse settings of the optimizer and its scheduler: they would say so only after all has loaded.
-
-        Raises:
-            ConfigurationError: If they do not take their settings.
-        """
-        stand_ins = {"blocks.weight": nn.Parameter(torch.zeros(2, 2)), "bias": nn.Parameter(torch.zeros(2))}
-        setting = "model.optimizer"
-        try:
-            optimizer = self.optimizer(split_parameters(stand_ins.items()))
-            setting = "model.lr_scheduler"
-            if self.lr_scheduler is not None:
-                self.lr_scheduler(optimizer)
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(f"{setting} does not take its settings ({reason}); correct its init_args") from error
+    def build_student(self) -> nn.Module:
+        """Another network like the student at its start."""
+        return self.adapter.build_student(self.teacher, self.student_options)[0]
 
     def configure_optimizers(self) -> Any:
         """The student's optimizer, with its scheduler stepping once a batch."""
-        optimizer = self.optimizer(split_parameters(self.trained.named_parameters()))
+        networks = self.trained_networks().values()
+        optimizer = self.optimizer(split_parameters(chain.from_iterable(each.named_parameters() for each in networks)))
         if (trainer := self._trainer) is not None:
             allow_clipping(optimizer, getattr(trainer.precision_plugin, "scaler", None) is not None, trainer.gradient_clip_val)
         if self.lr_scheduler is None:
@@ -264,9 +329,12 @@ class TeacherStudentBase(BatchEncoding, SavedState):
     # Training
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean of the method's loss, and its curves."""
-        x0 = self.latents(batch) if self.needs_images else self.no_latents(batch)
-        objective = self.objective(x0, self.condition(batch))
+        """Mean loss of a batch, after the steps of the auxiliary networks; logs its curves."""
+        if self.needs_images:
+            x0 = self.encoder.latents(batch, training=True)
+        else:
+            x0 = self.encoder.no_latents(batch, self.evaluator.latent_shape)
+        objective = self.evaluate_objective(x0, self.encoder.condition(batch))
         loss = objective.loss.mean()
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in objective.logs.items()})
@@ -276,55 +344,45 @@ class TeacherStudentBase(BatchEncoding, SavedState):
                 self.log(f"train/loss_t{i}", objective.loss.detach()[inside].mean())
         return loss
 
+    def evaluate_objective(self, x0: Tensor, condition: Condition) -> Objective:
+        """The student's objective of a batch; each auxiliary network takes an optimizer step on every loss of its own.
+
+        Args:
+            x0: Latents of the batch's images (B, C, h, w).
+            condition: Conditions of the batch's prompts.
+        """
+        objective = self.objective(x0, condition)
+        if isinstance(objective, Objective):
+            return objective
+        while True:
+            try:
+                auxiliary = next(objective)
+            except StopIteration as finished:
+                result: Objective = finished.value
+                return result
+            self.auxiliary.step(auxiliary, self.sharding)
+
     def on_fit_start(self) -> None:
-        """Check that weights are still shared where they are meant to be, and what the time embedder's refit has changed.
+        """Check that shared weights are still shared, and, in a new run, what the refit of the time embedder changed.
 
-        Of a fresh run only: the velocities of the teacher must be what they were.
+        Raises:
+            ConfigurationError: If set-up copied shared weights, or the refit changes the teacher's velocities too much.
         """
-        if self.student_options.lora is not None:
-            check_sharing(self.trained, self.teacher)
-        report = self.smooth_time_report
-        if report is None or self.trainer.ckpt_path is not None:
-            return
-        drift = self.time_embedder_drift()
-        rank_zero_info(
-            f"Smooth time: largest |de/dt| {report.derivative_before:.1f} before and {report.derivative_after:.1f} after, "
-            f"fit error {report.fit_error:.3f}, drift of the velocities {drift:.3f}"
-        )
-        for logger in self.loggers:
-            logger.log_metrics({f"smooth_time/{k}": v for k, v in {**asdict(report), "drift": drift}.items()}, step=0)
-        cloned = self.student_options.interval_embedding == "clone"  # which is no teacher at its start, whatever the refit does
-        if drift > self.student_options.max_drift and not cloned:
-            raise ConfigurationError(
-                f"the refitted time embedder changes the teacher's velocities by {drift:.3f}, more than student.max_drift "
-                f"{self.student_options.max_drift}; raise student.frequency_bound or set student.time_embedding to original"
-            )
-
-    @torch.no_grad()
-    def time_embedder_drift(self, steps: int = 8, samples: int = 8) -> float:
-        """Relative change of the velocities along the teacher's own trajectories, by refitting the time embedder.
-
-        Meaningful at the start only, and exactly 0 there for a student with the teacher's own embedder.
-        """
-        noise = torch.stack(
-            [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(i)) for i in range(samples)]
-        )
-        x, null = noise.to(self.device), self.null_condition(samples)
-        change = size = 0.0
-        for t, r in pairwise(self.adapter.time_grid(steps, self.latent_shape).to(self.device)):
-            times, ends = t.expand(samples), r.expand(samples)
-            v = self.adapter.velocity(self.teacher, x, times, null, self.guidance.scale)
-            u = self.adapter.average_velocity(self.student, x, times, times, null, self.guidance.scale)
-            change += (u - v).square().sum().item()
-            size += v.square().sum().item()
-            x = flow_step(x, v, ends, times)
-        return float((change / size) ** 0.5)
+        networks = {"networks.student": self.student_options, **self.auxiliary_students()}
+        for path, options in networks.items():
+            if options.lora is not None:
+                check_sharing(self.get_submodule(path), self.teacher)
+        if self.smooth_time_report is not None and self.trainer.ckpt_path is None:
+            drift = relative_change(self.networks, self.evaluator.latent_shape, self.device)
+            report_drift(self.smooth_time_report, drift, self.student_options, self.loggers)
 
     def on_train_start(self) -> None:
-        """Give each process draws of its own, and start the clock of the throughput."""
-        if self.global_rank > 0:  # all were seeded alike, which the networks' first weights need and times and noise must not
+        """Give each process a seed of its own, apply the settings of auxiliary optimizers, and start the throughput clock."""
+        if self.global_rank > 0:  # one seed for all processes gave the networks equal weights; times and noise must differ
             torch.manual_seed((torch.initial_seed() + self.global_rank) % 2**63)
-        self.apply_auxiliary_settings()
+        self.auxiliary_optimizers()  # with the state of the checkpoint
+        if changes := self.auxiliary.apply_settings():
+            rank_zero_warn(f"training continues with changed settings: {', '.join(changes)}")
         self._clock = (time.perf_counter(), 0)
 
     @property
@@ -334,21 +392,25 @@ class TeacherStudentBase(BatchEncoding, SavedState):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradients, before clipping."""
-        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        parameters = chain.from_iterable(network.parameters() for network in self.trained_networks().values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients and self._logs_now:
             norm = torch.nn.utils.get_total_norm(gradients)
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move the average: before checkpoints of this step are written."""
-        taken = getattr(self.trainer.strategy, "steps_taken", None)
+        """Take an optimizer step, then update the EMA: before checkpoints of this step are written."""
+        strategy = self.trainer.strategy
+        accounting = strategy if isinstance(strategy, StepAccounting) else None
+        taken = None if accounting is None else accounting.steps_taken
         super().optimizer_step(*args, **kwargs)
-        if taken is not None and self.trainer.strategy.steps_taken == taken:  # type: ignore[attr-defined]
-            return  # DeepSpeed has accumulated gradients
-        if self._logs_now and (norm := getattr(self.trainer.strategy, "gradient_norm", lambda: None)()) is not None:
-            self.log("train/grad_norm", norm)  # where gradients are out of sight, as in DeepSpeed
+        if accounting is not None:
+            if accounting.steps_taken == taken:
+                return  # DeepSpeed accumulated gradients
+            if self._logs_now and (norm := accounting.gradient_norm()) is not None:
+                self.log("train/grad_norm", norm)
         if self.ema is not None:
-            self.ema.update_parameters(self.trained)
+            self.ema.update_parameters(self.student)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the throughput."""
@@ -359,3 +421,109 @@ class TeacherStudentBase(BatchEncoding, SavedState):
             elapsed = time.perf_counter() - start
             self.log("perf/samples_per_second", samples / elapsed, prog_bar=True)
             self._clock = (time.perf_counter(), 0)
+
+    # Sampling and validation
+
+    def sampling_velocity(
+        self, x: Tensor, r: Tensor, t: Tensor, condition: Condition, null: Condition, network: Network
+    ) -> Tensor:
+        """Velocity (B, C, h, w) of a sampling step from t down to r, of the student or of the guided teacher."""
+        if network == "student":
+            return self.adapter.average_velocity(self.networks.sampling_student, x, r, t, condition, self.guidance.scale)
+        guided = GuidedCondition(condition, null, self.guidance.scale)
+        return self.networks.teacher_velocity(x, t, guided, student_mix=False)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        nfe: int,
+        seeds: Sequence[int] | None = None,
+        network: Network = "student",
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of B prompts; see `Evaluator.sample`."""
+        return self.evaluator.sample(prompts, nfe, seeds, network, batch_size)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the student's average velocity on the first batch, and its images on all."""
+        if self.has_teacher and batch_idx == 0 and self.validation.average_velocity:
+            error = self.evaluator.average_velocity_error(batch)
+            self.log("val/average_velocity_error", error, prog_bar=True, sync_dist=True)
+        self.evaluator.update_metrics(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the images for each number of steps."""
+        self._log_metrics("val", prog_bar=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure the student's images of the test prompts."""
+        self.evaluator.update_metrics(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the images for each number of steps."""
+        self._log_metrics("test", prog_bar=False)
+
+    def on_predict_start(self) -> None:
+        """Check that processes of a sharded run have equal numbers of prompts: each needs the others for every forward.
+
+        Raises:
+            ConfigurationError: If they have not.
+        """
+        if self.sharding is None:
+            return
+        processes, loader = self.trainer.world_size, self.trainer.predict_dataloaders
+        assert loader is not None
+        if (prompts := len(loader.dataset)) % processes:
+            raise ConfigurationError(
+                f"{prompts} prompts do not divide evenly among {processes} processes, which trainer.strategy needs; give a "
+                "multiple, or sample with an export"
+            )
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] at the largest validated number of steps."""
+        return self.sample(batch["prompt"], max(self.validation.nfe), self.evaluator.seeds(batch))
+
+    def _log_metrics(self, stage: str, prog_bar: bool) -> None:
+        for name, value, overall in self.evaluator.compute_metrics():
+            # torchmetrics has synchronized the value; the flag silences Lightning's warning.
+            self.log(f"{stage}/{name}", value, prog_bar=overall and prog_bar, sync_dist=True)
+
+    # Checkpoints
+
+    def saved_names(self) -> set[str]:
+        """Names of the weights that checkpoints hold."""
+        trained = tuple(f"{path}." for path in self.trained_networks())
+        names = saved_names(self.state_dict(), ("networks.teacher.", "networks.adapter.", "metrics."), trained)
+        return set(unshared(names, self, self.teacher if self.has_teacher else None))
+
+    @property
+    def auxiliary_paths(self) -> tuple[str, ...]:
+        """Paths of the auxiliary networks within the method."""
+        return self.auxiliary.paths
+
+    def auxiliary_optimizers(self) -> dict[str, AuxiliaryOptimizer]:
+        """Optimizers of the auxiliary networks by path."""
+        return self.auxiliary.optimizers(self.sharding)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen networks out, and add the auxiliary optimizers; block-wise optimizer state becomes plain tensors."""
+        names = self.saved_names()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+        checkpoint["optimizer_states"] = flatten_block_state(checkpoint.get("optimizer_states", []))
+        states = self.auxiliary.state_dict() if self.sharding is None else {}  # a sharding strategy saves its own
+        checkpoint["auxiliary_optimizers"] = flatten_block_state(states)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check the weights of the checkpoint, and load the states of the auxiliary optimizers.
+
+        Raises:
+            ConfigurationError: If the checkpoint is that of another student.
+        """
+        self.auxiliary.load_state_dict(unflatten_block_state(checkpoint["auxiliary_optimizers"]))
+        if self.sharding is not None:  # which has checked its weights
+            return
+        checkpoint["optimizer_states"] = unflatten_block_state(checkpoint.get("optimizer_states", []))
+        check_loaded_names(checkpoint["state_dict"], self.saved_names(), ("networks.student.",))
+
+    def _current_device(self) -> torch.device:
+        return self.device

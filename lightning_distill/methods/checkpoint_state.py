@@ -1,49 +1,49 @@
-"""What a method's checkpoints hold, and how a run takes it up again."""
+"""The weights that a method's checkpoints hold: what trains and its EMA, never the teacher."""
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods.sharded_networks import ShardedNetworks
-from lightning_distill.optimizers import packed, unpacked
 from lightning_distill.sharding.shared_weights import shared_names
 
 
-class SavedState(ShardedNetworks):
-    """The part of `TeacherStudentBase` that knows of checkpoints: they hold what trains, and never the teacher."""
+def saved_names(names: Iterable[str], frozen: tuple[str, ...], trained: tuple[str, ...]) -> list[str]:
+    """Names of weights that checkpoints hold.
 
-    frozen_prefixes: ClassVar[tuple[str, ...]] = ("teacher.", "adapter.", "metrics.")
-    """Modules that are never saved."""
+    Args:
+        names: Names of all weights of the method.
+        frozen: Prefixes of the frozen networks.
+        trained: Prefixes of the trained networks, which may be parts of frozen ones.
+    """
+    return [name for name in names if name.startswith(trained) or not name.startswith(frozen)]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen parts out, add the optimizers that the trainer does not know, and take blocks of state apart."""
-        names = self._saved_names(checkpoint["state_dict"])
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
-        checkpoint["optimizer_states"] = packed(checkpoint.get("optimizer_states", []))
-        whole = self.auxiliary_optimizers(spread=False)
-        checkpoint["auxiliary_optimizers"] = packed({path: side.optimizer.state_dict() for path, side in whole.items()})
 
-    def _saved_names(self, state: Iterable[str]) -> list[str]:
-        shared = shared_names(self, getattr(self, "teacher", None))
-        return [name for name in state if not name.startswith(self.frozen_prefixes) and name not in shared]
+def unshared(names: Iterable[str], module: nn.Module, teacher: nn.Module | None) -> list[str]:
+    """The names of weights of a module that are not the teacher's own parameters, as the base weights of LoRA are."""
+    shared = shared_names(module, teacher)
+    return [name for name in names if name not in shared]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another student; loading is not strict, since frozen parts are left out."""
-        trainings = self.auxiliary_trainings()
-        for path, state in unpacked(checkpoint["auxiliary_optimizers"]).items():
-            if path in trainings:  # else the run goes on without what it trained
-                trainings[path].load_state_dict(state)
-        if self.sharding is not None:  # its strategy has looked
-            return
-        checkpoint["optimizer_states"] = unpacked(checkpoint.get("optimizer_states", []))
-        expected, found = set(self._saved_names(self.state_dict())), checkpoint["state_dict"].keys()
-        if surplus := sorted(name for name in found - expected if name.startswith(("student.", "networks."))):
-            raise ConfigurationError(
-                f"the checkpoint has {surplus[0]!r} and {len(surplus) - 1} more weights that this configuration has not; "
-                "resume with the model settings it was trained with"
-            )
-        if missing := sorted(expected - found):
-            raise ConfigurationError(
-                f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more weights of this configuration; "
-                "resume with the model settings it was trained with"
-            )
+
+def check_loaded_names(found: Mapping[str, Any], expected: set[str], student: tuple[str, ...]) -> None:
+    """Compare the weights of a checkpoint with those of this configuration; loading is not strict.
+
+    Args:
+        found: Weights of the checkpoint by name.
+        expected: Names of the weights that checkpoints of this configuration hold.
+        student: Prefixes of the student's weights; others may be left over, such as a critic that is no longer configured.
+
+    Raises:
+        ConfigurationError: If a weight of this configuration is missing, or the checkpoint has other weights of a student.
+    """
+    if surplus := sorted(name for name in found.keys() - expected if name.startswith(student)):
+        raise ConfigurationError(
+            f"the checkpoint has the weight {surplus[0]!r} and {len(surplus) - 1} more that this configuration lacks; resume "
+            "with the model settings it was trained with"
+        )
+    if missing := sorted(expected - found.keys()):
+        raise ConfigurationError(
+            f"the checkpoint lacks the weight {missing[0]!r} and {len(missing) - 1} more of this configuration; resume with "
+            "the model settings it was trained with"
+        )

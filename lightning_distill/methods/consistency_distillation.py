@@ -1,4 +1,4 @@
-"""Consistency distillation: all states of a teacher's trajectory go to the same picture."""
+"""Consistency distillation: all states of a teacher's trajectory have the same prediction of x0."""
 
 from typing import Any, ClassVar, Literal
 
@@ -8,31 +8,31 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.losses import Loss, PseudoHuberLoss
 from lightning_distill.flow.path import flow_step
-from lightning_distill.flow.solvers import SOLVERS
+from lightning_distill.flow.solvers import SOLVERS, evaluations
 from lightning_distill.flow.times import TimeSampler, Uniform, move_on_grid
 from lightning_distill.methods.base import Objective
+from lightning_distill.methods.calls import total_calls
 from lightning_distill.methods.networks import GuidedCondition
-from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.methods.trajectory_regression import TrajectoryRegression
 from lightning_distill.teachers.model_adapter import Condition
 
 
-class ConsistencyDistillation(TrajectoryStates):
+class ConsistencyDistillation(TrajectoryRegression):
     r"""Consistency distillation (consistency models, arXiv 2303.01469, Algorithm 2; latent ones, arXiv 2310.04378).
 
     .. math:: L = d \big( f(x_t, t), \, \mathrm{sg} \, f(\hat x_r, r) \big), \quad f(x_t, t) = x_t - t \, u(x_t, 0, t),
 
-    where one step of the guided teacher leads from :math:`x_t` to :math:`\hat x_r`. There is nothing to learn at t = 0, where f
-    is x itself. The student is asked for r = 0 only, so that it samples by jumps to data and fresh noise.
+    where one step of the guided teacher leads from :math:`x_t` to :math:`\hat x_r`. At t = 0, f is the identity. The student is
+    evaluated at r = 0 only, and samples by predicting x0 and re-noising (`stochastic_sampling`).
 
     Args:
         time_sampler: Distribution of t.
-        solver: Of the teacher's step: "euler", "heun" or "midpoint".
-        teacher_step: Its length, in (0, 1], measured on the sampling grid: 1/50 is one of fifty sampling steps, as the 20 of
-            1000 that arXiv 2310.04378 skips.
-        target: Whose f is the target: "online", the student's own (arXiv 2310.14189), or "ema", that of its average (arXiv
-            2303.01469).
-        loss: The distance d of the two f, in latents.
-        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
+        solver: Solver of the teacher's step: "euler", "heun" or "midpoint".
+        teacher_step: Length of the teacher's step, in (0, 1], measured on the sampling grid: 1/50 is one of fifty sampling
+            steps, like the 20 of 1000 that arXiv 2310.04378 skips.
+        target: Network of the target f: "online", the student (arXiv 2310.14189), or "ema", its EMA (arXiv 2303.01469).
+        loss: Distance d of the two f, in latents.
+        **kwargs: Of `TrajectoryRegression` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If settings are out of range or contradict each other.
@@ -59,7 +59,7 @@ class ConsistencyDistillation(TrajectoryStates):
         if target not in ("online", "ema"):
             raise ConfigurationError(f"model.target is {target!r}; choose online or ema")
         if target == "ema" and self.ema_decay is None:
-            raise ConfigurationError("model.target is ema, and model.ema_decay is null; set ema_decay, or online")
+            raise ConfigurationError("model.target is ema, and model.ema_decay is null; set ema_decay, or target to online")
         self.time_sampler = time_sampler
         self.solver = solver
         self.teacher_step = teacher_step
@@ -67,18 +67,23 @@ class ConsistencyDistillation(TrajectoryStates):
         self.loss = loss
 
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """Go to data from t, and from where the teacher's step ends."""
+        """Predict x0 at t and at the end of the teacher's step."""
         t = self.time_sampler(len(x0), x0.device)
-        guided = self.guided_condition(condition, len(x0))
+        guided = self.networks.guided_condition(condition)
         x_t = self.training_states(x0, torch.randn_like(x0), t, guided)
         f, target = self.consistency(x_t, t, guided)
         return Objective(self.loss(f, target), t)
 
     def consistency(self, x_t: Tensor, t: Tensor, condition: GuidedCondition) -> tuple[Tensor, Tensor]:
-        """Where the student goes from t, and its target, (B, C, h, w) each."""
-        r = move_on_grid(t, self.teacher_step, self.grid_shift(x_t))
-        x_r = self.integrate_teacher(x_t, r, t, 1, condition, self.solver)
+        """The student's f at t and its target, (B, C, h, w) each."""
+        r = move_on_grid(t, self.teacher_step, self.networks.grid_shift(x_t))
+        x_r = self.networks.integrate_teacher(x_t, r, t, 1, condition, self.solver)
         end = torch.zeros_like(t)
-        network = self.student if self.target == "online" else self.sampling_student
-        target = self.student_step(x_r, end, r, condition, network)
-        return flow_step(x_t, self.average_velocity(x_t, end, t, condition), end, t), target
+        network = self.student if self.target == "online" else self.networks.sampling_student
+        target = self.networks.student_step(x_r, end, r, condition, network)
+        return flow_step(x_t, self.networks.average_velocity(x_t, end, t, condition), end, t), target
+
+    def expected_calls(self, phase: str) -> dict[str, float]:
+        """The student's f, that of its target unless the EMA's, the teacher's step, and the calls of trajectories."""
+        student = {"student": 2 if self.target == "online" else 1, "student_backward": 1}
+        return total_calls(student, self.networks.teacher_calls(evaluations(self.solver, 1)), self.trajectory_calls())

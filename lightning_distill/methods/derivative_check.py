@@ -1,28 +1,29 @@
-"""What is looked at, once, before a run relies on the derivative of its student."""
+"""A check of the student's derivative before a run relies on it."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.flow.attention_kernel import refusal
+from lightning_distill.flow.attention_kernel import unsupported_reason
 from lightning_distill.flow.derivative import (
     AverageVelocityFn,
     difference_step,
     finite_difference,
     value_and_time_derivative,
 )
-
-if TYPE_CHECKING:
-    from lightning_distill.methods.student_derivative import StudentDerivative
+from lightning_distill.methods.networks import Networks
+from lightning_distill.methods.student_derivative import StudentDerivative, compute_dtype, weights_dtype
 
 SAMPLES = 2
 TOLERANCE = {torch.float32: 0.05, torch.float16: 0.2, torch.bfloat16: 0.2}
@@ -75,24 +76,38 @@ class DerivativeReport:
         return ", ".join(parts)
 
 
-def check_derivative(module: StudentDerivative) -> DerivativeReport:
-    """Take the derivative of the student on a probe batch, as training will, and compare it with differences in float32.
+def check_derivative(
+    derivative: StudentDerivative,
+    networks: Networks,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+    forward_context: Callable[[], AbstractContextManager[Any]],
+) -> DerivativeReport:
+    """Evaluate the derivative of the student on a probe batch, as in training, and compare it with float32 differences.
+
+    Args:
+        derivative: How the derivative is evaluated; its `dtype` is set.
+        networks: Teacher and student.
+        latent_shape: Shape (C, h, w) of the latents.
+        device: Device of the networks.
+        forward_context: The trainer's context of a forward pass.
 
     Raises:
-        ConfigurationError: If the student has no derivative, or another one than differences say.
+        ConfigurationError: If the student has no derivative, or differences give another one.
     """
-    student, dtype = module.student, precision(module)
+    student = networks.student
+    derivative.dtype = dtype = compute_dtype(student, device, forward_context())
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         training = student.training
-        student.eval()  # dropout would differ from pass to pass
+        student.eval()  # dropout would differ between passes
         try:
-            with module.adapter.frozen_routing():
-                found, reference, seen = _measure(module)
+            with networks.adapter.frozen_routing():
+                found, reference, seen = _measure(derivative, networks, latent_shape, device, forward_context)
         finally:
             student.train(training)
     difference = None if reference is None else ((found.float() - reference).norm() / reference.norm().clamp_min(1e-6)).item()
     report = DerivativeReport(
-        kind=module.derivative,
+        kind=derivative.kind,
         precision=dtype,
         attention=seen.count,
         fused=seen.fused,
@@ -102,56 +117,61 @@ def check_derivative(module: StudentDerivative) -> DerivativeReport:
         sharded=any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in student.parameters()),
     )
     if difference is not None and not difference <= TOLERANCE.get(dtype, 0.05):
-        remedy = "to finite_difference, if an operation derives wrongly" if module.derivative == "exact" else "to exact"
+        remedy = "to finite_difference, if an operation has a wrong derivative" if derivative.kind == "exact" else "to exact"
         raise ConfigurationError(
-            f"the student's derivative is {difference:.2g} of its size away from differences in float32; set trainer.precision "
+            f"the student's derivative differs from float32 differences by {difference:.2g} of its size; set trainer.precision "
             f"to 32-true if that is rounding, or model.derivative {remedy}"
         )
     return report
 
 
-def precision(module: StudentDerivative) -> torch.dtype:
-    """Of the student's matrix products in training."""
-    with module.trainer.precision_plugin.forward_context():
-        device = module.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-    return _weights(module.student)
+def report_derivative(report: DerivativeReport, loggers: Iterable[Any]) -> None:
+    """Log how the derivative is evaluated."""
+    rank_zero_info(str(report))
+    if report.difference is not None:
+        for logger in loggers:
+            logger.log_metrics({"derivative/difference": report.difference}, step=0)
 
 
 @torch.no_grad()
-def _measure(module: StudentDerivative) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, *module.latent_shape, generator=generator).to(module.device)
-    t = torch.tensor([0.4, 0.8], device=module.device)
+def _measure(
+    derivative: StudentDerivative,
+    networks: Networks,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+    forward_context: Callable[[], AbstractContextManager[Any]],
+) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
+    adapter, student = networks.adapter, networks.student
+    x = torch.randn(SAMPLES, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    t = torch.tensor([0.4, 0.8], device=device)
     r = 0.4 * t
-    null, scale = module.null_condition(SAMPLES), torch.full((SAMPLES,), module.guidance.scale, device=module.device)
+    null, scale = networks.null_condition(SAMPLES), torch.full((SAMPLES,), networks.guidance.scale, device=device)
 
     def average_velocity(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        return module.adapter.average_velocity(module.student, x, r, t, null, scale)
+        return adapter.average_velocity(student, x, r, t, null, scale)
 
-    with module.trainer.precision_plugin.forward_context():
-        v = module.adapter.velocity(module.teacher, x, t, null, scale)
+    with forward_context():
+        v = adapter.velocity(networks.teacher, x, t, null, scale)
         with _AttentionCalls() as seen:
-            found = _derivative(module, average_velocity, x, r, t, v)
-    if _weights(module.student) not in (torch.float32, torch.float64):
+            found = _evaluate(derivative, average_velocity, x, r, t, v)
+    if weights_dtype(student) not in (torch.float32, torch.float64):
         return found, None, seen
-    step = difference_step(module.adapter.time_frequency(module.student_options), torch.float32)
-    with torch.autocast(module.device.type, enabled=False):
+    step = difference_step(adapter.time_frequency(derivative.options), torch.float32)
+    with torch.autocast(device.type, enabled=False):
         return found, finite_difference(average_velocity, x, r, t, v, step).float(), seen
 
 
-def _derivative(module: StudentDerivative, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    if module.derivative == "finite_difference":
-        return module.difference(fn, x, r, t, v)
+def _evaluate(derivative: StudentDerivative, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    if derivative.kind == "finite_difference":
+        return derivative.difference(fn, x, r, t, v)
     try:
         return value_and_time_derivative(fn, x, r, t, v)[1]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise ConfigurationError(
-            f"the student has no exact derivative ({error}); set adapter.attention_backend to native if it is the attention's, "
-            "or model.derivative to finite_difference"
+            f"the student has no exact derivative ({error}); set adapter.attention_backend to native for attention, or "
+            "model.derivative to finite_difference"
         ) from error
 
 
@@ -183,11 +203,4 @@ def _refusal(
     is_causal: bool = False,
     **_: Any,
 ) -> str | None:
-    return refusal(query, key, value, attn_mask, is_causal, out.dtype)
-
-
-def _weights(network: nn.Module) -> torch.dtype:
-    sizes: Counter[torch.dtype] = Counter()
-    for parameter in network.parameters():
-        sizes[parameter.dtype] += parameter.numel()
-    return sizes.most_common(1)[0][0]  # a few are in float32 whatever the precision
+    return unsupported_reason(query, key, value, attn_mask, is_causal, out.dtype)

@@ -1,4 +1,4 @@
-"""Small heads that tell a student's samples from real ones by a network's features."""
+"""Discriminator heads on the features of a network."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -6,57 +6,54 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import r1_penalty
-from lightning_distill.methods.sharded_networks import ShardedNetworks
-from lightning_distill.sharding.protocols import AuxiliaryOptimizer
 
 TIME_FREQUENCIES = 8
 
 
 class DiscriminatorLoss(Protocol):
-    """Such as `flow.adversarial.hinge_discriminator`."""
+    """A loss such as `flow.adversarial.hinge_discriminator`."""
 
     def __call__(self, real: Tensor, fake: Tensor) -> Tensor:
         """Loss (B,) of scores (B, S)."""
 
 
 class Discriminator(nn.Module):
-    """A head for each layer of features, which scores every token (ADD, arXiv 2311.17042; LADD, arXiv 2403.12015).
+    """One head per layer of features, which scores every token (ADD, arXiv 2311.17042; LADD, arXiv 2403.12015).
 
-    Heads are told the noise level. The prompt they need not be told: the features have seen it. Tokens are judged one by one,
-    since attention has brought to each of them what it needs to know of the others.
+    Heads receive the noise level. They do not receive the prompt, on which the features depend already. Each token is scored by
+    itself, because attention has mixed the others into it.
 
     Args:
-        widths: Of the features of each layer.
+        widths: Widths of the features of each layer.
         hidden: Width of the heads.
     """
 
     def __init__(self, widths: Sequence[int], hidden: int = 256) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):  # the same in all processes, which keep heads of their own
-            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too, and leave them so
+        with torch.random.fork_rng(devices=[]):  # equal heads in all processes, which hold a copy each
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would change the seeds of GPUs too
             self.heads = nn.ModuleList(Head(width, hidden) for width in widths)
 
     def forward(self, features: Sequence[Tensor], tau: Tensor) -> Tensor:
-        """Scores (B, S) of all layers' tokens, float32, high for real ones.
+        """Scores (B, S) of the tokens of all layers, float32, high for real samples.
 
         Args:
-            features: (B, N, D) of each layer.
-            tau: Noise levels (B,) of what the features are of.
+            features: Tokens (B, N, D) of each layer.
+            tau: Noise levels (B,) of the samples.
         """
-        # Scores are close to each other where it matters, too close for 16 bits.
+        # Scores are close to each other near the decision boundary, too close for 16 bits.
         with torch.autocast(tau.device.type, enabled=False):
             scores = [head(tokens.float(), tau) for head, tokens in zip(self.heads, features, strict=True)]
         return torch.cat(scores, 1)
 
 
 class Head(nn.Module):
-    """Scores of one layer's tokens.
+    """Scores the tokens of one layer.
 
     Args:
-        width: Of the tokens.
-        hidden: Of the layers within.
+        width: Width of the tokens.
+        hidden: Width of the hidden layers.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -74,71 +71,55 @@ class Head(nn.Module):
         return scores[..., 0]
 
 
-def check_sharding_of_heads(module: ShardedNetworks, remedy: str) -> None:
-    """Refuse a strategy that spreads networks: heads are whole, and look into networks that are not.
-
-    Raises:
-        ConfigurationError: If the trainer has one.
-    """
-    if module.sharding is not None:
-        raise ConfigurationError(
-            f"{type(module).__name__} has a discriminator on the features of a network, which {type(module.sharding).__name__} "
-            f"takes apart; {remedy}"
-        )
-
-
-def discriminator_update(
+def discriminator_loss(
     discriminator: Discriminator,
-    optimizer: AuxiliaryOptimizer,
     real: Sequence[Tensor],
     fake: Sequence[Tensor],
     tau: Tensor,
     loss: DiscriminatorLoss,
     r1_weight: float = 0.0,
-) -> dict[str, Tensor]:
-    """One step of the heads, without gradient to the features.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of the heads, without gradient to the features.
 
-    The penalty is on the heads' gradient in the features, not in the sample, as in ADD (arXiv 2311.17042): it is exact, and
-    second derivatives pass the heads alone. Fused attention has none.
+    As in ADD (arXiv 2311.17042), the penalty is on the heads' gradient in the features, not in the sample: it is exact, and
+    second derivatives pass through the heads alone. Fused attention has no second derivatives.
 
     Args:
-        discriminator: Of the heads.
-        optimizer: Theirs.
+        discriminator: The heads.
         real: Features of real samples at tau.
-        fake: Of the student's.
-        tau: (B,).
-        loss: Of both scores.
-        r1_weight: Weight of R1, the squared norm of the gradient at real samples; 0 is none.
+        fake: Features of the student's samples at tau.
+        tau: Noise levels (B,).
+        loss: Loss of both scores.
+        r1_weight: Weight of R1, the squared norm of the gradient at real samples; 0 is no penalty.
 
     Returns:
-        Scalars to log: the loss, and the mean score of both kinds.
+        Mean loss, and scalars to log: the loss without penalty, the mean scores of both kinds, and R1.
     """
-    with torch.enable_grad():
-        seen = [tokens.detach().float().requires_grad_(r1_weight > 0) for tokens in real]
-        scores = discriminator(seen, tau)
-        judged = discriminator([tokens.detach() for tokens in fake], tau)
-        value = loss(scores, judged)
-        logs = {"discriminator_loss": value, "score_real": scores, "score_fake": judged}
-        if r1_weight > 0:
-            logs["r1"] = r1_penalty(scores, seen)
-            value = value + r1_weight * logs["r1"]
-    optimizer.step(value.mean())
-    return {name: value.detach().mean() for name, value in logs.items()}
+    features = [tokens.detach().float().requires_grad_(r1_weight > 0) for tokens in real]
+    real_scores = discriminator(features, tau)
+    fake_scores = discriminator([tokens.detach() for tokens in fake], tau)
+    value = loss(real_scores, fake_scores)
+    logs = {"discriminator_loss": value, "score_real": real_scores, "score_fake": fake_scores}
+    if r1_weight > 0:
+        logs["r1"] = r1_penalty(real_scores, features)
+        value = value + r1_weight * logs["r1"]
+    return value.mean(), {name: each.detach().mean() for name, each in logs.items()}
 
 
-def sample_gradient_loss(x: Tensor, judge: Callable[[Tensor], Tensor]) -> Tensor:
-    """The loss (B,) that `judge` makes of samples, with the gradient in them alone.
+def sample_gradient_loss(x: Tensor, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The loss (B,) of samples, with its gradient in the samples alone.
 
-    The gradient is taken here, so that the judge's networks keep no graph and get no gradients in the backward pass.
+    The gradient is computed here, so that the networks within `loss_of` store no graph and get no gradients in the backward
+    pass.
 
     Args:
         x: Samples (B, ...) with a graph.
-        judge: Loss (B,) of samples, each of its own row.
+        loss_of: Function from samples to their losses (B,), each of its own row.
     """
     if not x.requires_grad:
-        return judge(x)
+        return loss_of(x)
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        loss = judge(point)
+        loss = loss_of(point)
         (gradient,) = torch.autograd.grad(loss.sum(), point)
     return loss.detach() + ((x - x.detach()) * gradient).flatten(1).sum(1)

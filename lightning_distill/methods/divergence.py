@@ -1,4 +1,4 @@
-"""Weights of f-distill: what a difference of scores counts for, by how short of samples a student is there."""
+"""Sample weights of f-distill, for other divergences than the reverse Kullback-Leibler divergence."""
 
 import torch
 import torch.distributed as dist
@@ -12,14 +12,14 @@ LARGEST_SCORE = 10.0
 
 
 class DivergenceWeight(nn.Module):
-    """Weights of a batch's differences of scores, from what a discriminator makes of it (f-distill, arXiv 2502.15681).
+    """Weights of the score differences of a batch, from the scores of a discriminator (f-distill, arXiv 2502.15681).
 
-    The score of a discriminator that has learned is the logarithm of the density ratio. What it lacks is made up for in two
-    steps, as in the paper: the ratio is divided by its mean at that noise level, and the weight by its own mean. Both are
-    running means over processes and steps here, so that a batch may be small.
+    The score of a trained discriminator is the logarithm of the density ratio. As in the paper, its errors are corrected in two
+    steps: the ratio is divided by its mean at that noise level, and the weight by its mean. Here both are running means over
+    processes and steps, so that a batch may be small.
 
     Args:
-        divergence: Which one the student is to lessen.
+        divergence: Divergence that the student minimises.
     """
 
     mean_ratio: Tensor
@@ -33,22 +33,28 @@ class DivergenceWeight(nn.Module):
 
     @torch.no_grad()
     def forward(self, scores: Tensor, tau: Tensor) -> Tensor:
-        """Weights (B,), about 1 in the mean.
+        """Weights (B,) with a mean of about 1.
 
         Args:
-            scores: Of the student's samples (B, S), high for real ones.
-            tau: Their noise levels (B,).
+            scores: Scores of the student's samples (B, S), high for real ones.
+            tau: Noise levels of the samples (B,).
         """
         ratio = scores.float().mean(1).clamp(-LARGEST_SCORE, LARGEST_SCORE).exp()
         place = (tau * BINS).long().clamp(0, BINS - 1)
-        _follow(self.mean_ratio, ratio, place)
+        _update_means(self.mean_ratio, ratio, place)
         weight = divergence_weight(ratio / self.mean_ratio[place], self.divergence)
-        _follow(self.mean_weight, weight, torch.zeros_like(place))
+        _update_means(self.mean_weight, weight, torch.zeros_like(place))
         return weight / self.mean_weight
 
 
-def _follow(means: Tensor, values: Tensor, place: Tensor) -> None:
-    """Move running means towards those of values (B,), each at its place, of all processes."""
+def _update_means(means: Tensor, values: Tensor, place: Tensor) -> None:
+    """Update running means, one per bin, by values (B,) of all processes.
+
+    Args:
+        means: Running means (N,), updated in place.
+        values: Values (B,).
+        place: Bin of each value (B,), 0 to N - 1.
+    """
     found = torch.stack([torch.bincount(place, weights, len(means)) for weights in (values, torch.ones_like(values))])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(found)

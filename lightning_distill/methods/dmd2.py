@@ -1,6 +1,6 @@
-"""DMD2: a student whose samples have the teacher's distribution, by the difference of two scores."""
+"""DMD2: distribution matching distillation by the difference of two scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,15 +11,11 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import logistic_discriminator, logistic_generator
 from lightning_distill.flow.distribution_matching import DIVERGENCES, DiffusedState, Divergence, diffuse
 from lightning_distill.flow.times import TimeSampler
-from lightning_distill.methods.auxiliary import AuxiliaryTraining
-from lightning_distill.methods.base import Objective
+from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryTraining
+from lightning_distill.methods.base import Objective, ObjectiveSteps
+from lightning_distill.methods.calls import total_calls
 from lightning_distill.methods.critic import EVENLY, CriticMethod, TrajectoryState
-from lightning_distill.methods.discriminator import (
-    Discriminator,
-    check_sharding_of_heads,
-    discriminator_update,
-    sample_gradient_loss,
-)
+from lightning_distill.methods.discriminator import Discriminator, discriminator_loss, sample_gradient_loss
 from lightning_distill.methods.divergence import DivergenceWeight
 from lightning_distill.methods.networks import GuidedCondition
 from lightning_distill.teachers.model_adapter import Condition
@@ -28,18 +24,19 @@ from lightning_distill.teachers.student_options import LoraOptions
 
 @dataclass(frozen=True)
 class CriticGan:
-    """The discriminator on the critic's features, and what its losses weigh. The weights are those of DMD2's code for SDXL.
+    """The discriminator on the critic's features, and the weights of its losses, which are those of DMD2's code for SDXL.
 
     Args:
-        student_weight: Of the student's loss, beside that of matching, above 0.
-        critic_weight: Of the critic's loss, beside flow matching, at least 0; 0 trains the heads alone.
-        layers: Places of the critic's transformer blocks, from 0; None is four, the last and others evenly before it.
-        hidden: Width of the heads.
+        student_weight: Weight of the student's adversarial loss beside matching, above 0.
+        critic_weight: Weight of the discriminator's loss in the critic's loss beside flow matching, at least 0; 0 trains the
+            heads alone.
+        layers: Indices of the critic's transformer blocks, from 0; None is four, the last and others evenly before it.
+        hidden: Width of the heads, at least 1.
         lr: Learning rate of the heads; None is the critic's.
-        time_sampler: Distribution of the noise levels at which it judges.
-        divergence: What matching is to lessen (f-distill, arXiv 2502.15681): others than "reverse_kl", which is DMD2's, weigh
-            samples by the density ratio that the discriminator sees, at the cost of another forward of the critic. All but
-            "softened_reverse_kl" seek modes less.
+        time_sampler: Distribution of the discriminator's noise levels.
+        divergence: Divergence that matching minimises (f-distill, arXiv 2502.15681). Others than DMD2's "reverse_kl" weight
+            samples by the density ratio that the discriminator estimates, at the cost of another forward of the critic. All but
+            "softened_reverse_kl" are less mode-seeking.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -70,30 +67,30 @@ class CriticGan:
 class DMD2(CriticMethod):
     r"""Improved distribution matching distillation (arXiv 2405.14867), without regression on the teacher's trajectories.
 
-    The student G makes :math:`x = G(x_t)`, from noise or, in several steps, from its own samples noised again (section
-    4.5: backward simulation; gradient through the last step only). With :math:`x_\tau = (1 - \tau) x + \tau \, \text{noise}'`,
+    The student G predicts :math:`x = G(x_t)`, from noise or, in several steps, from its own re-noised samples (section 4.5:
+    backward simulation; gradient through the last step only). With :math:`x_\tau = (1 - \tau) x + \tau \, \text{noise}'`,
 
     .. math:: \nabla L = \frac{\hat x_0^F(x_\tau) - \hat x_0^T(x_\tau)}{\mathrm{mean} \, |x - \hat x_0^T|} \frac{dG}{d\theta},
 
     applied as :math:`\frac12 \| x - \mathrm{sg}(x - g) \|^2`. The critic :math:`v_F` learns the student's score by flow
-    matching on its samples, `critic_updates` times for each batch of the student's (section 4.2). A discriminator on the
-    critic's features, which tells samples from data, both noised to tau, may be added (section 4.3); data are then needed, else
-    prompts alone. With it :math:`\nabla L` may be weighted for another divergence than the reverse Kullback-Leibler
-    (`CriticGan.divergence`).
+    matching on its samples, `critic_updates` times for each batch of the student's (section 4.2). An optional discriminator on
+    the critic's features separates samples from data, both noised to tau (section 4.3). It needs images as data; otherwise
+    prompts suffice. With it, :math:`\nabla L` may be weighted for another divergence than the reverse Kullback-Leibler
+    divergence (`CriticGan.divergence`).
 
-    The student is asked for r = 0 only, and samples by going to data and back (`stochastic_sampling`).
+    The student is evaluated at r = 0 only, and samples by predicting x0 and re-noising (`stochastic_sampling`).
 
     Args:
-        nfe: Numbers of steps of the student; one is drawn for each batch, so that one listed twice is drawn twice as often.
-        guidance_scale: Guidance scale of the teacher's score, at least 0; None is the one that the student learns.
+        nfe: Numbers of steps of the student; each batch samples one, so that one listed twice is sampled twice as often.
+        guidance_scale: Guidance scale of the teacher's score, at least 0; None is the scale that the student learns.
         critic_updates: Critic updates for each batch, at least 1; each but the last is on fresh samples.
         critic_lr: Learning rate of the critic's AdamW; the default is that of the paper's code for SDXL.
-        critic_clip: Largest norm of the critic's gradients; likewise.
-        critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
-            trains as a whole.
+        critic_clip: Largest norm of the critic's gradients; the default is that of the paper's code for SDXL.
+        critic_lora: LoRA of the critic on the teacher's weights; "student": the student's LoRA options, if it has any; None:
+            all weights of the critic train.
         gan: The discriminator, or None.
-        time_sampler: Distribution of tau, in [0.02, 0.98]. Low noise levels tell what is wrong with a sample, and high ones
-            whether there are as many of each kind as of the teacher's; low ones alone lose modes.
+        time_sampler: Distribution of tau, in [0.02, 0.98]. Low noise levels correct single samples, high ones the frequencies
+            of modes; low levels alone lose modes.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:
@@ -128,7 +125,8 @@ class DMD2(CriticMethod):
         )
         self.gan = gan
         if gan is not None:
-            self.heads_training = AuxiliaryTraining(critic_lr if gan.lr is None else gan.lr, clip=critic_clip)
+            lr = critic_lr if gan.lr is None else gan.lr
+            self.auxiliary.add("heads", AuxiliaryTraining(lr, clip=critic_clip, reads_features=True))
         divergence = "reverse_kl" if gan is None else gan.divergence
         self.divergence_weight = None if divergence == "reverse_kl" else DivergenceWeight(divergence)
 
@@ -137,58 +135,56 @@ class DMD2(CriticMethod):
 
     @property
     def needs_images(self) -> bool:
-        """For the discriminator only."""
+        """True with a discriminator, which compares samples with data."""
         return self.gan is not None
 
-    def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """Roll the student, teach critic and heads what it makes, and match."""
-        guided = self.guided_condition(condition, len(x0))
+    def objective(self, x0: Tensor, condition: Condition) -> ObjectiveSteps:
+        """Roll out the student, train critic and heads on its samples, and match the distributions."""
+        guided = self.networks.guided_condition(condition)
         state, t = self.roll_out(torch.randn_like(x0), guided)
         if self.gan is None:
-            logs = self.update_critic(state, guided)
-            return Objective(self.matching.student_loss(self, state, guided), t, logs)
-        logs = {}
-
-        def tell_apart(current: TrajectoryState) -> Tensor:
-            loss, found = self.discriminator_loss(x0, current, guided)
-            logs.update(found)
-            return loss
-
-        logs |= self.update_critic(state, guided, tell_apart)
+            for auxiliary in self.critic_losses(state, guided):
+                yield auxiliary
+            logs = {"critic_loss": auxiliary.loss.detach()}
+            return Objective(self.matching.student_loss(self.networks, state, guided), t, logs)
+        for current in self.critic_states(state, guided):
+            logs = yield from self._critic_and_heads(self.gan, x0, current, guided)
         weight = None if self.divergence_weight is None else self._weight(self.divergence_weight, guided)
-        loss = self.matching.student_loss(self, state, guided, weight)
+        loss = self.matching.student_loss(self.networks, state, guided, weight)
         adversarial = self.adversarial_loss(state, guided)
         logs["adversarial_loss"] = adversarial.detach().mean()
         return Objective(loss + self.gan.student_weight * adversarial, t, logs)
 
-    def discriminator_loss(
-        self, x0: Tensor, state: TrajectoryState, condition: GuidedCondition
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Update the heads, and then what their loss is to the critic, weighted, and scalars to log.
+    def _critic_and_heads(
+        self, gan: CriticGan, x0: Tensor, state: TrajectoryState, condition: GuidedCondition
+    ) -> Generator[AuxiliaryLoss, None, dict[str, Tensor]]:
+        """Yields the losses of the heads and then of the critic, which contains that of the updated heads.
 
         Samples and data are noised to the same tau.
         """
-        assert self.gan is not None
+        critic_loss = self.matching.critic_loss(self.networks, state, condition)
         fake = self._noised(state.x_s.detach())
         real = diffuse(x0, torch.zeros_like(fake.tau), fake.tau)
-        with torch.set_grad_enabled(self.gan.critic_weight > 0):
-            seen, judged = self._features(real, condition), self._features(fake, condition)
-        optimizer = self.heads_training.optimizer(self.heads)
-        logs = discriminator_update(self.heads, optimizer, seen, judged, fake.tau, logistic_discriminator)
-        loss = logistic_discriminator(self.heads(seen, fake.tau), self.heads(judged, fake.tau)).mean()
-        return self.gan.critic_weight * loss, logs
+        with torch.set_grad_enabled(gan.critic_weight > 0):
+            real_features, fake_features = self._features(real, condition), self._features(fake, condition)
+        loss, logs = discriminator_loss(self.heads, real_features, fake_features, fake.tau, logistic_discriminator)
+        yield AuxiliaryLoss("heads", loss)
+        scores = self.heads(real_features, fake.tau), self.heads(fake_features, fake.tau)
+        gan_loss = gan.critic_weight * logistic_discriminator(*scores).mean()
+        yield AuxiliaryLoss("matching.critic", critic_loss + gan_loss)
+        return {"critic_loss": critic_loss.detach(), **logs}
 
     def adversarial_loss(self, state: TrajectoryState, condition: GuidedCondition) -> Tensor:
-        """The student's loss (B,) before the discriminator, not yet weighted."""
+        """The student's loss (B,) from the scores of the discriminator, without its weight."""
 
-        def judge(x: Tensor) -> Tensor:
+        def generator_loss(x: Tensor) -> Tensor:
             noised = self._noised(x)
             return logistic_generator(self.heads(self._features(noised, condition), noised.tau))
 
-        return sample_gradient_loss(state.x_s, judge)
+        return sample_gradient_loss(state.x_s, generator_loss)
 
     def _noised(self, x: Tensor) -> DiffusedState:
-        """Samples (B, C, h, w) at noise levels at which they are judged."""
+        """Samples (B, C, h, w) at the discriminator's noise levels."""
         assert self.gan is not None
         s = torch.zeros(len(x), device=x.device)
         return diffuse(x, s, self.gan.time_sampler(len(x), x.device))
@@ -197,27 +193,31 @@ class DMD2(CriticMethod):
         return lambda state: divergence(self.heads(self._features(state, condition), state.tau), state.tau)
 
     def _features(self, state: DiffusedState, condition: GuidedCondition) -> list[Tensor]:
-        network, s = self.matching.critic, torch.zeros_like(state.tau)
-        told = condition.prompts, self.feature_layers, condition.scale
-        return self.adapter.features(network, state.x_tau, s, state.tau, *told)
+        critic, s = self.matching.critic, torch.zeros_like(state.tau)
+        inputs = condition.prompts, self.feature_layers, condition.scale
+        return self.adapter.features(critic, state.x_tau, s, state.tau, *inputs)
 
-    # Networks
+    # Networks and planner
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that cannot work, the discriminator's among them."""
+        """Check the settings, the discriminator's layers among them."""
         super().setup(stage)
         if self.gan is not None:
             self.adapter.feature_widths(self.gan.layers)
-            check_sharding_of_heads(self, "set trainer.strategy to auto or ddp, or model.gan to null")
 
     def build_networks(self) -> None:
-        """Teacher, student, critic and heads."""
+        """Build teacher, student, critic and heads."""
         super().build_networks()
         if self.gan is not None:
             widths = self.adapter.feature_widths(self.gan.layers)
             self.feature_layers = tuple(widths)
             self.heads = Discriminator(list(widths.values()), self.gan.hidden)
 
-    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
-        """The critic's and the heads'."""
-        return super().auxiliary_trainings() | ({} if self.gan is None else {"heads": self.heads_training})
+    def expected_calls(self, phase: str) -> dict[str, float]:
+        """Those of the critic, and the passes of its features to the discriminator."""
+        calls = super().expected_calls(phase)
+        if self.gan is None:
+            return calls
+        updates, trains = self.matching.critic_updates, self.gan.critic_weight > 0
+        features = 2 * updates + 1 + (self.divergence_weight is not None)
+        return total_calls(calls, {"critic": features, "critic_backward": 2 * updates * trains + 1})

@@ -1,100 +1,138 @@
-"""A batch as networks see it: latents of its pictures and conditions of its prompts, and what is remembered of both."""
+"""Batches as the networks receive them: latents of their images and conditions of their prompts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods.condition import EncodedData
-from lightning_distill.methods.evaluation import Batch, SamplingModule
-from lightning_distill.methods.networks import GuidedNetworks
-from lightning_distill.teachers.model_adapter import Condition
+from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+
+Batch = dict[str, Any]
+"""`prompt`: B captions; `image` (B, 3, H, W) in [-1, 1], if there are images; `index` (B,), positions in the data set.
+
+Precomputed data have `latents` (B, C, h, w) in place of `image`, and `condition`, the encoded captions.
+"""
 
 
-class BatchEncoding(SamplingModule, GuidedNetworks):
-    """The part of `TeacherStudentBase` that encodes batches, unless they come encoded.
+@runtime_checkable
+class EncodedData(Protocol):
+    """A DataModule whose batches hold conditions, so that no text encoder is loaded."""
+
+    def check_encodings(self, settings: Mapping[str, Any]) -> None:
+        """Raise `ConfigurationError` if encoders of other settings (`ModelAdapter.encoding_settings`) made them."""
+
+    def encoded_prompts(self, prompts: Sequence[str]) -> Condition:
+        """Conditions (B, ...) on the CPU of B validation prompts or empty prompts."""
+
+    def check_known_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise `ConfigurationError` if the data do not hold the condition of a prompt."""
+
+
+def encoded_data(trainer: Any) -> EncodedData | None:
+    """The DataModule of a trainer, if its batches hold conditions."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, EncodedData) else None
+
+
+class BatchEncoder:
+    """Encodes batches, unless they come encoded, and caches what does not change.
 
     Args:
-        cache_latents: Whether to keep each training picture's latents in memory after its first visit.
+        adapter: Teacher family, which holds the text encoders and the autoencoder.
+        device: Function that returns the device of the networks.
+        cache_latents: Whether to keep the latents of each training image in memory after its first visit.
+
+    Attributes:
+        trains_text_encoders: Whether the text encoders train; otherwise the empty prompt is encoded once.
+        encoded: Data whose batches hold conditions, or None.
     """
 
-    train_text_encoders: bool = False
-    """Whether the text encoders train along; else the empty prompt is encoded once."""
-
-    def __init__(self, cache_latents: bool) -> None:
-        super().__init__()
+    def __init__(self, adapter: ModelAdapter, device: Callable[[], torch.device], cache_latents: bool = False) -> None:
+        self.adapter = adapter
+        self.device = device
         self.cache_latents = cache_latents
+        self.trains_text_encoders = False
+        self.encoded: EncodedData | None = None
         self._latent_cache: dict[int, Tensor] = {}
         self._null_condition: Condition | None = None
-        self._encoded: EncodedData | None = None
 
     def use_encoded_data(self, data: EncodedData | None) -> None:
-        """Take conditions from data that bring them along, if there are.
+        """Take conditions from the data, if they hold any.
 
         Raises:
-            ConfigurationError: If text encoders are to train, or others have made them.
+            ConfigurationError: If the text encoders are to train, or encoders of other settings made the conditions.
         """
-        self._encoded = data
+        self.encoded = data
         if data is None:
             return
-        if self.train_text_encoders:
+        if self.trains_text_encoders:
             raise ConfigurationError(
-                "model.train_text_encoders is true, and precomputed data hold what the text encoders made before; set it to "
-                "false, or train from pictures"
+                "model.train_text_encoders is true, and precomputed data hold conditions of fixed text encoders; set it to "
+                "false, or train from images"
             )
         data.check_encodings(self.adapter.encoding_settings())
 
-    def reset_data(self) -> None:
-        """Start afresh, for data that may be others."""
+    def reset(self) -> None:
+        """Drop the caches, because the data may have changed."""
         self._latent_cache.clear()
-        self._null_condition = self._reference = None
+        self._null_condition = None
 
-    @torch.no_grad()
-    def encode_images(self, batch: Batch) -> Tensor:
-        """Latents (B, C, h, w) of a batch's pictures, from memory where they are kept."""
-        places = batch["index"].tolist() if self.cache_latents and self.training else []
-        if places and all(place in self._latent_cache for place in places):
-            return torch.stack([self._latent_cache[place] for place in places])
-        # The memory order decides which number of a random stream goes where: it must not depend on where latents are from.
-        latents = self.adapter.encode_images(batch["image"]).contiguous()
-        self._latent_cache.update(zip(places, latents.unbind() if places else (), strict=True))
-        return latents
-
-    def latents(self, batch: Batch) -> Tensor:
-        """Latents (B, C, h, w) of a batch's pictures."""
+    def latents(self, batch: Batch, training: bool = False) -> Tensor:
+        """Latents (B, C, h, w) of the images of a batch; those of a training batch are cached if `cache_latents` is set."""
         if "latents" in batch:
             latents: Tensor = batch["latents"]
             return latents
-        return self.encode_images(batch) if "image" in batch else self.no_latents(batch)
+        return self._encode_images(batch, training)
 
-    def no_latents(self, batch: Batch) -> Tensor:
-        """What stands for latents (B, C, h, w) that nothing looks at: no numbers, which shows in a loss that used them."""
-        shape = self.latent_shape
+    @torch.no_grad()
+    def _encode_images(self, batch: Batch, training: bool) -> Tensor:
+        indices = batch["index"].tolist() if self.cache_latents and training else []
+        if indices and all(index in self._latent_cache for index in indices):
+            return torch.stack([self._latent_cache[index] for index in indices])
+        # The memory order decides which random number goes to which entry: it must not depend on the origin of the latents.
+        latents = self.adapter.encode_images(batch["image"]).contiguous()
+        self._latent_cache.update(zip(indices, latents.unbind() if indices else (), strict=True))
+        return latents
+
+    def no_latents(self, batch: Batch, latent_shape: tuple[int, ...]) -> Tensor:
+        """NaN in place of latents (B, C, h, w) that the objective does not read: a loss that reads them shows it.
+
+        Args:
+            batch: The batch, whose images decide the shape if there are any.
+            latent_shape: Shape (C, h, w) otherwise.
+        """
         if "latents" in batch:
-            shape = tuple(batch["latents"].shape[1:])
+            latent_shape = tuple(batch["latents"].shape[1:])
         elif "image" in batch:
-            shape = self.adapter.latent_shape(*batch["image"].shape[-2:])
-        return torch.full((len(batch["prompt"]), *shape), torch.nan, device=self.device)
+            latent_shape = self.adapter.latent_shape(*batch["image"].shape[-2:])
+        return torch.full((len(batch["prompt"]), *latent_shape), torch.nan, device=self.device())
 
     def condition(self, batch: Batch) -> Condition:
-        """Conditions of a batch's prompts, which it may bring along."""
+        """Conditions of the prompts of a batch, which may hold them."""
         return batch["condition"] if "condition" in batch else self.encode_prompt(batch["prompt"])
 
     def encode_prompt(self, prompts: list[str]) -> Condition:
-        """Conditions of B prompts, with gradients where the text encoders train; of precomputed data those that it has.
+        """Conditions of B prompts, with gradients where the text encoders train.
 
         Raises:
-            ConfigurationError: If a prompt is not among those of precomputed data.
+            ConfigurationError: If precomputed data do not hold the condition of a prompt.
         """
-        if self._encoded is not None:
-            return {name: value.to(self.device) for name, value in self._encoded.encoded_prompts(prompts).items()}
-        with torch.set_grad_enabled(self.train_text_encoders and torch.is_grad_enabled()):
+        if self.encoded is not None:
+            return {name: value.to(self.device()) for name, value in self.encoded.encoded_prompts(prompts).items()}
+        with torch.set_grad_enabled(self.trains_text_encoders and torch.is_grad_enabled()):
             return self.adapter.encode_prompt(prompts)
 
     def null_condition(self, batch_size: int) -> Condition:
         """Condition of the empty prompt, in B rows."""
         known = self._null_condition
-        if known is None or self.train_text_encoders or next(iter(known.values())).device != self.device:
-            # The same whoever asks first: validation would make it in inference mode, mixed precision in lower precision.
-            with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+        if known is None or self.trains_text_encoders or next(iter(known.values())).device != self.device():
+            # Equal for every caller: validation would encode it in inference mode, mixed precision in lower precision.
+            with torch.inference_mode(False), torch.autocast(self.device().type, enabled=False):
                 known = self._null_condition = self.encode_prompt([""])
         return {name: value.expand(batch_size, *value.shape[1:]) for name, value in known.items()}
+
+    def set_null_condition(self, condition: Condition) -> None:
+        """Use this condition (1, ...) for the empty prompt."""
+        self._null_condition = condition

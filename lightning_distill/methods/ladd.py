@@ -1,4 +1,4 @@
-"""LADD: a student that a discriminator on the teacher's own features cannot tell from the teacher."""
+"""LADD: adversarial distillation on the features of the teacher."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -10,14 +10,10 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.adversarial import hinge_discriminator, hinge_generator
 from lightning_distill.flow.path import flow_step, interpolate
 from lightning_distill.flow.times import LogitNormal, TimeSampler
-from lightning_distill.methods.auxiliary import AuxiliaryTraining
-from lightning_distill.methods.base import Objective, TeacherStudentBase
-from lightning_distill.methods.discriminator import (
-    Discriminator,
-    check_sharding_of_heads,
-    discriminator_update,
-    sample_gradient_loss,
-)
+from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryTraining
+from lightning_distill.methods.base import Objective, ObjectiveSteps, TeacherStudentBase
+from lightning_distill.methods.calls import total_calls
+from lightning_distill.methods.discriminator import Discriminator, discriminator_loss, sample_gradient_loss
 from lightning_distill.methods.networks import GuidedCondition
 from lightning_distill.teachers.model_adapter import Condition
 
@@ -25,29 +21,30 @@ from lightning_distill.teachers.model_adapter import Condition
 class LADD(TeacherStudentBase):
     r"""Latent adversarial diffusion distillation (arXiv 2403.12015).
 
-    Samples :math:`x_0` of the guided teacher, or data, are noised to a step of the student's grid, and the student goes to data
-    in one step, :math:`x = x_t - t \, u(x_t, 0, t)`. Both are noised again to tau and shown to the frozen teacher, on whose
-    features heads :math:`D` are trained to tell them apart:
+    Samples :math:`x_0` of the guided teacher, or data, are noised to a time of the student's grid, and the student predicts x0
+    in one step, :math:`x = x_t - t \, u(x_t, 0, t)`. Both are re-noised to tau. Heads :math:`D` on the features of the frozen
+    teacher are trained to separate them:
 
     .. math:: L_D = E \, [\max(0, 1 - D(x_{0, \tau})) + \max(0, 1 + D(x_\tau))] + \gamma \, R_1, \quad L_G = -E \, D(x_\tau).
 
-    The noise levels tau decide what is judged: layout where they are high, texture where they are low. There is no other loss.
-    The student is asked for r = 0 only, and samples by going to data and back (`stochastic_sampling`).
+    High noise levels tau compare layouts, low ones textures. There is no other loss. The student is evaluated at r = 0 only,
+    and samples by predicting x0 and re-noising (`stochastic_sampling`).
 
     Args:
-        real: What the student is to be like: "teacher", its samples under guidance, made for each batch from noise, for which
-            prompts alone will do; or "data".
-        teacher_steps: Steps of those samples, even on the sampling grid.
-        nfe: Steps of the student.
-        step_weights: How often each step is trained, from noise on: nfe numbers, not negative (section 3: mostly the first).
-        warmup_steps: Optimizer steps for which only the steps of the cleaner half are trained.
+        real: Real samples: "teacher", guided samples of the teacher, generated for each batch from noise, so that prompts
+            suffice as data; or "data".
+        teacher_steps: Steps of the teacher's samples, at least 1, even on the sampling grid.
+        nfe: Number of steps of the student, at least 1.
+        step_weights: Relative frequency of each step in training, from noise on: nfe numbers, none negative (section 3: mostly
+            the first).
+        warmup_steps: Optimizer steps for which only the steps of the cleaner half train.
         time_sampler: Distribution of tau.
-        layers: Places of the teacher's transformer blocks whose input is judged, from 0; None is four, the last and others
-            evenly before it.
-        hidden: Width of the heads.
-        discriminator_lr: Learning rate of their AdamW.
-        discriminator_clip: Largest norm of their gradients.
-        r1_weight: Gamma, at least 0; 0 is no penalty. It is on the heads' gradient in the features, as in ADD (arXiv
+        layers: Indices of the teacher's transformer blocks whose inputs are the features, from 0; None is four, the last and
+            others evenly before it.
+        hidden: Width of the heads, at least 1.
+        discriminator_lr: Learning rate of the heads' AdamW, above 0.
+        discriminator_clip: Largest norm of the heads' gradients, above 0.
+        r1_weight: Gamma, at least 0; 0 is no penalty. The penalty is on the heads' gradient in the features, as in ADD (arXiv
             2311.17042), whose weight is the default.
         **kwargs: Of `TeacherStudentBase`.
 
@@ -104,83 +101,84 @@ class LADD(TeacherStudentBase):
         self.layers = layers
         self.hidden = hidden
         self.r1_weight = r1_weight
-        self.heads_training = AuxiliaryTraining(discriminator_lr, clip=discriminator_clip)
+        self.auxiliary.add("heads", AuxiliaryTraining(discriminator_lr, clip=discriminator_clip, reads_features=True))
 
     heads: Discriminator
     feature_layers: tuple[int, ...]
 
     @property
     def needs_images(self) -> bool:
-        """Where they are what the student is to be like."""
+        """Whether data are the real samples."""
         return self.real == "data"
 
-    def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """Take real samples, let the student denoise them in one step, teach the heads, and ask them."""
-        guided = self.guided_condition(condition, len(x0))
+    def objective(self, x0: Tensor, condition: Condition) -> ObjectiveSteps:
+        """Denoise real samples by one student step, train the heads, and score the student's samples."""
+        guided = self.networks.guided_condition(condition)
         if self.real == "teacher":
             x0 = self.teacher_samples(x0, guided)
         t = self.sample_steps(x0)
         x_t, r = interpolate(x0, torch.randn_like(x0), t), torch.zeros_like(t)
-        x = flow_step(x_t, self.average_velocity(x_t, r, t, guided), r, t)
-        logs = self.update_heads(x0, x.detach(), guided)
+        x = flow_step(x_t, self.networks.average_velocity(x_t, r, t, guided), r, t)
+        loss, logs = self.heads_loss(x0, x.detach(), guided)
+        yield AuxiliaryLoss("heads", loss)
         return Objective(sample_gradient_loss(x, lambda x: self.adversarial_loss(x, guided)), t, logs)
 
     @torch.no_grad()
     def teacher_samples(self, like: Tensor, condition: GuidedCondition) -> Tensor:
-        """Samples (B, C, h, w) of the guided teacher."""
+        """Samples (B, C, h, w) of the guided teacher, of the shape of `like`."""
         start = torch.ones(len(like), device=like.device)
-        return self.integrate_teacher(torch.randn_like(like), torch.zeros_like(start), start, self.teacher_steps, condition)
+        noise = torch.randn_like(like)
+        return self.networks.integrate_teacher(noise, torch.zeros_like(start), start, self.teacher_steps, condition)
 
     def sample_steps(self, like: Tensor) -> Tensor:
-        """Times (B,) at which steps of the student begin."""
-        grid = self.adapter.time_grid(self.nfe, tuple(like.shape[1:])).to(like.device)
+        """Start times (B,) of sampled steps of the student, for latents of the shape of `like`."""
+        grid = self.networks.time_grid(self.nfe, like)
         weights = torch.tensor(self.step_weights, device=like.device)
         if self.global_step < self.warmup_steps:
             weights[: self.nfe // 2] = 0
         return grid[torch.multinomial(weights, len(like), replacement=True)]
 
-    def update_heads(self, real: Tensor, fake: Tensor, condition: GuidedCondition) -> dict[str, Tensor]:
-        """One step of the heads, and scalars to log.
+    def heads_loss(self, real: Tensor, fake: Tensor, condition: GuidedCondition) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of the heads, and scalars to log.
 
         Args:
-            real: Samples (B, C, h, w).
-            fake: The student's.
-            condition: Of both.
+            real: Real samples (B, C, h, w).
+            fake: The student's samples (B, C, h, w).
+            condition: Condition of both.
         """
         tau = self.time_sampler(len(real), real.device)
         with torch.no_grad():
-            seen, judged = (self._features(x, tau, condition) for x in (real, fake))
-        optimizer = self.heads_training.optimizer(self.heads)
-        return discriminator_update(self.heads, optimizer, seen, judged, tau, hinge_discriminator, self.r1_weight)
+            real_features, fake_features = (self._features(x, tau, condition) for x in (real, fake))
+        return discriminator_loss(self.heads, real_features, fake_features, tau, hinge_discriminator, self.r1_weight)
 
     def adversarial_loss(self, x: Tensor, condition: GuidedCondition) -> Tensor:
-        """Loss (B,) of the student's samples before the heads."""
+        """Loss (B,) of the student's samples from the scores of the heads."""
         tau = self.time_sampler(len(x), x.device)
         return hinge_generator(self.heads(self._features(x, tau, condition), tau))
 
     def _features(self, x: Tensor, tau: Tensor, condition: GuidedCondition) -> list[Tensor]:
         x_tau = interpolate(x, torch.randn_like(x), tau)
-        told = condition.prompts, self.feature_layers, condition.scale
-        return self.adapter.features(self.teacher, x_tau, None, tau, *told)
+        inputs = condition.prompts, self.feature_layers, condition.scale
+        return self.adapter.features(self.teacher, x_tau, None, tau, *inputs)
 
-    # Networks
+    # Networks and planner
 
     def setup(self, stage: str) -> None:
-        """Refuse settings that cannot work, the discriminator's among them."""
+        """Check the settings, the discriminator's layers among them."""
         super().setup(stage)
         self.adapter.feature_widths(self.layers)
-        check_sharding_of_heads(self, "set trainer.strategy to auto or ddp")
 
     def build_networks(self) -> None:
-        """Teacher, student and heads."""
+        """Build teacher, student and heads."""
         super().build_networks()
         widths = self.adapter.feature_widths(self.layers)
         self.feature_layers = tuple(widths)
         self.heads = Discriminator(list(widths.values()), self.hidden)
         checkpointing = getattr(self.teacher, "enable_gradient_checkpointing", None)
         if self.student_options.gradient_checkpointing and checkpointing is not None:
-            checkpointing()  # the student's gradient comes through the teacher's blocks
+            checkpointing()  # the student's gradient passes through the teacher's blocks
 
-    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
-        """The heads'."""
-        return {"heads": self.heads_training}
+    def expected_calls(self, phase: str) -> dict[str, float]:
+        """One student step; the teacher samples, and gives the features of both kinds of samples and of the student's again."""
+        samples = self.networks.teacher_calls(self.teacher_steps) if self.real == "teacher" else {}
+        return total_calls(samples, {"teacher": 3, "student": 1, "student_backward": 1})

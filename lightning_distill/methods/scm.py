@@ -17,20 +17,22 @@ from lightning_distill.flow.trigflow import (
     trig_time,
     trig_velocity,
 )
-from lightning_distill.methods.auxiliary import AuxiliaryTraining
-from lightning_distill.methods.base import Objective
-from lightning_distill.methods.student_derivative import Derivative, StudentDerivative
-from lightning_distill.methods.trajectory_regression import TrajectoryStates
+from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryTraining
+from lightning_distill.methods.base import Objective, ObjectiveSteps
+from lightning_distill.methods.calls import total_calls
+from lightning_distill.methods.derivative_check import check_derivative, report_derivative
+from lightning_distill.methods.student_derivative import DerivativeKind, StudentDerivative
+from lightning_distill.methods.trajectory_regression import TrajectoryRegression
 from lightning_distill.teachers.model_adapter import Condition
 
 
 class TimeWeight(nn.Module):
-    """A learned logarithm of the error's size at each time (EDM2, arXiv 2312.02696, section 5; sCM, arXiv 2410.11081, Eq. 8).
+    """Learned logarithm of the error's size at each time (EDM2, arXiv 2312.02696, section 5; sCM, arXiv 2410.11081, Eq. 8).
 
-    It starts as 0: all times weigh the same. Features of t are cosines and sines of one to `features` half turns.
+    It starts at 0, equal weights for all times. Features of t are cosines and sines of one to `features` half turns.
 
     Args:
-        features: Pairs of them.
+        features: Number of pairs of features.
     """
 
     def __init__(self, features: int = 16) -> None:
@@ -47,12 +49,12 @@ class TimeWeight(nn.Module):
         return weights[:, 0]
 
 
-class SCM(StudentDerivative, TrajectoryStates):
+class SCM(TrajectoryRegression):
     r"""Continuous-time consistency distillation (sCM, arXiv 2410.11081), of flow-matching teachers (2503.09641, 2512.13006).
 
-    A consistency model :math:`f(y_s) = \cos(s) y_s - \sin(s) F(y_s, s)` predicts the same x0 all along a trajectory. With the
-    student's average velocity down to 0 in the place of a velocity, F is what `flow.trigflow.trig_velocity` makes of it, and
-    :math:`f = x_t - t \, u(x_t, 0, t)`. The change along the teacher's trajectory, normalised,
+    A consistency model :math:`f(y_s) = \cos(s) y_s - \sin(s) F(y_s, s)` predicts the same x0 along a trajectory. F is
+    `flow.trigflow.trig_velocity` of the student's average velocity down to 0, so that :math:`f = x_t - t \, u(x_t, 0, t)`. The
+    change along the teacher's trajectory, normalised,
 
     .. math:: g = -\cos^2(s) (F - F_T) - \rho \cos(s) \sin(s) \, (y_s + \dot F), \quad g \leftarrow g / (\|g\| + 0.1),
 
@@ -60,8 +62,8 @@ class SCM(StudentDerivative, TrajectoryStates):
 
     .. math:: L = e^{-l(s)} \, \mathrm{mean} (F - \mathrm{sg} F - g)^2 + l(s).
 
-    The paper's l has the logarithm of its factor :math:`1 / \tan s` besides, to the same optimum. Learned from 0 on, such an l
-    leaves the first hundreds of steps to the smallest s, where that factor is large and F hardly matters.
+    The paper adds the logarithm of a factor :math:`1 / \tan s` to l, with the same optimum. Learned from 0, such an l spends
+    the first hundreds of steps on the smallest s, where that factor is large and F hardly matters.
 
     Args:
         time_sampler: Distribution of t. A normal variable z of :math:`s = \arctan e^z` is `LogitNormal` in t; the default is
@@ -69,11 +71,11 @@ class SCM(StudentDerivative, TrajectoryStates):
         derivative: "exact", by dual numbers, or "finite_difference", for a student with an operation that has no forward-mode
             rule, at the cost of two more forward passes.
         tangent_warmup_steps: Optimizer steps over which rho rises from 0 to 1.
-        tangent_norm: Of g: "rms" is the same for latents of all sizes (arXiv 2503.09641); "l2" is the paper's.
-        time_weight: Whether l, the logarithm of the error's size by time, is learned; if not, it is that of tan s, which
-            makes the paper's factor.
-        time_weight_lr: Learning rate of l.
-        **kwargs: Of `TrajectoryStates` and `TeacherStudentBase`.
+        tangent_norm: Norm of g: "rms" is the same for latents of all sizes (arXiv 2503.09641); "l2" is the paper's.
+        time_weight: Whether l, the logarithm of the error's size by time, is learned; otherwise it is the logarithm of tan s,
+            which gives the paper's factor.
+        time_weight_lr: Learning rate of l, above 0.
+        **kwargs: Of `TrajectoryRegression` and `TeacherStudentBase`.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -86,7 +88,7 @@ class SCM(StudentDerivative, TrajectoryStates):
         self,
         *args: Any,
         time_sampler: TimeSampler = LogitNormal(mean=0.2, std=1.6),
-        derivative: Derivative = "exact",
+        derivative: DerivativeKind = "exact",
         tangent_warmup_steps: int = 10_000,
         tangent_norm: Literal["rms", "l2"] = "rms",
         time_weight: bool = True,
@@ -95,36 +97,39 @@ class SCM(StudentDerivative, TrajectoryStates):
     ) -> None:
         super().__init__(*args, **kwargs)
         if tangent_warmup_steps < 0:
-            raise ConfigurationError(f"model.tangent_warmup_steps is {tangent_warmup_steps}; 0 is no warm-up")
+            raise ConfigurationError(
+                f"model.tangent_warmup_steps is {tangent_warmup_steps}; set it to 0 for no warm-up, or above"
+            )
         if tangent_norm not in ("rms", "l2"):
             raise ConfigurationError(f"model.tangent_norm is {tangent_norm!r}; choose rms or l2")
         if not time_weight_lr > 0:
             raise ConfigurationError(f"model.time_weight_lr is {time_weight_lr}; set it above 0, 0.001 is usual")
-        self.choose_derivative(derivative)
+        self.derivative = StudentDerivative(derivative, self.adapter, self.student_options)
         self.time_sampler = time_sampler
         self.tangent_warmup_steps = tangent_warmup_steps
         self.tangent_norm = tangent_norm
         self.time_weight = TimeWeight() if time_weight else None
-        self._weight_training = AuxiliaryTraining(time_weight_lr, betas=(0.9, 0.99))
+        if self.time_weight is not None:
+            self.auxiliary.add("time_weight", AuxiliaryTraining(time_weight_lr, betas=(0.9, 0.99)))
 
     @property
     def tangent_weight(self) -> float:
         """Rho, in [0, 1]."""
         return min(1.0, self.global_step / self.tangent_warmup_steps) if self.tangent_warmup_steps else 1.0
 
-    def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """Ask the teacher for the trajectory's direction, and the student how its prediction changes along it."""
+    def objective(self, x0: Tensor, condition: Condition) -> Objective | ObjectiveSteps:
+        """Regress F onto its value moved by the tangent g along the teacher's trajectory."""
         t = self.time_sampler(len(x0), x0.device)
-        guided = self.guided_condition(condition, len(x0))
+        guided = self.networks.guided_condition(condition)
         x_t = self.training_states(x0, torch.randn_like(x0), t, guided)
         s = trig_time(t)
-        y_s, velocity = trig_state(x_t, s), trig_velocity(self.teacher_velocity(x_t, t, guided), x_t, s)
+        y_s, velocity = trig_state(x_t, s), trig_velocity(self.networks.teacher_velocity(x_t, t, guided), x_t, s)
 
         def network(y: Tensor, end: Tensor, s: Tensor) -> Tensor:
             x = linear_state(y, s)
-            return trig_velocity(self.average_velocity(x, end, linear_time(s), guided), x, s)
+            return trig_velocity(self.networks.average_velocity(x, end, linear_time(s), guided), x, s)
 
-        f, dfds = self.value_and_derivative(network, y_s, torch.zeros_like(s), s, velocity)
+        f, dfds = self.derivative.value_and_derivative(network, y_s, torch.zeros_like(s), s, velocity)
         with torch.no_grad():
             g = consistency_tangent(f, velocity, y_s, dfds, s, self.tangent_weight)
             norm = g.flatten(1).norm(dim=1)
@@ -133,28 +138,37 @@ class SCM(StudentDerivative, TrajectoryStates):
         error = (f - target).square().flatten(1).mean(1)
         logs = {"tangent_norm": size.mean(), "tangent_weight": torch.tensor(self.tangent_weight)}
         if self.time_weight is None:
-            # 1 / tan(s), of which float32 makes a negative number at the end
+            # 1 / tan(s), which float32 rounds to a negative number at the end
             return Objective((1 - t) / t.clamp_min(1e-4) * error, t, logs)
-        logarithm = self._learned_weight(t, error.detach())
-        return Objective(error * torch.exp(-logarithm), t, logs)
+        return self._weighted(self.time_weight, error, t, logs)
 
-    def _learned_weight(self, t: Tensor, error: Tensor) -> Tensor:
-        """The logarithm (B,) of the error's size at t, which then learns from the errors (B,) of this batch."""
-        assert self.time_weight is not None
-        optimizer = self._weight_training.optimizer(self.time_weight, self.sharding)
+    def _weighted(self, time_weight: TimeWeight, error: Tensor, t: Tensor, logs: dict[str, Tensor]) -> ObjectiveSteps:
+        """The error (B,), weighted by the learned weight, which trains on the same errors."""
         # Autocast would round the logarithm to 16 bits, and the weight with it.
-        with torch.enable_grad(), torch.autocast(t.device.type, enabled=False):
-            logarithm = self.time_weight(t)
-            loss = (error * torch.exp(-logarithm) + logarithm).mean()
-        optimizer.step(loss)
-        return logarithm.detach()
+        with torch.autocast(t.device.type, enabled=False):
+            logarithm = time_weight(t)
+            loss = (error.detach() * torch.exp(-logarithm) + logarithm).mean()
+        weighted = error * torch.exp(-logarithm.detach())
+        yield AuxiliaryLoss("time_weight", loss)
+        return Objective(weighted, t, logs)
+
+    # Networks and planner
 
     def build_networks(self) -> None:
-        """Teacher and student; the weight is spread as they are: ZeRO-3 knows only modules that it has spread."""
+        """Build teacher and student; shard the time weight like them, because ZeRO-3 trains only sharded modules."""
         super().build_networks()
         if self.time_weight is not None and self.sharding is not None:
             self.sharding.shard(self.time_weight)
 
-    def auxiliary_trainings(self) -> dict[str, AuxiliaryTraining]:
-        """That of the weight."""
-        return {} if self.time_weight is None else {"time_weight": self._weight_training}
+    def on_fit_start(self) -> None:
+        """Check the student's derivative before the first step."""
+        super().on_fit_start()
+        context = self.trainer.precision_plugin.forward_context
+        report = check_derivative(self.derivative, self.networks, self.evaluator.latent_shape, self.device, context)
+        report_derivative(report, self.loggers)
+
+    def expected_calls(self, phase: str) -> dict[str, float]:
+        """One guided velocity, the student's derivative, and the calls of trajectories."""
+        passes = 1 if self.derivative.kind == "exact" else 3
+        student = {"student": passes, "student_backward": 1}
+        return total_calls(student, self.networks.teacher_calls(), self.trajectory_calls())

@@ -1,4 +1,4 @@
-"""TDM: trajectory distribution matching, a deterministic student that is right in distribution at each of its steps."""
+"""TDM: trajectory distribution matching for a deterministic few-step student."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_distill.methods.base import Objective
+from lightning_distill.methods.base import Objective, ObjectiveSteps
 from lightning_distill.methods.critic import CriticMethod, TrajectoryState
 from lightning_distill.methods.networks import GuidedCondition
 from lightning_distill.teachers.model_adapter import Condition
@@ -16,24 +16,23 @@ from lightning_distill.teachers.student_options import LoraOptions
 class TDM(CriticMethod):
     r"""Trajectory distribution matching (arXiv 2503.06674).
 
-    The student jumps from noise along its own few-step grid, :math:`x_s = x_t - (t - s) \, u(x_t, s, t)`. Where it has arrived,
-    its distribution is matched to the teacher's at the noise levels of the segment that it has crossed, and at no others:
+    The student steps from noise along its own few-step grid, :math:`x_s = x_t - (t - s) \, u(x_t, s, t)`. After each step, its
+    distribution is matched to the teacher's at the noise levels of that step's interval, and at no others:
 
     .. math:: L = E_k \, E_{\tau \in (s, t)} \; \mathrm{KL}\big( p_\text{student}(x_\tau) \,\|\, p_\text{teacher}(x_\tau) \big),
         \quad x_\tau = a x_s + b \, \text{noise}', \quad (s, t) = (t_{k+1}, t_k),
 
-    so that each step has a part of the teacher's trajectory to follow, in distribution and not point by point. It is
-    moved by `flow.matching_gradient`; the critic is told s, which says of which segment a state is. The gradient goes through
-    the last jump only.
+    so that each step follows its part of the teacher's trajectory, in distribution and not point by point. The gradient is
+    `flow.matching_gradient`, through the last step only. The critic receives s, which identifies the interval of a state.
 
     Args:
-        nfe: Numbers of steps of the student; one is drawn for each batch, so that one listed twice is drawn twice as often.
-        guidance_scale: Guidance scale of the teacher's score, at least 0; None is the one that the student learns.
+        nfe: Numbers of steps of the student; each batch samples one, so that one listed twice is sampled twice as often.
+        guidance_scale: Guidance scale of the teacher's score, at least 0; None is the scale that the student learns.
         critic_updates: Critic updates for each batch, at least 1; each but the last is on fresh states.
         critic_lr: Learning rate of the critic's AdamW.
         critic_clip: Largest norm of the critic's gradients.
-        critic_lora: LoRA of the critic, on the teacher's own weights; "student": the student's, if it has one; None: the critic
-            trains as a whole.
+        critic_lora: LoRA of the critic on the teacher's weights; "student": the student's LoRA options, if it has any; None:
+            all weights of the critic train.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:
@@ -63,13 +62,15 @@ class TDM(CriticMethod):
         )
 
     def roll_out(self, noise: Tensor, condition: GuidedCondition) -> tuple[TrajectoryState, Tensor]:
-        """A state of the student, which is diffused on within its own segment, and the segment's start (B,)."""
+        """A state of the student, diffused within the interval of its last step, and the start (B,) of that interval."""
         state, t = super().roll_out(noise, condition)
         return TrajectoryState(state.x_s, state.s, end=t), t
 
-    def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """Roll the student, teach the critic where it arrives, and match."""
-        guided = self.guided_condition(condition, len(x0))
+    def objective(self, x0: Tensor, condition: Condition) -> ObjectiveSteps:
+        """Roll out the student, train the critic on its states, and match the distributions."""
+        guided = self.networks.guided_condition(condition)
         state, t = self.roll_out(torch.randn_like(x0), guided)
-        logs = self.update_critic(state, guided)
-        return Objective(self.matching.student_loss(self, state, guided), t, logs)
+        for auxiliary in self.critic_losses(state, guided):
+            yield auxiliary
+        logs = {"critic_loss": auxiliary.loss.detach()}
+        return Objective(self.matching.student_loss(self.networks, state, guided), t, logs)

@@ -1,4 +1,4 @@
-"""Timestep rescaling: the teacher, taught to a network that is fed times in [0, 1]."""
+"""Timestep rescaling: distillation of the teacher into a network that receives times in [0, 1]."""
 
 from typing import Any, ClassVar
 
@@ -10,18 +10,19 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.times import TimeSampler, Uniform
 from lightning_distill.methods.base import Objective, TeacherStudentBase
+from lightning_distill.methods.calls import total_calls
 from lightning_distill.students.two_time import TwoTimeEmbedding
 from lightning_distill.teachers.model_adapter import Condition
 
 
 class TimestepRescaling(TeacherStudentBase):
-    r"""Distillation of the teacher into a network of the same architecture that is fed t, not 1000 t (arXiv 2512.13006, 4.2.1).
+    r"""Distillation of the teacher into the same architecture with input t in place of 1000 t (arXiv 2512.13006, 4.2.1).
 
     .. math:: L = \mathrm{SmoothL1}(u(x_t, t, t), \tilde v(x_t, t)), \quad x_t = (1 - t) x_0 + t \, \text{noise}.
 
-    The derivative of such a network along t is tame, so that continuous-time methods can train it. What comes of this stage
-    takes as many steps as its teacher; a method whose `student.pretrained` names its export, with the same
-    `student.time_embedding`, makes it a student of few. `student.time_embedding: smooth` is the way without this stage.
+    The derivative of such a network along t is bounded, so that continuous-time methods can train it. The network needs as many
+    steps as its teacher. Another method turns it into a few-step student if `student.pretrained` names its export, with the
+    same `student.time_embedding`. `student.time_embedding: smooth` needs no such stage.
 
     The second time input has no effect yet and does not train.
 
@@ -39,32 +40,36 @@ class TimestepRescaling(TeacherStudentBase):
         super().__init__(*args, **kwargs)
         if self.student_options.time_embedding != "rescaled":
             raise ConfigurationError(
-                f"student.time_embedding is {self.student_options.time_embedding}, and TimestepRescaling teaches students with "
+                f"student.time_embedding is {self.student_options.time_embedding}, and TimestepRescaling trains students of "
                 "rescaled times; set it to rescaled"
             )
         self.time_sampler = time_sampler
 
     def build_networks(self) -> None:
-        """Teacher and student, whose interval input is frozen."""
+        """Build teacher and student, and freeze the student's interval input."""
         super().build_networks()
         _freeze_interval_embedders(self.student)
 
-    def build_trained(self) -> nn.Module:
-        """A network like the student at its start."""
-        network = super().build_trained()
+    def build_student(self) -> nn.Module:
+        """Another network like the student at its start."""
+        network = super().build_student()
         _freeze_interval_embedders(network)
         return network
 
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
-        """Ask both networks for the velocity at the same states."""
+        """Regress the student's velocity onto the teacher's at the same states."""
         t = self.time_sampler(len(x0), x0.device)
         x_t = interpolate(x0, torch.randn_like(x0), t)
-        guided = self.guided_condition(condition, len(x0))
-        target = self.teacher_velocity(x_t, t, guided)
-        v = self.average_velocity(x_t, t, t, guided)
+        guided = self.networks.guided_condition(condition)
+        target = self.networks.teacher_velocity(x_t, t, guided)
+        v = self.networks.average_velocity(x_t, t, t, guided)
         error = (v.detach() - target).square().sum() / target.square().sum()
         loss = smooth_l1_loss(v, target, reduction="none").flatten(1).mean(1)
         return Objective(loss, t, {"relative_error": error.sqrt()})
+
+    def expected_calls(self, phase: str) -> dict[str, float]:
+        """One velocity of each network."""
+        return total_calls({"student": 1, "student_backward": 1}, self.networks.teacher_calls())
 
 
 def _freeze_interval_embedders(network: nn.Module) -> None:

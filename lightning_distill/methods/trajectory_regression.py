@@ -1,4 +1,4 @@
-"""Where a regression looks: at noised pictures, or at the states that sampling goes through."""
+"""Training states of regressions: noised data, or states of trajectories from noise."""
 
 from itertools import pairwise
 from typing import Any, Literal
@@ -8,23 +8,24 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
+from lightning_distill.flow.solvers import SOLVERS
 from lightning_distill.flow.times import substeps
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.networks import GuidedCondition
 
 
-class TrajectoryStates(TeacherStudentBase):
-    """A method that regresses at given states x_t, which need not all be noised data.
+class TrajectoryRegression(TeacherStudentBase):
+    """Base of methods that regress at states x_t, which need not all be noised data.
 
-    Noised data have the distribution of the teacher's trajectories without guidance. A guided one leads elsewhere, and what is
-    learned at states that it does not reach need not hold where it goes.
+    Noised data have the distribution of the teacher's trajectories without guidance. Guided trajectories lead elsewhere, and a
+    regression at states off them need not hold along them.
 
     Args:
-        trajectory_fraction: Share of the training states that are not noised data but states of a trajectory from noise to t,
-            in [0, 1]. With 1, no data but prompts are needed.
-        trajectory_source: Whose trajectory: "student", where sampling asks the student (backward distillation, arXiv
-            2405.05224), or "teacher", by as many steps of the method's `solver`, of Heun's where it has none.
-        trajectory_steps: Most jumps of such a trajectory; the number is drawn for each batch.
+        trajectory_fraction: Share of the training states that are states of a trajectory from noise to t, in [0, 1]; the others
+            are noised data. With 1, the data need only prompts.
+        trajectory_source: Network of that trajectory: "student", as in sampling (backward distillation, arXiv 2405.05224), or
+            "teacher", by as many steps of the method's `solver`, of Heun's method if it has none.
+        trajectory_steps: Largest number of steps of such a trajectory, at least 1; each batch samples a number.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:
@@ -43,11 +44,13 @@ class TrajectoryStates(TeacherStudentBase):
     ) -> None:
         super().__init__(*args, **kwargs)
         if not 0 <= trajectory_fraction <= 1:
-            raise ConfigurationError(f"model.trajectory_fraction is {trajectory_fraction}; choose a share in [0, 1], 0 is none")
+            raise ConfigurationError(
+                f"model.trajectory_fraction is {trajectory_fraction}; choose a share in [0, 1], 0 for noised data alone"
+            )
         if trajectory_source not in ("student", "teacher"):
             raise ConfigurationError(f"model.trajectory_source is {trajectory_source!r}; choose student or teacher")
         if trajectory_steps < 1:
-            raise ConfigurationError(f"model.trajectory_steps is {trajectory_steps}; take at least 1")
+            raise ConfigurationError(f"model.trajectory_steps is {trajectory_steps}; set it to at least 1")
         self.trajectory_fraction = trajectory_fraction
         self.trajectory_source = trajectory_source
         self.trajectory_steps = trajectory_steps
@@ -58,28 +61,45 @@ class TrajectoryStates(TeacherStudentBase):
         return self.trajectory_fraction < 1
 
     def training_states(self, x0: Tensor, noise: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
-        """States at t (B,), of noised data and of trajectories from the same noise, (B, C, h, w) as x0 and noise."""
+        """States (B, C, h, w) at t (B,): noised data, and states of trajectories from the same noise."""
         x_t = interpolate(x0, noise, t)
         if self.trajectory_fraction > 0:
-            rows, count = self.rows_where(torch.rand(len(x0), device=x0.device) < self.trajectory_fraction)
+            rows, count = self.networks.rows_where(torch.rand(len(x0), device=x0.device) < self.trajectory_fraction)
             if len(rows):
                 x_t[rows[:count]] = self.roll_out(noise[rows], t[rows], condition[rows])[:count]
         return x_t
 
     @torch.no_grad()
     def roll_out(self, noise: Tensor, t: Tensor, condition: GuidedCondition) -> Tensor:
-        """States (B, C, h, w) that are reached at t (B,) from noise, in a random number of jumps or teacher's steps.
+        """States (B, C, h, w) at t (B,) after a random number of student or teacher steps from noise.
 
-        A student of stochastic sampling goes to data and back by fresh noise in each.
+        A student of stochastic sampling predicts x0 and re-noises it in each step.
         """
-        jumps = self.first_process(int(torch.randint(1, self.trajectory_steps + 1, ())))
+        steps = self.networks.first_process(int(torch.randint(1, self.trajectory_steps + 1, ())))
         start = torch.ones_like(t)
         if self.trajectory_source == "teacher":
-            return self.integrate_teacher(noise, t, start, jumps, condition, self.solver)
+            return self.networks.integrate_teacher(noise, t, start, steps, condition, self.solver)
         x = noise
-        for s, end in pairwise(substeps(start, t, jumps, self.grid_shift(noise))):
+        for s, end in pairwise(substeps(start, t, steps, self.networks.grid_shift(noise))):
             if self.stochastic_sampling:
-                x = interpolate(self.student_step(x, torch.zeros_like(end), s, condition), torch.randn_like(x), end)
+                x0 = self.networks.student_step(x, torch.zeros_like(end), s, condition)
+                x = interpolate(x0, torch.randn_like(x), end)
             else:
-                x = self.student_step(x, end, s, condition)
+                x = self.networks.student_step(x, end, s, condition)
         return x
+
+    def fix_random_choices(self) -> None:
+        """Roll out all training states or none, by one step."""
+        super().fix_random_choices()
+        self.trajectory_steps = 1
+        if self.trajectory_fraction > 0:
+            self.trajectory_fraction = 1.0
+
+    def trajectory_calls(self) -> dict[str, float]:
+        """Mean number of network calls of `training_states`."""
+        if self.trajectory_fraction == 0:
+            return {}
+        steps = (self.trajectory_steps + 1) / 2
+        if self.trajectory_source == "teacher":
+            return self.networks.teacher_calls(steps * SOLVERS[self.solver].evaluations)
+        return {"student": steps}

@@ -1,10 +1,9 @@
-"""What validation measures of a student, apart from its pictures."""
+"""Settings of validation, and the error of the student's average velocity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,26 +11,25 @@ from torch import Tensor
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.solvers import integrate
-from lightning_distill.teachers.model_adapter import Condition
 
-if TYPE_CHECKING:
-    from lightning_distill.methods.evaluation import SamplingModule
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Function from state (B, C, h, w), end r (B,) and start t (B,) to a velocity (B, C, h, w)."""
 
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """What validation measures.
+    """Settings of validation.
 
     Args:
-        nfe: Numbers of steps at which the student's pictures are scored.
-        teacher_nfe: Steps of the teacher it is compared with.
-        height: Height of the pictures in pixels.
-        width: Width of the pictures in pixels.
-        seed: Offset of the noise seeds; picture i of the validation set starts from seed + i.
+        nfe: Numbers of sampling steps at which the student's images are scored.
+        teacher_nfe: Sampling steps of the teacher in comparisons.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        seed: Offset of the noise seeds; image i of the validation set starts from seed + i.
         average_velocity: Whether to measure `val/average_velocity_error`.
-        intervals: The (r, t) at which it is measured.
+        intervals: Intervals (r, t) at which that error is measured, 0 <= r < t <= 1.
         solver_steps: Heun steps of the teacher's reference solution over an interval, even on the sampling grid.
-        samples: Pictures of the first validation batch that the error is measured on.
+        samples: Images of the first validation batch that the error is measured on.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -52,7 +50,7 @@ class ValidationOptions:
             raise ConfigurationError(f"validation.nfe is {list(self.nfe)}; give numbers of steps of at least 1")
         for name in ("teacher_nfe", "height", "width", "solver_steps", "samples"):
             if getattr(self, name) < 1:
-                raise ConfigurationError(f"validation.{name} is {getattr(self, name)}; take at least 1")
+                raise ConfigurationError(f"validation.{name} is {getattr(self, name)}; set it to at least 1")
         for r, t in self.intervals:
             if not 0 <= r < t <= 1:
                 raise ConfigurationError(f"validation.intervals has {[r, t]}; give (r, t) with 0 <= r < t <= 1")
@@ -60,48 +58,52 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class AverageVelocityReference:
-    """The teacher's average velocities on a fixed batch, over fixed intervals, finely integrated once.
+    """Average velocities of the teacher on a fixed batch over fixed intervals, finely integrated once.
 
     Attributes:
         x_t: Noisy latents (B, C, h, w) of each interval.
         r: End of each interval (B,).
         t: Start of each interval (B,).
         u: The teacher's average velocity (B, C, h, w) over each interval.
-        condition: Of the batch's prompts.
     """
 
     x_t: list[Tensor]
     r: list[Tensor]
     t: list[Tensor]
     u: list[Tensor]
-    condition: Condition
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, module: SamplingModule, batch: dict[str, Any]) -> AverageVelocityReference:
-        """Integrate the guided teacher of `module` by Heun's method.
+    def measure(
+        cls,
+        teacher_velocity: Velocity,
+        noise: Tensor,
+        x0: Tensor | None,
+        intervals: Sequence[tuple[float, float]],
+        solver_steps: int,
+        shift: float,
+    ) -> AverageVelocityReference:
+        """Integrate the guided teacher by Heun's method.
 
-        From noisy versions of the batch's pictures, or, where it has none, from states of the teacher's own trajectories.
+        Args:
+            teacher_velocity: The guided teacher's velocity.
+            noise: Noise (B, C, h, w).
+            x0: Latents (B, C, h, w) whose noisy versions are the starting states; None starts from states of the teacher's own
+                trajectories.
+            intervals: Intervals (r, t).
+            solver_steps: Heun steps over an interval, even on the sampling grid.
+            shift: Shift of the sampling grid.
         """
-        options = module.validation
-        prompts = batch["prompt"][: options.samples]
-        # All of the batch is encoded, as where it comes encoded: the last bits depend on the number of samples.
-        x0 = module.latents(batch)[: len(prompts)] if "image" in batch or "latents" in batch else None
-        condition = {name: value[: len(prompts)] for name, value in module.condition(batch).items()}
-        null = module.null_condition(len(prompts))
-        shape = module.latent_shape if x0 is None else x0.shape[1:]
-        noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(options.seed)).to(module.device)
-        shift = module.adapter.time_shift(tuple(shape))
-        result = cls([], [], [], [], condition)
+        result = cls([], [], [], [])
 
-        def teacher_velocity(x: Tensor, t: Tensor) -> Tensor:
-            return module.sampling_velocity(x, t, t, condition, null, "teacher")
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return teacher_velocity(x, t, t)
 
         def move(x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-            return integrate(teacher_velocity, x, start, end, options.solver_steps, "heun", shift)
+            return integrate(velocity, x, start, end, solver_steps, "heun", shift)
 
-        for end, start in module.measured_intervals:
-            r, t = (torch.full((len(prompts),), time, device=module.device) for time in (end, start))
+        for end, start in intervals:
+            r, t = (torch.full((len(noise),), time, device=noise.device) for time in (end, start))
             x_t = move(noise, torch.ones_like(t), t) if x0 is None else interpolate(x0, noise, t)
             result.x_t.append(x_t)
             result.r.append(r)
@@ -110,10 +112,10 @@ class AverageVelocityReference:
         return result
 
     @torch.no_grad()
-    def relative_error(self, module: SamplingModule) -> Tensor:
-        """Mean over samples and intervals of `||u - u_T|| / ||u_T||` for the student that `module` would sample from."""
+    def relative_error(self, student_velocity: Velocity) -> Tensor:
+        """Mean over samples and intervals of `||u - u_T|| / ||u_T||` for the student's average velocity u."""
         errors = []
         for x_t, r, t, u in zip(self.x_t, self.r, self.t, self.u, strict=True):
-            student = module.sampling_velocity(x_t, r, t, self.condition, self.condition, "student")
-            errors.append((student - u).flatten(1).norm(dim=1) / u.flatten(1).norm(dim=1))
+            error = (student_velocity(x_t, r, t) - u).flatten(1).norm(dim=1)
+            errors.append(error / u.flatten(1).norm(dim=1))
         return torch.cat(errors).mean()

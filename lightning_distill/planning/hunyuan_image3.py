@@ -19,14 +19,14 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.planning import description
 from lightning_distill.planning.hunyuan_image3_network import DescribedHunyuanImage3
-from lightning_distill.planning.networks import matching_of
+from lightning_distill.planning.networks import set_networks
 from lightning_distill.students import expert_routing
 from lightning_distill.students.hunyuan_image3_layout import ImageTokens, TokenLayout
 from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.teachers.diffusers_adapter import DTYPES
 from lightning_distill.teachers.hunyuan_image3.adapter import HunyuanImage3Adapter
 from lightning_distill.teachers.hunyuan_image3.directory import read_config, two_time_class
-from lightning_distill.teachers.hunyuan_image3.networks import student_config, to_fake
+from lightning_distill.teachers.hunyuan_image3.networks import build_on_meta_device, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 
 SHIPPED = Path(__file__).resolve().parent / "pipelines" / "HunyuanImage-3.0"
@@ -76,7 +76,7 @@ class SettingsLayout(TokenLayout):
         ids = torch.zeros(len(prompts), self.max_sequence_length, dtype=torch.long)
         return {"prompt_ids": ids, "null_ids": ids, "prompt_length": torch.full((len(prompts),), self.max_sequence_length)}
 
-    def picture(self, height: int, width: int) -> ImageTokens:
+    def image_tokens(self, height: int, width: int) -> ImageTokens:
         """Of a picture of height x width pixels, which is not looked up among the checkpoint's sizes."""
         vertical, horizontal = (factor * self.config.patch_size for factor in self.config.vae_downsample_factor)
         rows, columns = height // vertical, width // horizontal
@@ -112,10 +112,8 @@ def attach(adapter: HunyuanImage3Adapter, directory: Path, mode: FakeTensorMode)
     with torch.device("meta"):
         vae = DescribedAutoencoder(**sizes)
     nn.Module.to(vae, DTYPES[adapter.torch_dtype]).requires_grad_(False).eval()
-    adapter._vae = [description.to_fake(vae, mode)]
-    adapter.add_module("vae", vae)
-    adapter._layout = SettingsLayout(config, adapter.max_sequence_length)
-    adapter._generation = SimpleNamespace(flow_shift=FLOW_SHIFT)
+    description.to_fake(vae, mode)
+    adapter.attach(vae, SettingsLayout(config, adapter.max_sequence_length), SimpleNamespace(flow_shift=FLOW_SHIFT))
 
 
 def _config(directory: Path) -> SimpleNamespace:
@@ -141,10 +139,7 @@ class HunyuanImage3Stacks:
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = depths.get("layers", config.num_hidden_layers)
         teacher = _network(config, DTYPES[adapter.torch_dtype], mode).requires_grad_(False).eval()
-        module.teacher, module.student = teacher, _student(config, module.student_options, mode)
-        matching = matching_of(module)
-        if matching is not None:
-            matching.critic = _student(config, matching.critic_options(module.student_options), mode)
+        set_networks(module, teacher, lambda options: _student(config, options, mode))
 
 
 def stacks(directory: Path, few: int) -> HunyuanImage3Stacks:
@@ -167,7 +162,7 @@ def _student(config: Any, options: StudentOptions, mode: FakeTensorMode) -> TwoT
 
 
 def _network(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> TwoTimeHunyuanImage3:
-    network = to_fake(two_time_class(DescribedHunyuanImage3, TwoTimeHunyuanImage3), config, dtype)
+    network = build_on_meta_device(two_time_class(DescribedHunyuanImage3, TwoTimeHunyuanImage3), config, dtype)
     description.to_fake(network, mode)
     return network
 
@@ -180,5 +175,5 @@ def even_routing() -> Iterator[None]:
         share, more = divmod(len(experts), count)
         return [share + (i < more) for i in range(count)]
 
-    with patch.object(expert_routing, "tokens_of_each", even):
+    with patch.object(expert_routing, "tokens_per_expert", even):
         yield

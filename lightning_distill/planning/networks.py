@@ -1,7 +1,7 @@
 """A teacher, its student, critic and average without memory, of as many blocks as are asked for."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -12,10 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.critic import DistributionMatching
 from lightning_distill.planning.description import to_fake
 from lightning_distill.sharding.blocks import blocks, experts
-from lightning_distill.students.lora_student import add_lora, own_prefixes
+from lightning_distill.students.lora_student import add_lora, student_only_prefixes
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers.diffusers_adapter import DTYPES, DiffusersAdapter
 from lightning_distill.teachers.student import lora_config, make_trainable, student_config
@@ -76,19 +75,32 @@ def build_networks(module: TeacherStudentBase, found: Stacks, depths: Mapping[st
     assert isinstance(adapter, DiffusersAdapter)
     teacher = found.of(depths)
     nn.Module.to(teacher, DTYPES[adapter.torch_dtype])  # diffusers' own warns of what stays in float32
-    adapter.adopt(to_fake(teacher, mode))
-    module.teacher = teacher
-    module.student = _student(adapter, found, depths, teacher, module.student_options, mode)
-    matching = matching_of(module)
-    if matching is not None:
-        options = matching.critic_options(module.student_options)
-        matching.critic = _student(adapter, found, depths, teacher, options, mode)
+    adapter.prepare_teacher(to_fake(teacher, mode))
+
+    def build(options: StudentOptions) -> nn.Module:
+        return _student(adapter, found, depths, teacher, options, mode)
+
+    set_networks(module, teacher, build)
 
 
-def matching_of(module: TeacherStudentBase) -> DistributionMatching | None:
-    """What a method has a critic in: MeanFlow's alignment, or what DMD2 and TDM match by."""
-    found: DistributionMatching | None = getattr(module, "alignment", None) or getattr(module, "matching", None)
-    return found
+def set_networks(module: TeacherStudentBase, teacher: nn.Module, build: Callable[[StudentOptions], nn.Module]) -> None:
+    """Set the teacher of a method, its student and the auxiliary networks that are built like students.
+
+    Args:
+        module: The method.
+        teacher: Its teacher.
+        build: Function that builds a student of these options.
+    """
+    module.networks.teacher = teacher
+    module.networks.student = build(module.student_options)
+    for path, options in module.auxiliary_students().items():
+        module.set_submodule(path, build(options))
+
+
+def network_names(module: TeacherStudentBase) -> dict[str, str]:
+    """Paths within a method of its teacher, student and auxiliary students, by their names in plans."""
+    auxiliary = {path.rpartition(".")[2]: path for path in module.auxiliary_students()}
+    return {"teacher": "networks.teacher", "student": "networks.student", **auxiliary}
 
 
 def _student(
@@ -109,13 +121,13 @@ def _student(
     to_fake(student, mode)
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    adapter._use_attention_backend(student)
+    adapter.use_attention_backend(student)
     return student.train()
 
 
 def _share(student: TwoTimeModel, teacher: TwoTimeModel) -> None:
     """Put the teacher's parameters into a student, but for those of its own parts."""
-    known, own = dict(teacher.named_parameters()), own_prefixes(student)
+    known, own = dict(teacher.named_parameters()), student_only_prefixes(student)
     for name, _ in list(student.named_parameters()):
         if not name.startswith(own):
             path, _, attribute = name.rpartition(".")

@@ -12,11 +12,10 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.condition import EncodedData
+from lightning_distill.methods.encoder import EncodedData
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.description import description_directory
 from lightning_distill.planning.machine import STRATEGIES, Machine, Plan, Strategy, plan_for, smallest
-from lightning_distill.planning.networks import matching_of
 from lightning_distill.planning.report import plan_numbers, plan_table, verdict
 from lightning_distill.planning.step import Batch, StepCost, measure_step
 from lightning_distill.sharding import FSDP2Strategy, ZeRO3Strategy
@@ -78,15 +77,14 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
     Raises:
         ConfigurationError: If the settings cannot be planned.
     """
-    adapter = getattr(model, "adapter", None)
-    distils = isinstance(model, TeacherStudentBase) and model.has_teacher
-    if not distils or not isinstance(adapter, DiffusersAdapter | HunyuanImage3Adapter):
+    if not isinstance(model, TeacherStudentBase) or not model.has_teacher:
+        raise ConfigurationError(f"plan needs a method that distils a teacher, and {type(model).__name__} does not")
+    adapter = model.adapter
+    if not isinstance(adapter, DiffusersAdapter | HunyuanImage3Adapter):
         raise ConfigurationError(
-            "plan knows methods that distil teachers of DiffusersAdapter and HunyuanImage3Adapter, not "
-            f"{type(model).__name__} with {type(adapter).__name__}"
+            f"plan supports DiffusersAdapter and HunyuanImage3Adapter, and model.adapter is a {type(adapter).__name__}"
         )
-    assert isinstance(model, TeacherStudentBase)
-    if "heads" in model.auxiliary_networks:
+    if model.auxiliary.feature_readers:
         raise ConfigurationError(
             f"plan does not count the discriminator of {type(model).__name__}; plan DMD2 with model.gan null for three networks"
         )
@@ -98,7 +96,7 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
     if strategy.kind == "zero3" and shared:
         raise ConfigurationError("LoRA does not go with ZeRO-3; set trainer.strategy to fsdp2, auto or ddp")
     switches = [callback for callback in _listed(trainer.get("callbacks")) if isinstance(callback, SwitchSolution)]
-    phases = list(dict.fromkeys([getattr(model, "solution", "training"), *(switch.to for switch in switches)]))
+    phases = list(dict.fromkeys([model.phase, *(switch.to for switch in switches)]))
     accumulate = int(trainer.get("accumulate_grad_batches") or 1)
     cost = measure_step(
         model, directory, _batch(model, data, accumulate), phases, str(trainer["precision"] or "32-true"),
@@ -135,9 +133,7 @@ def _describe(adapter: DiffusersAdapter | HunyuanImage3Adapter, given: str | Non
 
 def _shares_weights(model: TeacherStudentBase) -> bool:
     """Whether some network is LoRA on the teacher's weights."""
-    matching = matching_of(model)
-    critic = () if matching is None else (matching.critic_options(model.student_options),)
-    return any(options.lora is not None for options in (model.student_options, *critic))
+    return any(options.lora is not None for options in (model.student_options, *model.auxiliary_students().values()))
 
 
 def _placed(cost: StepCost, strategy: Strategy, processes: int, accumulate: int, guard: bool) -> Plan:
@@ -156,15 +152,15 @@ def _machine(trainer: Mapping[str, Any], options: PlanOptions) -> Machine:
 def _strategy(trainer: Mapping[str, Any], options: PlanOptions) -> Strategy:
     given = trainer.get("strategy") or "auto"
     if isinstance(given, FSDP2Strategy):
-        given = "fsdp2_offload" if given._offload else "fsdp2"
+        given = "fsdp2_offload" if given.offload else "fsdp2"
     elif isinstance(given, ZeRO3Strategy):
-        zero = given._settings["zero_optimization"]
+        zero = given.settings["zero_optimization"]
         return Strategy(
             "deepspeed_stage_3",
             "zero3",
             offloads_weights="offload_param" in zero,
             offloads_optimizer="offload_optimizer" in zero,
-            bucket=given._bucket,
+            bucket=given.bucket,
             live=int(zero.get("stage3_max_live_parameters", STRATEGIES["deepspeed_stage_3"].live)),
         )
     elif type(given).__name__ == "DDPStrategy" or (isinstance(given, str) and given.startswith("ddp")):

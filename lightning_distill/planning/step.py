@@ -15,16 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.flow import dual_rules
-from lightning_distill.flow.solvers import SOLVERS, evaluations
-from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.methods.critic import CriticMethod
-from lightning_distill.methods.knowledge_distillation import KnowledgeDistillation
 from lightning_distill.optimizers import has_block_state
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.description import attach_description
 from lightning_distill.planning.ledger import Ledger, cuda_autocast
-from lightning_distill.planning.networks import FEW, Stacks, build_networks, matching_of, sizes, stacks
+from lightning_distill.planning.networks import FEW, Stacks, build_networks, network_names, sizes, stacks
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.hunyuan_image3.adapter import HunyuanImage3Adapter
 from lightning_distill.teachers.model_adapter import ModelAdapter
@@ -141,15 +137,8 @@ class _Run:
         self.module, self.batch, self.mode, self.dtype, self.gpu = module, batch, mode, dtype, gpu
         self.encoders: dict[str, float] = {}
         self.inputs: dict[str, Any] = {}
-        self.further = _further_calls(module)
-        # All samples in one part of the batch, and no passes whose number is drawn: the step takes the same each time.
-        for name, value in {"cache_latents": False, "equal_fraction": 0.0, "trajectory_steps": 1}.items():
-            if hasattr(module, name):
-                setattr(module, name, value)
-        if getattr(module, "trajectory_fraction", 0) > 0:
-            module.trajectory_fraction = 1.0  # type: ignore[assignment]
-        if isinstance(module, KnowledgeDistillation):
-            module.nfe = (1,)
+        self.expected = {phase: module.expected_calls(phase) for phase in module.phases}
+        module.fix_random_choices()
 
     def device(self) -> AbstractContextManager[Any]:
         """What a GPU does beyond a CPU."""
@@ -172,7 +161,7 @@ class _Run:
             null = module.adapter.encode_prompt([""])
             condition = module.adapter.encode_prompt(prompts)
             latents = module.adapter.encode_images(image) if self.batch.images else self._empty_latents()
-        module._null_condition = null
+        module.encoder.set_null_condition(null)
         self.inputs = {"prompt": prompts, "latents": latents.detach(), "condition": condition}
         adapter: Any = module.adapter
         self.encoders["encode"] = 0.0 if self.batch.encoded else ledger.peaks[1]
@@ -197,10 +186,7 @@ class _Run:
             build_networks(module, found, depths, self.mode)
         else:
             found.build(module, depths, self.mode)
-        matching = matching_of(module)
-        networks: dict[str, nn.Module] = {"teacher": module.teacher, "student": module.student}
-        if matching is not None:
-            networks["critic"] = matching.critic
+        networks = {name: module.get_submodule(path) for name, path in network_names(module).items()}
         numbers: dict[str, float] = {}
         blocks = {}
         for name, network in networks.items():
@@ -216,8 +202,8 @@ class _Run:
         calls = {}
         for phase in phases:
             counter, ledger = self._pass(phase, networks)
-            counter.update(self.further.get(phase, {}))
-            calls[phase] = {name: float(count) for name, count in counter.items()}
+            expected = self.expected.get(phase)
+            calls[phase] = {name: float(count) for name, count in (counter if expected is None else expected).items()}
             for share, peak in ledger.peaks.items():
                 numbers[f"pass/{phase}/{share}"] = peak
         return StepCost(numbers, calls, blocks)
@@ -251,27 +237,17 @@ class _Run:
     def _pass(self, phase: str, networks: Mapping[str, nn.Module]) -> tuple[Counter[str], Ledger]:
         """A forward and backward pass."""
         module, ledger, counter = self.module, Ledger(SHARES), Counter[str]()
-        matching = matching_of(module)
-        if hasattr(module, "solution"):
-            module.solution = phase  # type: ignore[assignment]
-        if isinstance(matching, TrajectoryAlignment):
-            matching.start_step = matching.critic_warmup_steps = 0
-            matching.nfe = (1,)
-        if isinstance(module, CriticMethod):
-            module.nfe = (1,)
-        if matching is not None:
-            matching.critic_updates = 1
-        for path, training in module.auxiliary_trainings().items():
-            side = _SideStep(module.get_submodule(path), ledger, self.gpu)
-            training._optimizer = side  # type: ignore[assignment]
+        module.phase = phase
+        for path in module.auxiliary.paths:
+            module.auxiliary.set_optimizer(path, _AuxiliaryStep(module.get_submodule(path), ledger, self.gpu))
         handles = [network.register_forward_pre_hook(_counting(name, counter)) for name, network in networks.items()]
         trained = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
         # Those of the step before are there until the backward pass begins, or are added to.
         ledger.gradients = sum(parameter.nbytes for parameter in trained)
         ledger.take_gradients(trained, self.batch.accumulated)
         with ledger, self.precision():
-            x0, condition = module.latents(self.inputs), module.condition(self.inputs)
-            loss = module.objective(x0, condition).loss.mean()
+            x0, condition = module.encoder.latents(self.inputs), module.encoder.condition(self.inputs)
+            loss = module.evaluate_objective(x0, condition).loss.mean()
         if not self.batch.accumulated:
             ledger.gradients = 0
         with ledger, self.device():  # blocks that are run again must do so as before
@@ -298,36 +274,6 @@ def _fake_state(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> Itera
             yield
 
 
-def _further_calls(module: TeacherStudentBase) -> dict[str, Counter[str]]:
-    """Calls in a step beside those of one that draws the least, in the mean: where r = t, and along trajectories.
-
-    Both branches of guidance are one call, of a batch twice as large.
-    """
-    found: dict[str, Counter[str]] = {phase: Counter() for phase in ("discrete", "bootstrapped", "differential", "training")}
-    alignment = getattr(module, "alignment", None)
-    for phase, counter in found.items():
-        if getattr(module, "equal_fraction", 0) > 0:
-            counter.update({"student": 1, "student_backward": 1} if phase == "differential" else {"teacher": 1})
-        if getattr(module, "trajectory_fraction", 0) > 0:
-            jumps = (module.trajectory_steps + 1) / 2 - 1  # type: ignore[operator]
-            by_teacher = module.trajectory_source == "teacher"
-            each = SOLVERS[str(module.solver)].evaluations if by_teacher else 1
-            counter["teacher" if by_teacher else "student"] += jumps * each  # type: ignore[assignment]
-        if isinstance(module, KnowledgeDistillation):
-            segments = sum(module.nfe) / len(module.nfe)
-            counter["teacher"] += (segments - 1) * evaluations(module.solver, module.solver_steps)  # type: ignore[assignment]
-        if alignment is not None:
-            counter["student"] += sum((nfe + 1) / 2 for nfe in alignment.nfe) / len(alignment.nfe) - 1
-            for name in ("critic", "critic_backward"):
-                counter[name] += alignment.critic_updates - 1
-    if isinstance(module, CriticMethod):
-        updates = module.matching.critic_updates
-        rolled = updates * sum((nfe + 1) / 2 for nfe in module.nfe) / len(module.nfe)
-        found["training"] = Counter({"critic": updates - 1, "critic_backward": updates - 1})
-        found["training"]["student"] = rolled - 1  # type: ignore[assignment]
-    return found
-
-
 def _counting(name: str, counter: Counter[str]) -> Any:
     def count(network: nn.Module, args: Any) -> None:
         counter[name] += 1
@@ -337,13 +283,18 @@ def _counting(name: str, counter: Counter[str]) -> Any:
     return count
 
 
-class _SideStep:
+class _AuxiliaryStep:
     """In the place of the optimizer of a network beside the student: its backward pass and AdamW's step, the graph alive."""
 
     def __init__(self, network: nn.Module, ledger: Ledger, gpu: bool) -> None:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._trained, self._ledger = trained, ledger
         self._temporaries = sum(p.nbytes for p in trained) if gpu else max(p.nbytes for p in trained)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW of the network."""
+        return torch.optim.AdamW(self._trained)
 
     def step(self, loss: Tensor) -> None:
         """The bytes of a step."""

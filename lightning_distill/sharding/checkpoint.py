@@ -16,8 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.optimizers import MuonWithAdamW, has_block_state
-from lightning_distill.sharding.protocols import local_part
-from lightning_distill.sharding.shared_weights import shared_names
+from lightning_distill.sharding.protocols import TrainedModule, local_part
 
 METADATA = ".metadata"
 """File by which a directory of torch's distributed checkpoints is known."""
@@ -37,7 +36,7 @@ class ShardedCheckpoints(ParallelStrategy):
     networks never are. A checkpoint is written beside its place and renamed: it is whole or not there.
     """
 
-    _kept: State | None = None
+    _snapshot: State | None = None
 
     @abstractmethod
     def spread(self, value: Tensor) -> Tensor:
@@ -66,27 +65,26 @@ class ShardedCheckpoints(ParallelStrategy):
         """Parameters and buffers of the module, but for those that are never saved, under whatever name."""
         module = self.lightning_module
         assert module is not None
-        frozen: tuple[str, ...] = getattr(module, "frozen_prefixes", ())
-        shared = shared_names(module, getattr(module, "teacher", None))
+        kept = module.saved_names() if isinstance(module, TrainedModule) else set(module.state_dict())
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        kept = {name for name in module.state_dict() if not name.startswith(frozen)} - shared  # some buffers are never kept
         return {name: value for name, value in named if name in kept}
 
     @property
-    def keeps(self) -> bool:
-        """Whether there is a copy of weights that was kept."""
-        return self._kept is not None
+    def has_snapshot(self) -> bool:
+        """Whether there is a snapshot of weights."""
+        return self._snapshot is not None
 
-    def keep(self, networks: Sequence[str]) -> None:
-        """Keep a copy of what is saved of some of the module's networks, this process's parts on the CPU; of none, drop it."""
-        self._kept = self._copies(name for name in self.saved_tensors() if name.partition(".")[0] in networks)
+    def take_snapshot(self, networks: Sequence[str]) -> None:
+        """Copy the saved weights of the networks at these paths, this process's parts, to the CPU; none drops the snapshot."""
+        prefixes = tuple(f"{path}." for path in networks)
+        self._snapshot = self._copies(name for name in self.saved_tensors() if prefixes and name.startswith(prefixes))
 
     @torch.no_grad()
     def restore_snapshot(self) -> None:
         """Give the weights that were kept back to their networks."""
-        assert self._kept is not None
+        assert self._snapshot is not None
         saved = self.saved_tensors()
-        for name, value in self._kept.items():
+        for name, value in self._snapshot.items():
             local_part(self.spread(saved[name])).copy_(local_part(value))
         self.follow_weights()
 
@@ -98,7 +96,7 @@ class ShardedCheckpoints(ParallelStrategy):
     def _state(self) -> State:
         state = self.optimizer_states()  # first: to make one may move the weights
         state |= {"weights": {name: self.spread(value) for name, value in self.saved_tensors().items()}}
-        return state if self._kept is None else {**state, "kept": self._kept}
+        return state if self._snapshot is None else {**state, "snapshot": self._snapshot}
 
     def lightning_module_state_dict(self) -> State:
         """Nothing: weights are not part of the dictionary that Lightning makes of a run's state."""
@@ -158,7 +156,7 @@ class ShardedCheckpoints(ParallelStrategy):
         reader = FileSystemReader(path)
         found = reader.read_metadata().state_dict_metadata.keys()
         names = self.saved_tensors() if self.fits else ()
-        self._kept = self._copies(name for name in names if f"kept.{name}" in found)
+        self._snapshot = self._copies(name for name in names if f"snapshot.{name}" in found)
         state, saved = self._state(), {name.removeprefix("weights.") for name in found}
         if missing := sorted(state["weights"].keys() - saved):
             raise ConfigurationError(

@@ -17,7 +17,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lightning_distill.sharding.base_weights import share_base_weights
 from lightning_distill.sharding.blocks import blocks, named_blocks, units
 from lightning_distill.sharding.checkpoint import ShardedCheckpoints, State, check_elementwise_optimizer
-from lightning_distill.sharding.protocols import AuxiliaryOptimizer, clip_finite, retie_parameters, tied_parameters
+from lightning_distill.sharding.protocols import (
+    AuxiliaryOptimizer,
+    auxiliary_optimizers,
+    clip_finite,
+    retie_parameters,
+    tied_parameters,
+)
 from lightning_distill.sharding.stored_weights import StoredWeights
 
 
@@ -34,7 +40,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
 
     def __init__(self, offload: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._offload = offload
+        self.offload = offload
         self._mesh: DeviceMesh | None = None
 
     def setup_environment(self) -> None:
@@ -57,7 +63,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         for unit in units(network):
             self._shard(unit)
         self._shard(network)
-        home = torch.device("cpu") if self._offload else self.root_device
+        home = torch.device("cpu") if self.offload else self.root_device
         missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
         network._apply(lambda x: torch.empty_like(x, device=home) if x.is_meta else x.to(home))
         parameters = dict(network.named_parameters())
@@ -81,7 +87,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
             self._shard(block)
 
         def place(x: Tensor) -> Tensor:
-            home = torch.device("cpu") if self._offload and isinstance(x, DTensor) else self.root_device
+            home = torch.device("cpu") if self.offload and isinstance(x, DTensor) else self.root_device
             return torch.empty_like(x, device=home) if x.is_meta else x.to(home)
 
         encoder._apply(place)
@@ -126,10 +132,9 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         assert module is not None
         if not self.fits:
             return {}
-        sides: dict[str, AuxiliaryOptimizer] = getattr(module, "auxiliary_optimizers", dict)()
         return {
             **{f"optimizer_{i}": (module, optimizer) for i, optimizer in enumerate(self.optimizers)},
-            **{f"side_{name}": (module, side.optimizer) for name, side in sides.items()},
+            **{f"auxiliary_{path}": (module, each.optimizer) for path, each in auxiliary_optimizers(module).items()},
         }
 
     def _make_equal(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -138,7 +143,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
             torch.distributed.broadcast(parameter.data, 0)
 
     def _shard(self, module: nn.Module, ignored: set[nn.Parameter] | None = None) -> FSDPModule:
-        policy = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self._offload else OffloadPolicy()
+        policy = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.offload else OffloadPolicy()
         return fully_shard(module, mesh=self._mesh, reshard_after_forward=True, offload_policy=policy, ignored_params=ignored)
 
 

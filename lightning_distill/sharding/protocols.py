@@ -1,4 +1,4 @@
-"""What networks ask of a strategy that spreads their weights over processes, and what of a weight is here."""
+"""Interfaces between networks and the strategies that shard them, and the part of a weight that a process holds."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -13,63 +13,85 @@ from lightning_distill.sharding.stored_weights import StoredWeights
 
 @runtime_checkable
 class Sharding(Protocol):
-    """A strategy under which no process holds a whole network. All its processes call these methods together."""
+    """A strategy under which no process holds an unsharded network. All its processes call these methods together."""
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """A tensor reduced over the processes, as of Lightning's strategies."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of one process, as of Lightning's strategies."""
 
     def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
-        """Spread a network over the processes, in place.
+        """Shard a network over the processes, in place.
 
         Args:
-            network: Parameters on the meta device are read from `weights` by their names, in the dtype they have; all others
+            network: Parameters on the meta device are read from `weights` by name, in the dtype of the parameter; all others
                 are taken from the first process.
-            weights: Where to read from.
+            weights: Weights of the parameters on the meta device.
         """
 
     def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
-        """Spread a frozen text encoder, which may call its parts in ways of its own, in place.
+        """Shard a frozen text encoder, which may call its submodules past their hooks, in place.
 
         Args:
-            encoder: Its parameters are on the meta device.
-            weights: Where to read them from, in the dtype they have.
+            encoder: Encoder with parameters on the meta device.
+            weights: Its weights, read in the dtype of the parameters.
         """
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:
-        """A network's whole parameters by name, on the CPU of the first process; of the others, nothing."""
+        """The unsharded parameters of a network by name, on the CPU of the first process; empty on the others."""
 
     @property
-    def keeps(self) -> bool:
-        """Whether there is a copy of weights that was kept."""
+    def has_snapshot(self) -> bool:
+        """Whether there is a snapshot of weights."""
 
-    def keep(self, networks: Sequence[str]) -> None:
-        """Keep a copy of weights as they are, each process of its parts on its CPU, and save it in checkpoints as well.
+    def take_snapshot(self, networks: Sequence[str]) -> None:
+        """Copy the weights of some networks, each process its shards, to its CPU; checkpoints save the copy as well.
 
         Args:
-            networks: Names of the trainer's module's networks; none drops the copy there is.
+            networks: Paths of the networks within the trainer's module; none drops the snapshot.
         """
 
     def restore_snapshot(self) -> None:
-        """Give the weights that were kept back to their networks."""
+        """Copy the weights of the snapshot back into their networks."""
 
     def auxiliary_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> "AuxiliaryOptimizer":
-        """How a network that was spread trains on a loss of its own, beside the one that the trainer knows.
+        """The optimizer of a sharded network that trains on a loss of its own, beside the trainer's.
 
         Args:
-            network: Such as a critic.
-            optimizer: Of all its parameters.
+            network: A sharded network, such as a critic.
+            optimizer: Optimizer of all its trainable parameters.
             clip: Largest norm of its gradients.
         """
 
 
 @runtime_checkable
 class SharesBaseWeights(Sharding, Protocol):
-    """A strategy under which networks can share the weights that are spread."""
+    """A strategy under which networks can share sharded weights."""
 
     def shard_on_base(self, network: nn.Module, base: nn.Module) -> None:
-        """Spread a network some of whose parameters are those of another, the very same objects, in place.
+        """Shard a network, some of whose parameters are the very same objects as those of a sharded one, in place.
 
         Args:
-            network: What is its own is taken from the first process.
-            base: Spread already.
+            network: Parameters of its own are taken from the first process.
+            base: Network that is sharded already.
         """
+
+
+@runtime_checkable
+class StepAccounting(Protocol):
+    """A strategy that steps, clips and skips by itself, as DeepSpeed does."""
+
+    @property
+    def steps_taken(self) -> int:
+        """Number of optimizer steps."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of optimizer steps that were skipped because gradients were not finite."""
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the gradients of the last step, before clipping."""
 
 
 class AuxiliaryOptimizer(Protocol):
@@ -77,14 +99,39 @@ class AuxiliaryOptimizer(Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Whose settings and state they are."""
+        """The optimizer with its settings and state."""
 
     def step(self, loss: Tensor) -> None:
-        """Update the network by the gradients of a loss; `NonFiniteError` if they are not finite, before it is changed."""
+        """Update the network by the gradients of a loss; `NonFiniteError`, before any update, if they are not finite."""
+
+
+@runtime_checkable
+class TrainedModule(Protocol):
+    """What strategies ask of the module that a trainer trains."""
+
+    @property
+    def auxiliary_paths(self) -> tuple[str, ...]:
+        """Paths of the networks that train on losses of their own, within the module."""
+
+    def auxiliary_optimizers(self) -> dict[str, AuxiliaryOptimizer]:
+        """Optimizers of those networks by path."""
+
+    def saved_names(self) -> set[str]:
+        """Names of the weights that checkpoints hold."""
+
+
+def auxiliary_paths(module: Any) -> tuple[str, ...]:
+    """Paths of a module's auxiliary networks; none for modules without that interface."""
+    return module.auxiliary_paths if isinstance(module, TrainedModule) else ()
+
+
+def auxiliary_optimizers(module: Any) -> dict[str, AuxiliaryOptimizer]:
+    """Optimizers of a module's auxiliary networks by path; none for modules without that interface."""
+    return module.auxiliary_optimizers() if isinstance(module, TrainedModule) else {}
 
 
 def tied_parameters(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """Modules and attributes of each parameter that is in several places, such as a tied embedding."""
+    """Modules and attribute names of each parameter that occurs several times, such as a tied embedding."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -94,14 +141,14 @@ def tied_parameters(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def retie_parameters(places: list[list[tuple[nn.Module, str]]]) -> None:
-    """Put one parameter into all the places that `tied_parameters` has found, where each got its own since."""
+    """Tie again the parameters that `tied_parameters` found and that became separate since."""
     for (first, attribute), *others in places:
         for module, name in others:
             module._parameters[name] = first._parameters[attribute]
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: all of it, the rows of a DTensor, or ZeRO-3's part of the flattened weight."""
+    """This process's part of a parameter: all of it, the rows of a DTensor, or ZeRO-3's part of the flattened weight."""
     if isinstance(parameter, DTensor):
         return parameter.to_local()
     part: Tensor = getattr(parameter, "ds_tensor", parameter)
@@ -109,7 +156,7 @@ def local_part(parameter: Tensor) -> Tensor:
 
 
 def drop_gathered(parameters: Iterator[nn.Parameter]) -> None:
-    """Drop the whole weights that ZeRO-3 keeps of small parameters, after a change of the parts."""
+    """Drop the gathered copies that ZeRO-3 holds of small parameters, after their parts have changed."""
     for parameter in parameters:
         status: Any = getattr(parameter, "ds_status", None)
         if status is not None and status.name == "AVAILABLE":
@@ -117,7 +164,7 @@ def drop_gathered(parameters: Iterator[nn.Parameter]) -> None:
 
 
 def clip_finite(parameters: Sequence[nn.Parameter], clip: float) -> None:
-    """Clip gradients, of whose loss nobody else would see that it is not finite: the student's may not depend on it yet.
+    """Clip the gradients of an auxiliary network; no other check sees its loss, and the student's may not depend on it yet.
 
     Raises:
         NonFiniteError: If they are not finite.
@@ -128,7 +175,7 @@ def clip_finite(parameters: Sequence[nn.Parameter], clip: float) -> None:
 
 
 def auxiliary_error() -> NonFiniteError:
-    """What is said of gradients of a network that trains on a loss of its own."""
+    """The error for gradients of an auxiliary network that are not finite."""
     return NonFiniteError(
         "gradients of a critic or discriminator are not finite; the weights and checkpoints are as they were before: lower its "
         "learning rate, and resume with --ckpt_path"

@@ -20,6 +20,8 @@ from lightning_distill.sharding.checkpoint import ShardedCheckpoints, State, che
 from lightning_distill.sharding.protocols import (
     AuxiliaryOptimizer,
     auxiliary_error,
+    auxiliary_optimizers,
+    auxiliary_paths,
     drop_gathered,
     local_part,
     retie_parameters,
@@ -85,7 +87,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
                 "lightning-distill[deepspeed], or choose fsdp2"
             ) from error
         super().__init__(**({"stage": 3} | kwargs))
-        config = self._settings
+        config = self.settings
         if not self.zero_stage_3:
             raise ConfigurationError("ZeRO3Strategy is for stage 3 of DeepSpeed; leave stage and config's stage at 3")
         # Its autograd function has no forward-mode rule, and it replaces torch's linear in the whole process.
@@ -93,14 +95,15 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         zero.setdefault("memory_efficient_linear", False)
         # Weights fetched at once would be there twice, in one buffer and in their places: of a text encoder, all of them.
         zero.setdefault("stage3_allgather_sequential", True)
-        self._bucket = int(zero.get("reduce_bucket_size", BUCKET))
+        self.bucket = int(zero.get("reduce_bucket_size", BUCKET))
         # The optimizer of the configuration is taken as it is, also where its state is in the memory of the CPU.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
         self._engines: list[Any] = []
         self._meshes: dict[str, DeviceMesh] = {}
 
     @property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
         assert isinstance(self.config, dict)
         return self.config
 
@@ -151,8 +154,8 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         _refuse_blocks(optimizer)
         check_elementwise_optimizer(optimizer)
         if optimizer is not None:
-            self._bound_bucket(self._settings, optimizer)
-        with _without(model, getattr(model, "auxiliary_networks", ())):
+            self._bound_bucket(self.settings, optimizer)
+        with _without(model, auxiliary_paths(model)):
             result = super()._setup_model_and_optimizer(model, optimizer, *args, **kwargs)
         register_hook_jvp(model)
         return result
@@ -160,10 +163,10 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
     def _bound_bucket(self, config: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Make the buffer that gradients leave from, which takes its memory whole, no larger than all gradients are."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"])
-        config["zero_optimization"]["reduce_bucket_size"] = min(self._bucket, trained)
+        config["zero_optimization"]["reduce_bucket_size"] = min(self.bucket, trained)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        with _without(model, getattr(model, "auxiliary_networks", ())):
+        with _without(model, auxiliary_paths(model)):
             super()._initialize_deepspeed_inference(model)
         register_hook_jvp(model)
 
@@ -185,7 +188,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
                     setattr(module, key, parameter)
                 own.register_parameter(key, parameter)
             if next(own.parameters(), None) is not None:
-                Init(module=own, config_dict_or_path=self._settings, remote_device=self.remote_device)
+                Init(module=own, config_dict_or_path=self.settings, remote_device=self.remote_device)
 
     def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
         """Spread a text encoder, whose parts are gathered together: they call each other past their hooks."""
@@ -231,7 +234,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         """Train a network by a DeepSpeed engine of its own."""
         import deepspeed
 
-        config = copy.deepcopy(self._settings) | {"gradient_clipping": clip, "gradient_accumulation_steps": 1}
+        config = copy.deepcopy(self.settings) | {"gradient_clipping": clip, "gradient_accumulation_steps": 1}
         self._bound_bucket(config, optimizer)
         engine, _, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.root_device.index),
@@ -302,9 +305,9 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
     def _training_engines(self) -> dict[str, Any]:
         module = self.lightning_module
         assert module is not None
-        prepare = getattr(module, "auxiliary_optimizers", dict)
-        sides = {f"side_{name}": side.engine for name, side in prepare().items()}
-        return {"optimizer": self.deepspeed_engine, **sides} if self.fits else {}
+        auxiliary: dict[str, Any] = dict(auxiliary_optimizers(module))
+        engines = {f"auxiliary_{path}": each.engine for path, each in auxiliary.items()}
+        return {"optimizer": self.deepspeed_engine, **engines} if self.fits else {}
 
     def _view(self, value: Any, part: Tensor | None = None) -> Tensor:
         """A tensor that knows which rows of a flattened parameter this process holds."""

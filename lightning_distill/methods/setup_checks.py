@@ -1,0 +1,85 @@
+"""Checks of a run's settings before anything large is loaded."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods.encoder import BatchEncoder
+from lightning_distill.optimizers import split_parameters
+from lightning_distill.sharding.protocols import Sharding
+
+
+def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    """Build the optimizer and its scheduler on two small parameters: their own errors would come after loading.
+
+    Raises:
+        ConfigurationError: If one of them does not accept its settings.
+    """
+    parameters = {"blocks.weight": nn.Parameter(torch.zeros(2, 2)), "bias": nn.Parameter(torch.zeros(2))}
+    setting = "model.optimizer"
+    try:
+        built = optimizer(split_parameters(parameters.items()))
+        setting = "model.lr_scheduler"
+        if lr_scheduler is not None:
+            lr_scheduler(built)
+    except ConfigurationError:
+        raise
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{setting} does not accept its settings ({reason}); correct its init_args") from error
+
+
+def check_strategy(method: str, strategy: Any, encoder: BatchEncoder, feature_readers: tuple[str, ...]) -> None:
+    """Check that the trainer's strategy supports the networks of a method.
+
+    Args:
+        method: Class name of the method.
+        strategy: The trainer's strategy, or None without a trainer.
+        encoder: The encoder of its batches.
+        feature_readers: Paths of the auxiliary networks that read features of other networks.
+
+    Raises:
+        ConfigurationError: If the networks cannot be sharded, or the strategy supports no forward-mode derivatives.
+    """
+    if not isinstance(strategy, Sharding):
+        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+            raise ConfigurationError(
+                f"trainer.strategy is a {type(strategy).__name__}, which supports neither forward-mode derivatives nor shared "
+                "weights; choose fsdp2, deepspeed_stage_3 or ddp"
+            )
+        return
+    if encoder.trains_text_encoders or not encoder.adapter.supports_sharding:
+        what = "model.train_text_encoders" if encoder.trains_text_encoders else type(encoder.adapter).__name__
+        raise ConfigurationError(f"{what} does not support a strategy that shards networks; set trainer.strategy to ddp")
+    if feature_readers:
+        raise ConfigurationError(
+            f"trainer.strategy is a {type(strategy).__name__}, which shards networks, and the discriminator of {method} "
+            f"({', '.join(feature_readers)}) needs unsharded features; set trainer.strategy to auto or ddp, or choose settings "
+            "without a discriminator (model.gan null)"
+        )
+
+
+def check_precision(precision: Any, auxiliary_paths: tuple[str, ...]) -> None:
+    """Check that the trainer's precision keeps small updates, and that every loss is scaled if one is.
+
+    Args:
+        precision: The trainer's precision, or None without a trainer.
+        auxiliary_paths: Paths of the auxiliary networks.
+
+    Raises:
+        ConfigurationError: If the weights are in 16 bits, or a gradient scaler meets auxiliary networks.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ConfigurationError(
+            f"trainer.precision is {precision}, which rounds small updates of weights away; set it to bf16-mixed, and "
+            "adapter.torch_dtype to bfloat16 for the frozen networks"
+        )
+    if auxiliary_paths and precision == "16-mixed":
+        raise ConfigurationError(
+            f"trainer.precision is 16-mixed, which scales the student's loss but not that of {', '.join(auxiliary_paths)}; "
+            "set it to bf16-mixed"
+        )
