@@ -1,4 +1,4 @@
-"""`python -m lightning_distill`."""
+"""`python -m lightning_distill`, the same program as the console script `lightning-distill`."""
 
 from lightning_distill.commands.main import main
 

@@ -154,7 +154,7 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
             os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*was saved under other settings")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*has other model settings")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_resume_is_exact_after_a_signal(tmp_path, sent, code):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"

@@ -1,1 +1,3 @@
-"""The command line: one file a subcommand, and one table of them."""
+"""Command line `lightning-distill`: one module per subcommand, and the table of them in `main.SUBCOMMANDS`."""
+
+PROGRAM = "lightning-distill"

@@ -1,4 +1,4 @@
-"""Where configuration files are found, and what is refused in them before anything is built."""
+"""Lookup of config files, and checks of their contents before any object is built."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -10,25 +10,26 @@ import yaml
 from lightning_distill.errors import ConfigurationError
 
 BASE = "base"
-_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
 
 def config_directory() -> Path:
-    """The directory of the shipped configs: inside an installed package, beside it in a checkout."""
-    inside = _PACKAGE / "configs"
-    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+    """Directory of the shipped configs: inside an installed package, or beside the package in a checkout."""
+    inside = PACKAGE_DIRECTORY / "configs"
+    return inside if inside.is_dir() else PACKAGE_DIRECTORY.parent / "configs"
 
 
 def shipped_configs() -> list[str]:
-    """Names of the configs that come with the package, sorted."""
+    """Sorted names of the configs in the package."""
     return sorted(path.name for path in config_directory().glob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
-    """The file that `--config NAME` means.
+    """File of `--config NAME`.
 
     Args:
-        name: A path, looked up from the working directory first; a bare name is then looked up among the shipped configs.
+        name: Path relative to the working directory, or the name of a shipped config. A file in the working directory has
+            priority.
 
     Raises:
         ConfigurationError: If there is no such file.
@@ -40,30 +41,31 @@ def find_config(name: str) -> Path:
     if path.name == name and shipped.is_file():
         return shipped
     raise ConfigurationError(
-        f"config {name!r} is neither a file seen from {Path.cwd()} nor a shipped config; "
-        f"the shipped ones are {', '.join(shipped_configs()) or 'none'}"
+        f"config {name!r} is neither a file in {Path.cwd()} nor a shipped config; "
+        f"choose one of {', '.join(shipped_configs()) or 'none'}"
     )
 
 
 def config_chain(name: str) -> list[Path]:
-    """The files that a config consists of, to be read in this order: those it names under `base`, then itself.
+    """Files of a config in reading order: the configs under its key `base`, then the config.
 
-    `base` is the name of a config, or a list of names, seen from the file's directory first. Later files override earlier.
+    `base` is the name of a config or a list of names. The directory of the file has priority over the working directory and the
+    shipped configs. Later files override earlier files.
 
     Raises:
-        ConfigurationError: If a file is missing, is not YAML, has a key twice, or builds on itself.
+        ConfigurationError: If a file is missing or is not YAML, has a duplicate key, or is its own base.
     """
     return _chain(find_config(name), ())
 
 
 def without_keys(text: str, names: Collection[str]) -> str:
-    """The text of a config without what it has under some names at its top."""
+    """Text of a config without the top-level keys in `names`."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     items = _items(root)
     for i, (key, value) in enumerate(items):
         if key.value in names:
             start, end = key.start_mark.index, value.end_mark.index
-            if getattr(root, "flow_style", False):  # with the comma between it and its neighbour
+            if getattr(root, "flow_style", False):  # including the comma before or after it
                 end = items[i + 1][0].start_mark.index if i + 1 < len(items) else end
                 start = items[i - 1][1].end_mark.index if i and i + 1 == len(items) else start
             return without_keys(text[:start] + text[end:], names)
@@ -72,25 +74,27 @@ def without_keys(text: str, names: Collection[str]) -> str:
 
 def _chain(path: Path, above: tuple[Path, ...]) -> list[Path]:
     if path.resolve() in above:
-        raise ConfigurationError(f"config {path} builds on itself; remove one {BASE!r} of {', '.join(map(str, above))}")
+        raise ConfigurationError(f"config {path} is its own {BASE!r}; remove one {BASE!r} of {', '.join(map(str, above))}")
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    _refuse_duplicate_keys(root, path)
+    _check_duplicate_keys(root, path)
     files = []
     for key, value in _items(root):
         if key.value == BASE:
             nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
             if not all(isinstance(node, yaml.ScalarNode) and node.value for node in nodes):
-                raise ConfigurationError(f"config {path} has a {BASE!r} that names no config; give a name, or a list of names")
+                raise ConfigurationError(
+                    f"config {path} has an invalid {BASE!r}; set it to the name of a config, or to a list of names"
+                )
             for name in (node.value for node in nodes):
                 beside = path.parent / name
                 files += _chain(beside if beside.is_file() else find_config(name), (*above, path.resolve()))
     return [*files, path]
 
 
-def _refuse_duplicate_keys(root: yaml.Node | None, path: Path) -> None:
+def _check_duplicate_keys(root: yaml.Node | None, path: Path) -> None:
     pending = [root]
     while pending:
         node = pending.pop()
@@ -98,7 +102,9 @@ def _refuse_duplicate_keys(root: yaml.Node | None, path: Path) -> None:
         for key, value in _items(node):
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise ConfigurationError(f"config {path} gives {key.value!r} twice, again in line {line}; keep one of them")
+                raise ConfigurationError(
+                    f"config {path} has the key {key.value!r} twice, again in line {line}; remove one of them"
+                )
             seen.add(key.value)
             pending.append(value)
         if isinstance(node, yaml.SequenceNode):
@@ -110,10 +116,10 @@ def _items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
 
 
 def check_learning_rates(settings: Any) -> None:
-    """Raise where a setting named `lr` is negative, infinite or not a number; an optimizer would say so only after loading.
+    """Check all settings named `lr`; an optimizer checks its learning rate only after the model is loaded.
 
     Raises:
-        ConfigurationError: With the path of the setting.
+        ConfigurationError: If a learning rate is negative, infinite or NaN.
     """
     for path, value in flatten(settings).items():
         if path.rpartition(".")[2] == "lr" and isinstance(value, int | float) and not 0 <= value < math.inf:
@@ -121,7 +127,7 @@ def check_learning_rates(settings: Any) -> None:
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """Leaves of nested dicts and lists by their dotted path."""
+    """Leaves of nested dicts and lists by dotted path."""
     return dict(_leaves(settings, ""))
 
 

@@ -1,4 +1,4 @@
-"""The parser of configs, and its errors in one sentence."""
+"""Argument parser with named configs and one-line error messages."""
 
 import re
 from typing import Any, NoReturn
@@ -7,47 +7,47 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_distill.commands.config_files import BASE, config_chain, without_keys
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import find_configuration_error
 
-OF_A_RUN = ("ckpt_path", "weights_only")
-"""What `--print_config` prints besides settings: arguments of the command that it was given to."""
+SUBCOMMAND_ARGUMENTS = ("ckpt_path", "weights_only")
+"""Arguments of the training subcommands that `--print_config` prints with the settings; other subcommands lack them."""
 
 
 class NamedConfig(ActionConfigFile):
-    """`--config NAME`: a file, else a shipped config, after the files it names under `base`."""
+    """`--config NAME`: a file or a shipped config, read after the configs under its key `base`."""
 
     @staticmethod
     def apply_config(parser: Any, cfg: Any, dest: str, value: Any) -> None:
-        """Read the files in turn; settings written in place of a file name go to jsonargparse as they are."""
+        """Read the files of the config in order; jsonargparse reads a value that is inline YAML."""
         text = str(value)
-        written_out = "\n" in text or text.lstrip().startswith("{")
-        for part in [value] if written_out else config_chain(text):
-            ActionConfigFile.apply_config(parser, cfg, dest, part if written_out else str(part))
+        inline = "\n" in text or text.lstrip().startswith("{")
+        for part in [value] if inline else config_chain(text):
+            ActionConfigFile.apply_config(parser, cfg, dest, part if inline else str(part))
 
 
 class DistillParser(LightningArgumentParser):
-    """Parser of configs with a `base`, whose errors leave out the usage, which is pages long here."""
+    """Parser of configs with a `base`. Its errors omit the usage, which is several pages long."""
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
-        """Parse the settings of one file, which may be printed for another command than this parser's."""
+        """Parse one config, which `--print_config` may have printed for another subcommand."""
         own = {action.dest for action in self._actions}
-        return super().parse_string(without_keys(content, {BASE, *OF_A_RUN} - own), *args, **kwargs)
+        return super().parse_string(without_keys(content, {BASE, *SUBCOMMAND_ARGUMENTS} - own), *args, **kwargs)
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse the arguments.
 
-        jsonargparse reads the value of `--model.student.lora=null` and hands it to the parser of the class as text, which
-        would then be `None`.
+        jsonargparse converts `--model.student.lora=null` to None, and passes the text `None` to the parser of the class. That
+        parser needs the YAML text `null`.
         """
         if getattr(self, "_inner_parser", False) and args is not None:
             args = [f"{arg.removesuffix('=None')}=null" if arg.endswith("=None") else arg for arg in args]
         return super().parse_args(args, *rest, **kwargs)
 
     def _check_value_key(self, action: Any, value: Any, key: str, cfg: Any, append: bool = False) -> Any:
-        """Let a value be that is only known when interpolations are resolved.
+        """Accept values with an unresolved interpolation such as `${trainer.max_steps}`.
 
-        Where a later file changes a class, jsonargparse drops what does not fit the new one, without a word, and looks at
-        earlier values as if `${trainer.max_steps}` were meant as it stands.
+        When a later file changes a class, jsonargparse silently drops earlier values that do not fit the new class. It checks
+        them before it resolves interpolations.
         """
         try:
             return super()._check_value_key(action, value, key, cfg, append)
@@ -57,15 +57,15 @@ class DistillParser(LightningArgumentParser):
             raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message and end with exit code 2."""
+        """Print the message and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"error: {configuration_error(ex) or _one_sentence(message)}\n")
+        self.exit(2, f"error: {find_configuration_error(ex) or _one_line(message)}\n")
         raise AssertionError("unreachable")
 
 
-def _one_sentence(message: str) -> str:
-    """What jsonargparse says of a setting in a class, whose lines list all that the setting could be, in one sentence."""
+def _one_line(message: str) -> str:
+    """One-line form of a jsonargparse message, which lists all types that a setting of a class accepts."""
     place = re.match(r'Parser key "(?P<key>[^"]+)":', message)
     unknown = re.findall(r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
     wrong = re.findall(r'Parser key "([^"]+)":\s+(Expected [^\n]+)', message)
@@ -77,10 +77,3 @@ def _one_sentence(message: str) -> str:
     key, reason = wrong[-1]
     setting = key if key == place["key"] else f"{place['key']}.{key}"
     return f"{setting}: {reason}; correct its value"
-
-
-def configuration_error(error: BaseException | None) -> ConfigurationError | None:
-    """The error that others were raised from: jsonargparse wraps what a constructor raises."""
-    while error is not None and not isinstance(error, ConfigurationError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -1,4 +1,4 @@
-"""`python -m lightning_distill sample`: pictures from a pipeline directory."""
+"""`lightning-distill sample`: generate images with a pipeline directory."""
 
 import argparse
 import json
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import lightning_distill.students
+from lightning_distill.commands import PROGRAM
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.students.few_step import FewStepPipeline, tokenizer_within
+from lightning_distill.students.few_step import FewStepPipeline, unwrap_tokenizer
 from lightning_distill.students.lora_student import SETTINGS, load_lora_student
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.families import FAMILIES, stock_options
@@ -30,30 +31,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OWN_CODE = Path(lightning_distill.students.__file__).parent
 BATCH_SIZE = 8
 GAP = 2
-"""White pixels between the pictures of a grid, before it is enlarged."""
+"""White pixels between the images of a grid, before enlargement."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command.
+def main(argv: Sequence[str], name: str = "sample") -> None:
+    """Generate images and write them to a PNG file.
 
     Args:
-        argv: Arguments after `sample`; None takes those of the process.
+        argv: Arguments after the name of the subcommand.
+        name: Name of the subcommand.
 
     Raises:
-        ConfigurationError: If an argument cannot work.
+        ConfigurationError: If an argument is invalid.
     """
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(name).parse_args(argv)
     if arguments.nfe < 1:
-        raise ConfigurationError(f"--nfe is {arguments.nfe}; give a number of steps of at least 1")
-    for name, value in (("height", arguments.height), ("width", arguments.width)):
+        raise ConfigurationError(f"--nfe is {arguments.nfe}; set it to at least 1 step")
+    for option, value in (("height", arguments.height), ("width", arguments.width)):
         if value is not None and value < 1:
-            raise ConfigurationError(f"--{name} is {value}; give pixels of at least 1, or leave it out")
+            raise ConfigurationError(f"--{option} is {value}; set it to at least 1 pixel, or leave it out")
     if not 0 <= arguments.seed < 2**63 - len(arguments.prompt):
-        raise ConfigurationError(f"--seed is {arguments.seed}; give a number from 0 to 2^63 less the number of prompts")
+        raise ConfigurationError(
+            f"--seed is {arguments.seed}; set it to 0 or more, and to less than 2^63 minus the number of prompts"
+        )
     if arguments.scale < 1:
-        raise ConfigurationError(f"--scale is {arguments.scale}; give a whole factor of at least 1")
+        raise ConfigurationError(f"--scale is {arguments.scale}; set it to an integer of at least 1")
     if arguments.out.suffix.lower() != ".png":
-        raise ConfigurationError(f"--out is {str(arguments.out)!r}; give a file name that ends in .png")
+        raise ConfigurationError(f"--out is {str(arguments.out)!r}; set it to a file name that ends in .png")
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     dtype = DTYPES[arguments.torch_dtype]
@@ -74,59 +78,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {arguments.out}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser("lightning_distill sample", description="Draw pictures with a pipeline directory.")
+def build_parser(name: str = "sample") -> argparse.ArgumentParser:
+    """Parser of the arguments."""
+    parser = argparse.ArgumentParser(f"{PROGRAM} {name}", description="Generate images with a pipeline directory.")
     known = f"directory of an exported student or of a stock pipeline of a known family, or {', '.join(SHIPPED)}"
     parser.add_argument("--pipeline", required=True, help=known)
-    parser.add_argument("--base", help="of a student exported without it: directory or hub id (default: what it was made from)")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated: the pictures make a grid")
+    parser.add_argument("--base", help="base of a student exported without it: directory or hub id (default: its teacher)")
+    parser.add_argument("--prompt", action="append", required=True, help="several prompts give a grid of images")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--nfe", type=int, default=4, help="steps (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i starts from seed + i (default: 0)")
-    parser.add_argument("--height", type=int, help="pixels (default: what the autoencoder was made for)")
-    parser.add_argument("--width", type=int, help="likewise")
+    parser.add_argument("--seed", type=int, default=0, help="image i starts from the noise of seed + i (default: 0)")
+    parser.add_argument("--height", type=int, help="pixels (default: training size of the autoencoder)")
+    parser.add_argument("--width", type=int, help="pixels (default: training size of the autoencoder)")
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        help="default: 3.5 where the transformer embeds it; 1, which is none, for other teachers; students have it built in",
+        help="default: 3.5 if the transformer embeds it, otherwise 1, without guidance; students have guidance built in",
     )
-    parser.add_argument("--scale", type=int, default=1, help="enlarge by this factor, pixel by pixel (default: 1)")
+    parser.add_argument("--scale", type=int, default=1, help="factor of a nearest-neighbor enlargement (default: 1)")
     parser.add_argument("--torch_dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that the directory brings")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python files in the directory that are not of this package"
+    )
     return parser
 
 
 def load_pipeline(
     name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32, base: str | None = None
 ) -> DiffusionPipeline | PreTrainedModel:
-    """A pipeline, or a student of HunyuanImage 3.0, on the GPU if there is one.
+    """Load a pipeline or a student of HunyuanImage 3.0, to the GPU if there is one.
 
     Args:
-        name: A shipped name or a directory.
-        trust_remote_code: Whether to run Python files in the directory that are not this package's own.
-        torch_dtype: Precision to load with.
-        base: Of a LoRA student that was exported without it: a shipped name, a directory or a hub id; None is the teacher that
-            it was made from.
+        name: Shipped name or directory.
+        trust_remote_code: Whether to run Python files in the directory that are not of this package.
+        torch_dtype: dtype of the weights.
+        base: Base of a LoRA student that was exported without it: shipped name, directory or hub id; None means its teacher.
 
     Raises:
-        ConfigurationError: If there is no pipeline of a known family, it brings code that is not trusted, or its base is not
-            there.
+        ConfigurationError: If there is no pipeline of a known family, it has untrusted code, or its base is missing.
     """
     directory = Path(resolve_pretrained(name))
     if (directory / SETTINGS).is_file():
         return _on_base(name, directory, base, torch_dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     if base is not None:
-        raise ConfigurationError(f"--base is {base!r}, but --pipeline {name!r} is a whole pipeline; leave --base out")
+        raise ConfigurationError(f"--base is {base!r}, but --pipeline {name!r} is a complete pipeline; leave --base out")
     config = read_config(directory)
     is_pipeline = (directory / "model_index.json").is_file()
     if not is_pipeline and not is_hunyuan_image3(config):
         raise ConfigurationError(
-            f"--pipeline is {name!r}, which holds no model_index.json; give a pipeline directory or one of {', '.join(SHIPPED)}"
+            f"--pipeline is {name!r}, which has no model_index.json; choose a pipeline directory or one of {', '.join(SHIPPED)}"
         )
     if not is_pipeline and not is_student_config(config):
         raise ConfigurationError(
-            f"--pipeline is {name!r}, HunyuanImage 3.0 itself; draw with its own generate_image, or give an exported student"
+            f"--pipeline is {name!r}, HunyuanImage 3.0 itself; sample by its generate_image, or choose an exported student"
         )
     if is_pipeline:
         _check_json(name, directory / "model_index.json")
@@ -136,7 +140,7 @@ def load_pipeline(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not is_pipeline:
-        # Not by `AutoModelForCausalLM`, which in one process takes directories of one name for the same model.
+        # `AutoModelForCausalLM` would confuse different directories of the same name within one process.
         kind: Any = published_class(directory)
         model = kind.from_pretrained(directory, dtype=torch_dtype, use_safetensors=True)
         model.load_tokenizer(str(directory))
@@ -148,12 +152,12 @@ def load_pipeline(
             pipeline = DiffusionPipeline.from_pretrained(
                 directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
             )
-    except OSError as error:  # a part of it is not there, or cannot be read
+    except OSError as error:  # a component is missing or unreadable
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"--pipeline {name!r} cannot be loaded ({reason}); export or download it again") from error
     if not is_student(pipeline) and type(pipeline).__name__ not in FAMILIES:
         raise ConfigurationError(
-            f"--pipeline {name!r} is a {type(pipeline).__name__}; give an exported student, or one of {', '.join(FAMILIES)}"
+            f"--pipeline {name!r} is a {type(pipeline).__name__}; choose an exported student, or one of {', '.join(FAMILIES)}"
         )
     return pipeline.to(device)
 
@@ -168,11 +172,13 @@ def _check_json(name: str, file: Path) -> None:
 
 
 def _on_base(name: str, directory: Path, base: str | None, torch_dtype: torch.dtype) -> DiffusionPipeline:
-    """A LoRA student on its base, by this package's own code: the directory's is not run."""
+    """Load a LoRA student on its base with the code of this package. Code in the directory is not run."""
     settings = json.loads((directory / SETTINGS).read_text())
     kind = settings["pipeline"][1]
     if kind not in {family.__name__ for family in FAMILIES.values()}:
-        raise ConfigurationError(f"--pipeline {name!r} draws by {kind}, which this version does not know; update it")
+        raise ConfigurationError(
+            f"--pipeline {name!r} has the pipeline class {kind}, which this version does not know; update lightning-distill"
+        )
     base, _, revision = (base or settings["base_model"]).partition("@")
     try:
         DiffusersAdapter(base, revision=revision or None).check()
@@ -182,35 +188,35 @@ def _on_base(name: str, directory: Path, base: str | None, torch_dtype: torch.dt
     except (ConfigurationError, OSError) as error:
         reason = " ".join(str(error).split()).removeprefix("adapter.pretrained is ")
         raise ConfigurationError(
-            f"--pipeline {name!r} holds only what a student adds to its base, which cannot be loaded ({reason}); give the "
-            "directory or hub id of its base as --base"
+            f"--pipeline {name!r} has only the LoRA weights of a student, whose base cannot be loaded ({reason}); set --base "
+            "to the directory or hub id of its base"
         ) from error
     try:
         return load_lora_student(stock, directory)
     except ValueError as error:
-        raise ConfigurationError(f"--pipeline {name!r} does not go onto the base {base!r}: {error}") from error
+        raise ConfigurationError(f"--pipeline {name!r} does not fit the base {base!r}: {error}") from error
 
 
 def is_own_code(file: Path) -> bool:
-    """Whether a file in a pipeline directory is, byte for byte, the code that this package's exports carry."""
+    """Whether a file in a pipeline directory equals the file that this package exports, byte for byte."""
     own = OWN_CODE / file.name
     return own.is_file() and own.read_bytes() == file.read_bytes()
 
 
 def foreign_code(directory: Path) -> list[str]:
-    """What loading a directory with trust could run beside this package's own code: files in it, and references out of it."""
+    """Code that a trusted load could run besides this package's: files in the directory, and references to other places."""
     files = {file for pattern in ("*.py", "*/*.py", "**/*.py") for file in directory.glob(pattern)}
     foreign = [str(file.relative_to(directory)) for file in sorted(files) if not is_own_code(file)]
-    # A module is a name beside the file that names it; paths and other repositories lead to what has not been compared.
+    # A plain module name refers to a file in the directory. Paths and other repositories refer to unchecked code.
     return foreign + [each for each in _code_references(directory) if not all(part.isidentifier() for part in each.split("."))]
 
 
 def _code_references(directory: Path) -> Iterator[str]:
-    """Modules and classes that a pipeline's index and its parts' configurations name."""
+    """References to modules and classes in the index of a pipeline and the configs of its components."""
     index = directory / "model_index.json"
-    for places in json.loads(index.read_text()).values() if index.is_file() else ():
-        if isinstance(places, list):
-            yield from (place for place in places if isinstance(place, str))
+    for references in json.loads(index.read_text()).values() if index.is_file() else ():
+        if isinstance(references, list):
+            yield from (reference for reference in references if isinstance(reference, str))
     for file in sorted(directory.glob("**/*.json")):
         if '"auto_map"' in (text := file.read_text(errors="replace")):
             yield from _auto_maps(json.loads(text))
@@ -237,28 +243,28 @@ def sample(
     width: int | None = None,
     guidance_scale: float | None = None,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] of B prompts; picture i starts from the noise of `seed + i`.
+    """Generate images (B, 3, H, W) in [0, 1] for B prompts; image i starts from the noise of `seed + i`.
 
     Args:
-        pipeline: Of `load_pipeline`: a student's, or a stock one of a known family.
+        pipeline: Pipeline of a student, or stock pipeline of a known family, from `load_pipeline`.
         prompts: B prompts.
-        nfe: Steps.
-        seed: Seed of the first picture.
-        height: Pixels; None is what the autoencoder was made for.
-        width: Likewise.
-        guidance_scale: As an input where the transformer embeds it, else by a second branch.
+        nfe: Number of steps.
+        seed: Seed of the first image.
+        height: Height in pixels; None means the training size of the autoencoder.
+        width: Width in pixels; None means the training size of the autoencoder.
+        guidance_scale: Guidance scale: an input if the transformer embeds it, otherwise the scale of two-branch guidance.
 
     Raises:
-        ConfigurationError: If the pictures' size does not fit, a student is asked for guidance, or a word is unknown to a
-            tokenizer of whole words.
+        ConfigurationError: If the image size does not fit, a student has its guidance built in, or a word-level tokenizer does
+            not know a word.
     """
     if isinstance(pipeline, PreTrainedModel):
-        return _draw(pipeline, prompts, nfe, seed, height, width, guidance_scale)
+        return _sample_hunyuan_image3(pipeline, prompts, nfe, seed, height, width, guidance_scale)
     family = few_step(pipeline)
     for prompt in prompts:
         check_words(family, prompt)
     settings = {**_checked_size(family, height, width), "num_inference_steps": nfe, "output_type": "pt"}
-    # Stock pipelines would pad to their own length, whatever the transformer was trained with.
+    # By default stock pipelines pad prompts to a fixed length, which may differ from the length in training.
     settings |= stock_options(type(pipeline), family.sequence_length)
     images = []
     for batch, generators in _batches(prompts, seed):
@@ -267,7 +273,7 @@ def sample(
     return torch.cat(images)
 
 
-def _draw(
+def _sample_hunyuan_image3(
     student: Any,
     prompts: Sequence[str],
     nfe: int,
@@ -276,12 +282,12 @@ def _draw(
     width: int | None,
     guidance_scale: float | None,
 ) -> Tensor:
-    """The same for a student of HunyuanImage 3.0, which is no pipeline of diffusers."""
+    """Generate images with a student of HunyuanImage 3.0, which is not a diffusers pipeline."""
     if not student.embeds_guidance and guidance_scale not in (None, 1):
         raise _guidance_is_built_in(guidance_scale)
     settings = {"num_inference_steps": nfe, "guidance_scale": guidance_scale, "output_type": "pt"}
     settings |= _checked_size(student, height, width)
-    images = [student.draw(batch, generator=generators, **settings) for batch, generators in _batches(prompts, seed)]
+    images = [student.sample_images(batch, generator=generators, **settings) for batch, generators in _batches(prompts, seed)]
     return torch.cat([each.float().cpu() for each in images])
 
 
@@ -301,12 +307,12 @@ def _batches(prompts: Sequence[str], seed: int) -> Iterator[tuple[list[str], lis
 
 
 def is_student(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline draws in a few steps: its class may be the one in its directory, and not this package's."""
+    """Whether a pipeline is a student's. Its class may come from its directory, so `isinstance` does not apply."""
     return hasattr(type(pipeline), "stock_class")
 
 
 def few_step(pipeline: DiffusionPipeline) -> FewStepPipeline:
-    """The pipeline of a student, or of a teacher the one that knows its family."""
+    """Pipeline of a student unchanged, or the few-step pipeline of a teacher's family with the teacher's components."""
     if is_student(pipeline):
         student: FewStepPipeline = pipeline
         return student
@@ -314,7 +320,7 @@ def few_step(pipeline: DiffusionPipeline) -> FewStepPipeline:
 
 
 def guidance_arguments(pipeline: DiffusionPipeline, guidance_scale: float | None, batch_size: int) -> dict[str, Any]:
-    """How to ask a pipeline for guidance: by its input, by a second branch, or, for a student, not at all."""
+    """Arguments of a pipeline call for guidance: an embedded scale, two-branch guidance, or none for most students."""
     embeds_guidance = bool(pipeline.transformer.config.get("guidance_embeds", False))
     if is_student(pipeline) and not embeds_guidance:
         if guidance_scale is None or guidance_scale == 1:
@@ -334,8 +340,12 @@ def _guidance_is_built_in(guidance_scale: float | None) -> ConfigurationError:
 
 
 def check_words(pipeline: FewStepPipeline, prompt: str) -> None:
-    """Refuse words that a tokenizer of whole words does not know; tokenizers of word pieces know all."""
-    tokenizer = tokenizer_within(getattr(pipeline, pipeline.prompt_tokenizer))
+    """Check the words of a prompt against the vocabulary of a word-level tokenizer; subword tokenizers accept all words.
+
+    Raises:
+        ConfigurationError: If a word is not in the vocabulary.
+    """
+    tokenizer = unwrap_tokenizer(getattr(pipeline, pipeline.prompt_tokenizer))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordLevel":
         return
@@ -345,12 +355,18 @@ def check_words(pipeline: FewStepPipeline, prompt: str) -> None:
     if unknown:
         known = ", ".join(sorted(vocabulary.keys() - set(tokenizer.all_special_tokens)))
         raise ConfigurationError(
-            f"--prompt {prompt!r} has the word {unknown[0]!r}, which this pipeline was not taught; it knows: {known}"
+            f"--prompt {prompt!r} has the unknown word {unknown[0]!r}; use words of this pipeline's vocabulary: {known}"
         )
 
 
 def write_grid(images: Tensor, file: Path, scale: int = 1) -> None:
-    """Write pictures (B, 3, H, W) in [0, 1] as one PNG, in rows of about equal number, enlarged pixel by pixel."""
+    """Write images (B, 3, H, W) in [0, 1] to one PNG file, as an approximately square grid.
+
+    Args:
+        images: The images.
+        file: PNG file to write.
+        scale: Factor of a nearest-neighbor enlargement.
+    """
     count, _, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

@@ -1,7 +1,8 @@
-"""LightningCLI for any method and data: `fit`, `validate`, `test` and `predict`."""
+"""`lightning-distill fit`, `validate`, `test` and `predict`: LightningCLI for any method and data."""
 
 import os
 import pickle
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+import lightning_distill.sharding.strategies  # noqa: F401  # registers the names of the strategies
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.predictions import WritePredictions
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
-from lightning_distill.callbacks.termination import JointTermination
+from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
+from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.config_files import check_learning_rates, flatten
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.errors import ConfigurationError
@@ -27,29 +30,35 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.sharding.checkpoint import REST
 from lightning_distill.sharding.protocols import Sharding
 
-ALWAYS: tuple[type[Callback], ...] = (RandomState, OptimizerSettings, StopOnNonFinite, JointTermination, WritePredictions)
+DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
+    RandomState,
+    OptimizerSettings,
+    StopOnNonFinite,
+    JointTermination,
+    WritePredictions,
+)
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the settings of a `fit` into its logger's directory, and nothing where there is no logger."""
+    """Saves the settings of `fit` to the directory of the logger, if there is a logger."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save `config.yaml`; one from an earlier run into the same directory is replaced."""
+        """Save `config.yaml`, and replace the file of an earlier run in the same directory."""
         if stage == "fit" and trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 
 class DistillCLI(LightningCLI):
-    """LightningCLI with any method for the model and any DataModule for the data.
+    """LightningCLI with any method as model and any DataModule as data.
 
-    Every run gets the callbacks of `ALWAYS`, unless its settings list them already.
+    Every trainer has `DEFAULT_CALLBACKS`, besides the callbacks in its settings.
 
     Args:
-        args: Arguments without the program's name; None takes those of the process.
-        run: Whether the first of them is a command, which is then run.
+        args: Arguments without the program name; None means those of the process.
+        run: Whether the arguments begin with a subcommand, to run it.
 
     Raises:
-        ConfigurationError: If a setting cannot work.
+        ConfigurationError: If a setting is invalid.
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
@@ -69,65 +78,68 @@ class DistillCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser with interpolation across config files, `--config` by name, and no duplicate keys."""
-        kwargs.setdefault(
-            "description",
-            "Few-step distillation; `--help` of `plan`, `precompute`, `export` and `sample` tells of four more commands: what "
-            "a training asks of a machine, latents and embeddings written once, a checkpoint as a pipeline, and pictures.",
-        )
+        """Parser with interpolation across config files, named configs, and an error for duplicate keys."""
+        kwargs.setdefault("prog", PROGRAM)
         parser = self.parser_class(parser_mode="omegaconf+", dump_header=[f"torch=={torch.__version__}"], **kwargs)
-        parser.add_argument("-c", "--config", action=NamedConfig, help="File, or name of a shipped config; may be repeated.")
+        parser.add_argument(
+            "-c", "--config", action=NamedConfig, help="File or name of a shipped config. May be given several times."
+        )
         return parser
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, subparser in self._subcommand_parsers.items():
+            subparser.prog = f"{PROGRAM} {name}"
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, without Lightning's warning about arguments given from Python."""
+        """Parse the arguments, without Lightning's warning about a call from Python."""
         self.config = parser.parse_args(args)
         self._dump_config()
         check_learning_rates(self.config_dump)
 
     def _parse_ckpt_path(self) -> None:
-        """Refuse a checkpoint that is not there; Lightning would also put its settings in place of this run's."""
+        """Check that the checkpoint exists; Lightning's method would also replace the settings by those of the checkpoint."""
         if "subcommand" not in self.config:
             return
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and "://" not in str(path) and not Path(path).exists():
             raise ConfigurationError(
-                f"ckpt_path {str(path)!r} does not exist; give an existing checkpoint or leave ckpt_path out"
+                f"ckpt_path {str(path)!r} does not exist; set it to an existing checkpoint, or remove ckpt_path"
             )
 
     def _report_differences(self, path: Path) -> None:
-        """Say in one warning where the checkpoint's model settings differ from this run's."""
+        """Warn once about model settings that differ from those of the checkpoint."""
         saved = _saved_settings(path)
         model = self.config_dump["model"]
-        given = flatten({"class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})})
+        current = flatten({"class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})})
         differing = [
-            f"{name} {given.get(name, 'unset')} (checkpoint: {saved.get(name, 'unset')})"
-            for name in sorted(saved.keys() | given.keys())
-            if saved and saved.get(name) != given.get(name)
+            f"{name} {current.get(name, 'unset')} (checkpoint: {saved.get(name, 'unset')})"
+            for name in sorted(saved.keys() | current.keys())
+            if saved and saved.get(name) != current.get(name)
         ]
         if differing:
-            rank_zero_warn(f"checkpoint {path} was saved under other settings; this run keeps its own: {', '.join(differing)}")
+            rank_zero_warn(f"checkpoint {path} has other model settings; this run uses its own: {', '.join(differing)}")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         listed = config.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
-        always = [kind() for kind in ALWAYS if not any(isinstance(item, kind) for item in listed)]
+        defaults = [kind() for kind in DEFAULT_CALLBACKS if not any(isinstance(item, kind) for item in listed)]
         if config.get("logger") is False and any(isinstance(item, LearningRateMonitor) for item in listed):
-            rank_zero_info("trainer.logger is false, so LearningRateMonitor, which only logs, is left out")
+            rank_zero_info("trainer.logger is false: removed the callback LearningRateMonitor, which needs a logger")
             listed = [item for item in listed if not isinstance(item, LearningRateMonitor)]
         if config.get("val_check_interval") == 0:
             raise ConfigurationError(
-                "trainer.val_check_interval is 0; give a number of steps of at least 1, or trainer.limit_val_batches 0 for none"
+                "trainer.val_check_interval is 0; set it to at least 1 step, or set trainer.limit_val_batches to 0"
             )
         try:
-            return super()._instantiate_trainer({**config, "callbacks": [*always, *listed]}, callbacks)
+            return super()._instantiate_trainer({**config, "callbacks": [*defaults, *listed]}, callbacks)
         except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, ConfigurationError):
                 raise
             raise trainer_error(error, config) from error
 
     def before_fit(self) -> None:
-        """Look for the weights before processes wait for each other, and at how many threads these would have."""
+        """Check the number of threads, and that the teacher's weights exist, before processes wait for each other."""
         warn_oversubscription(self.trainer)
         if isinstance(self.model, TeacherStudentBase):
             self.model.prepare_data()
@@ -136,31 +148,42 @@ class DistillCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
         if path == "best":
-            raise ConfigurationError("ckpt_path 'best' is only known to the process that trained; give the checkpoint's file")
+            raise ConfigurationError(
+                "ckpt_path is 'best', which only the training process knows; set it to the file of the checkpoint"
+            )
         if path == "last":
             path = kwargs["ckpt_path"] = _last_checkpoint(self.trainer)
         if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, Sharding):
             raise ConfigurationError(
-                f"ckpt_path {str(path)!r} is a directory, of a strategy that spreads networks; set trainer.strategy to that, "
-                "or make a pipeline of it by export"
+                f"ckpt_path {str(path)!r} is a directory, as of a sharded strategy; set trainer.strategy to that strategy, or "
+                "convert the checkpoint by `export`"
             )
         if path and (file := Path(path) / REST if Path(path).is_dir() else Path(path)).is_file():
             self._report_differences(file)
         return kwargs
 
 
+def main(arguments: Sequence[str], name: str) -> None:
+    """Run `fit`, `validate`, `test` or `predict` with the arguments after its name."""
+    try:
+        DistillCLI([name, *arguments])
+    except SIGTERMException as signal:
+        # Lightning raises it without a code. The process would exit with 0, as after a complete run.
+        sys.exit(EXIT_CODE if signal.code is None else signal.code)
+
+
 def trainer_error(error: Exception, config: dict[str, Any]) -> ConfigurationError:
-    """What Lightning says of a trainer that cannot be, in one sentence.
+    """One-line form of an error that the trainer's constructor raised.
 
     Args:
-        error: That its constructor raised.
-        config: The settings that it was given.
+        error: Error of the constructor.
+        config: Settings of the trainer.
     """
     reason = " ".join(str(error).split()).rstrip("!.")
     remedy = "correct them"
     if config["accelerator"] not in ("auto", "cpu"):
-        remedy = f"trainer.accelerator is {config['accelerator']!r}, and 'auto' or 'cpu' runs without a GPU"
-    return ConfigurationError(f"the trainer does not go with this machine or its settings ({reason}); {remedy}")
+        remedy = f"trainer.accelerator is {config['accelerator']!r}; set it to 'auto' or 'cpu' to run without a GPU"
+    return ConfigurationError(f"the settings of the trainer are invalid, or unsupported on this machine ({reason}); {remedy}")
 
 
 def _saved_settings(path: Path) -> dict[str, Any]:
@@ -168,7 +191,7 @@ def _saved_settings(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"ckpt_path {str(path)!r} cannot be read ({reason}); give another checkpoint") from error
+        raise ConfigurationError(f"ckpt_path {str(path)!r} cannot be read ({reason}); set it to another checkpoint") from error
     saved = dict(checkpoint.get("hyper_parameters", {}))
     saved.pop("_instantiator", None)
     if "_class_path" in saved:
@@ -180,24 +203,24 @@ def _last_checkpoint(trainer: Trainer) -> str:
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     found = [path for callback in callbacks for path in callback._find_last_checkpoints(trainer)]
     if not found:
-        places = ", ".join(str(callback.dirpath) for callback in callbacks if callback.dirpath) or "the run's new log directory"
+        directories = ", ".join(str(callback.dirpath) for callback in callbacks if callback.dirpath) or "the new log directory"
         raise ConfigurationError(
-            f"ckpt_path is 'last', but there is no last checkpoint in {places}; leave ckpt_path out to start afresh, "
-            "or give the checkpoint's file"
+            f"ckpt_path is 'last', but there is no last checkpoint in {directories}; remove ckpt_path to start from the first "
+            "step, or set it to the file of a checkpoint"
         )
     return max(found, key=lambda path: Path(path).stat().st_mtime)
 
 
 def warn_oversubscription(trainer: Trainer) -> None:
-    """Say so if processes on a CPU are given more threads than there are cores: these wait for each other by spinning.
+    """Warn if processes on a CPU have more threads than there are cores; excess threads wait by spinning.
 
-    Left to itself, Lightning divides the cores among the processes.
+    Without OMP_NUM_THREADS, Lightning divides the cores among the processes.
     """
-    asked, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
-    if not isinstance(trainer.accelerator, CPUAccelerator) or trainer.num_devices == 1 or not asked.isdecimal():
+    threads, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
+    if not isinstance(trainer.accelerator, CPUAccelerator) or trainer.num_devices == 1 or not threads.isdecimal():
         return
-    if int(asked) * trainer.num_devices > cores:
+    if int(threads) * trainer.num_devices > cores:
         rank_zero_warn(
-            f"OMP_NUM_THREADS is {asked}: {trainer.num_devices} processes of {asked} threads share {cores} cores, which takes "
-            "several times as long; unset it"
+            f"OMP_NUM_THREADS is {threads}: {trainer.num_devices} processes of {threads} threads share {cores} cores, which is "
+            "several times slower; unset it"
         )

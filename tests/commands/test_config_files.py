@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_distill.commands import config_files as configuration
+from lightning_distill.commands import config_files
 from lightning_distill.commands.config_files import (
     check_learning_rates,
     config_chain,
@@ -18,42 +18,42 @@ from lightning_distill.errors import ConfigurationError
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch) -> Path:
-    """A package directory with two configs inside, and an empty working directory."""
+    """Package directory with two configs, and an empty working directory."""
     directory = tmp_path / "package" / "configs"
     directory.mkdir(parents=True)
     (directory / "one.yaml").write_text("model: shipped\n")
     (directory / "two.yaml").write_text("model: two\n")
-    monkeypatch.setattr(configuration, "_PACKAGE", directory.parent)
+    monkeypatch.setattr(config_files, "PACKAGE_DIRECTORY", directory.parent)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return directory
 
 
-def test_the_working_directory_comes_first(shipped):
+def test_the_working_directory_has_priority(shipped):
     assert find_config("one.yaml") == shipped / "one.yaml"
     Path("one.yaml").write_text("model: mine\n")
     assert find_config("one.yaml").read_text() == "model: mine\n"
 
 
-def test_a_path_is_never_looked_up_among_the_shipped(shipped):
+def test_a_path_never_names_a_shipped_config(shipped):
     with pytest.raises(ConfigurationError):
         find_config("elsewhere/one.yaml")
     assert find_config(str(shipped / "one.yaml")) == shipped / "one.yaml"
 
 
-def test_a_missing_config_names_the_shipped_ones(shipped):
-    with pytest.raises(ConfigurationError, match=r"'three.yaml' is neither .*; the shipped ones are one.yaml, two.yaml$"):
+def test_a_missing_config_raises_with_the_names_of_shipped_configs(shipped):
+    with pytest.raises(ConfigurationError, match=r"'three.yaml' is neither .*; choose one of one.yaml, two.yaml$"):
         find_config("three.yaml")
 
 
-def test_a_checkout_has_its_configs_beside_the_package(shipped):
+def test_configs_of_a_checkout_are_beside_the_package(shipped):
     assert config_directory() == shipped
     shipped.rename(shipped.parents[1] / "configs")
     assert config_directory() == shipped.parents[1] / "configs"
     assert shipped_configs() == ["one.yaml", "two.yaml"]
 
 
-def test_bases_come_before_what_builds_on_them(shipped):
+def test_bases_are_read_before_their_config(shipped):
     Path("local.yaml").write_text("model: local\n")
     Path("middle.yaml").write_text("base: local.yaml\nmodel: middle\n")
     Path("top.yaml").write_text("base: [one.yaml, middle.yaml]\nmodel: top\n")
@@ -72,29 +72,31 @@ def test_bases_come_before_what_builds_on_them(shipped):
         ("lr", "lr"),
     ],
 )
-def test_base_is_taken_out(text, rest):
+def test_the_key_base_is_removed(text, rest):
     assert without_keys(text, ["base"]) == rest
 
 
-def test_several_keys_are_taken_out_of_the_top_alone():
+def test_only_top_level_keys_are_removed():
     text = "a: 1\nmodel:\n  a: 2\nb:\n  c: 3\nd: 4\n"
     assert yaml.safe_load(without_keys(text, ["a", "b"])) == {"model": {"a": 2}, "d": 4}
 
 
-def test_a_config_cannot_build_on_itself(shipped):
+def test_a_config_that_is_its_own_base_raises(shipped):
     Path("a.yaml").write_text("base: b.yaml\n")
     Path("b.yaml").write_text("base: a.yaml\n")
-    with pytest.raises(ConfigurationError, match=r"a.yaml builds on itself"):
+    with pytest.raises(ConfigurationError, match=r"a.yaml is its own 'base'"):
         config_chain("a.yaml")
     Path("loop.yaml").write_text(f"base: ../{Path.cwd().name}/loop.yaml\n")
-    with pytest.raises(ConfigurationError, match=r"loop.yaml builds on itself"):
+    with pytest.raises(ConfigurationError, match=r"loop.yaml is its own 'base'"):
         config_chain("loop.yaml")
 
 
 @pytest.mark.parametrize("text", ["base:\n", "base: {a: 1}\n", "base: [one.yaml, [two.yaml]]\n"])
-def test_a_base_that_is_no_name(shipped, text):
+def test_a_base_without_a_config_name_raises(shipped, text):
     Path("a.yaml").write_text(text)
-    with pytest.raises(ConfigurationError, match=r"a.yaml has a 'base' that names no config; give a name, or a list of names"):
+    with pytest.raises(
+        ConfigurationError, match=r"a.yaml has an invalid 'base'; set it to the name of a config, or to a list of names"
+    ):
         config_chain("a.yaml")
 
 
@@ -102,21 +104,21 @@ def test_a_base_that_is_no_name(shipped, text):
     ("text", "key", "line"),
     [("model: a\ndata: b\nmodel: c\n", "model", 3), ("model:\n  lr: 1\n  lr: 2\n", "lr", 3), ("a:\n- b: 1\n  b: 2\n", "b", 3)],
 )
-def test_duplicate_keys(shipped, text, key, line):
+def test_duplicate_keys_raise(shipped, text, key, line):
     Path("double.yaml").write_text(text)
-    with pytest.raises(ConfigurationError, match=f"double.yaml gives '{key}' twice, again in line {line}"):
+    with pytest.raises(ConfigurationError, match=f"double.yaml has the key '{key}' twice, again in line {line}"):
         config_chain("double.yaml")
     Path("top.yaml").write_text("base: double.yaml\n")
-    with pytest.raises(ConfigurationError, match=r"double.yaml gives"):
+    with pytest.raises(ConfigurationError, match=r"double.yaml has"):
         config_chain("top.yaml")
 
 
-def test_the_same_key_in_two_mappings_is_fine(shipped):
+def test_equal_keys_of_different_mappings_are_no_duplicates(shipped):
     Path("fine.yaml").write_text("a: {lr: 1}\nb: {lr: 1}\n")
     assert len(config_chain("fine.yaml")) == 1
 
 
-def test_broken_yaml(shipped):
+def test_invalid_yaml_raises(shipped):
     Path("broken.yaml").write_text("model: [a\n")
     with pytest.raises(ConfigurationError, match=r"broken.yaml is not valid YAML: "):
         config_chain("broken.yaml")
@@ -126,12 +128,12 @@ def test_broken_yaml(shipped):
 
 
 @pytest.mark.parametrize("lr", [-1, -1e-9, float("inf"), float("nan")])
-def test_bad_learning_rates(lr):
+def test_invalid_learning_rates_raise(lr):
     with pytest.raises(ConfigurationError, match=r"model\.optimizers\.0\.lr is "):
         check_learning_rates({"model": {"optimizers": [{"lr": lr}]}})
 
 
-def test_good_learning_rates():
+def test_valid_learning_rates():
     check_learning_rates({"lr": 0.0, "model": {"lr": 1, "min_lr_shift": -1}, "other": {"lr": None}})
 
 

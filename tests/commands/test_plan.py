@@ -1,5 +1,3 @@
-"""`plan` as it is called."""
-
 import importlib.util
 import json
 import sys
@@ -22,7 +20,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as end:
         main(["plan", *arguments])
     errors = capsys.readouterr().err
@@ -30,8 +28,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return errors[errors.index("error: ") :]
 
 
-def test_a_config_for_eight_gpus_is_planned_on_a_machine_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither weights nor pictures nor a GPU are there."""
+def test_a_config_for_eight_gpus_is_planned_without_gpus_or_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True)
     for file in tmp_path.glob("teacher/**/*.safetensors"):
         file.unlink()
@@ -42,18 +39,18 @@ def test_a_config_for_eight_gpus_is_planned_on_a_machine_without(tmp_path: Path,
         ]
     )
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["strategy"] == "fsdp2"
-    assert found["processes"] == 8
-    assert found["communication"].keys() == {"discrete", "differential"}
-    assert found["peak"] == pytest.approx(sum(found["gpu"].values()))
-    assert found["fits"]
-    assert found["smallest"] == 1
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    assert numbers["strategy"] == "fsdp2"
+    assert numbers["processes"] == 8
+    assert numbers["communication"].keys() == {"discrete", "differential"}
+    assert numbers["peak"] == pytest.approx(sum(numbers["gpu"].values()))
+    assert numbers["fits"]
+    assert numbers["smallest"] == 1
     assert "fsdp2 fits on 8 x 80 GB" in printed.replace("\n", " ")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_planned_from_its_configurations(family: str, tmp_path: Path) -> None:
+def test_every_family_is_planned_from_its_config_files(family: str, tmp_path: Path) -> None:
     directory = Path(save_family(family, tmp_path / "teacher"))
     counts = {}
     for path in directory.glob("*/*.safetensors"):
@@ -68,32 +65,32 @@ def test_every_family_is_planned_from_its_configurations(family: str, tmp_path: 
             *("--model.validation.height=32", "--model.validation.width=32"),
         ]
     )
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert 0.97 < found["parameters"]["teacher"][0] / counts["transformer"] <= 1  # files have buffers as well
-    assert 0.9 < found["parameters"]["student"][1] / found["parameters"]["student"][0] <= 1
-    assert found["communication"].keys() == {"discrete", "differential"}
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    assert 0.97 < numbers["parameters"]["teacher"][0] / counts["transformer"] <= 1  # files also contain buffers
+    assert 0.9 < numbers["parameters"]["student"][1] / numbers["parameters"]["student"][0] <= 1
+    assert numbers["communication"].keys() == {"discrete", "differential"}
 
 
-def test_what_cannot_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unknown = refused(capsys, "--config", "flux_meanflow.yaml", "--model.adapter.pretrained=some/model")
+def test_unsupported_settings_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = error_line(capsys, "--config", "flux_meanflow.yaml", "--model.adapter.pretrained=some/model")
     assert "adapter.pretrained is 'some/model', whose configuration is not on this machine" in unknown
-    assert "gpus is 0" in refused(capsys, "--config", "flux_meanflow.yaml", "--gpus=0")
-    assert "model_config is 'nowhere'" in refused(capsys, "--config", "flux_meanflow.yaml", "--model_config=nowhere")
-    lora = refused(capsys, "--config", "flux_meanflow_lora.yaml", "--trainer.strategy=deepspeed_stage_3")
+    assert "gpus is 0" in error_line(capsys, "--config", "flux_meanflow.yaml", "--gpus=0")
+    assert "model_config is 'nowhere'" in error_line(capsys, "--config", "flux_meanflow.yaml", "--model_config=nowhere")
+    lora = error_line(capsys, "--config", "flux_meanflow_lora.yaml", "--trainer.strategy=deepspeed_stage_3")
     assert "LoRA does not go with ZeRO-3; set trainer.strategy to fsdp2, auto or ddp" in lora
-    assert "plan knows methods that distil" in refused(capsys, "--config", "shapes_vae.yaml")
-    assert "plan does not count the discriminator of DMD2" in refused(capsys, "--config", "shapes_dmd2.yaml")
+    assert "plan needs a method that distils a teacher" in error_line(capsys, "--config", "shapes_vae.yaml")
+    assert "plan does not count the discriminator of DMD2" in error_line(capsys, "--config", "shapes_dmd2.yaml")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["differential, checkpointed", "LoRA, differential"])
-def test_peaks_are_what_is_planned(name: str) -> None:
+def test_planned_peaks_match_measured_peaks(name: str) -> None:
     script = ROOT / "benchmarks" / "plan_check.py"
     spec = importlib.util.spec_from_file_location("plan_check", script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_check"] = module  # its dataclass looks itself up
+    sys.modules["plan_check"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     row = module.check(module.CASES[name])
     assert row["measured_mib"] > 50

@@ -1,7 +1,4 @@
 import os
-import subprocess
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -11,10 +8,9 @@ from lightning.pytorch import Trainer
 
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.commands.main import main
-from lightning_distill.commands.training import ALWAYS, DistillCLI, warn_oversubscription
+from lightning_distill.commands.training import DEFAULT_CALLBACKS, DistillCLI, warn_oversubscription
 from tests.toy import read_losses
 
-ROOT = Path(__file__).parents[2]
 BASE = """
 trainer:
   accelerator: cpu
@@ -42,22 +38,22 @@ data:
 
 @pytest.fixture(autouse=True)
 def work(tmp_path, monkeypatch) -> Path:
-    """A working directory with two configs, `top.yaml` on `base.yaml`."""
+    """Working directory with `top.yaml` and its base `base.yaml`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "top.yaml").write_text(TOP)
     return tmp_path
 
 
-def printed(capsys, *arguments: str) -> dict:
+def printed_config(capsys, *arguments: str) -> dict:
     with pytest.raises(SystemExit) as end:
         main(["fit", *arguments, "--print_config"])
     assert end.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def refused(capsys, *arguments: str, code: int = 2) -> str:
-    """What a command that must fail writes on stderr as its error."""
+def error_line(capsys, *arguments: str, code: int = 2) -> str:
+    """Error line of a run that exits with a code."""
     with pytest.raises(SystemExit) as end:
         main(list(arguments))
     assert end.value.code == code
@@ -67,8 +63,8 @@ def refused(capsys, *arguments: str, code: int = 2) -> str:
     return errors[errors.index("error: ") :]
 
 
-def test_configs_build_on_each_other_and_the_command_line_comes_last(capsys):
-    config = printed(capsys, "--config", "top.yaml", "--model.width=8", "--trainer.max_steps=7")
+def test_configs_override_their_bases_and_arguments_override_configs(capsys):
+    config = printed_config(capsys, "--config", "top.yaml", "--model.width=8", "--trainer.max_steps=7")
     assert config["trainer"]["max_steps"] == 7
     assert config["trainer"]["logger"] is False
     assert config["model"]["init_args"]["width"] == 8
@@ -76,30 +72,30 @@ def test_configs_build_on_each_other_and_the_command_line_comes_last(capsys):
     assert config["seed_everything"] == 0
 
 
-def test_short_names_of_data_and_callbacks(capsys):
-    config = printed(capsys, "--config", "top.yaml", "--trainer.callbacks+=RandomState")
+def test_class_names_without_modules(capsys):
+    config = printed_config(capsys, "--config", "top.yaml", "--trainer.callbacks+=RandomState")
     assert config["data"]["class_path"].startswith("lightning_distill.data")
     names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
     assert names == ["AtomicCheckpoint", "RandomState"]
 
 
 @pytest.mark.parametrize("key", ["student.lora", "init_args.student.lora"])
-def test_null_is_null_at_any_depth(capsys, key):
-    config = printed(capsys, "--config", "flux_meanflow_lora.yaml", f"--model.{key}=null", "--model.ema_decay=null")
+def test_null_on_the_command_line_is_none_at_any_depth(capsys, key):
+    config = printed_config(capsys, "--config", "flux_meanflow_lora.yaml", f"--model.{key}=null", "--model.ema_decay=null")
     assert config["model"]["init_args"]["student"]["lora"] is None
     assert config["model"]["init_args"]["ema_decay"] is None
 
 
-def test_a_printed_config_is_a_config(capsys, work):
-    first = printed(capsys, "--config", "top.yaml")
+def test_printed_configs_are_valid_configs(capsys, work):
+    first = printed_config(capsys, "--config", "top.yaml")
     (work / "again.yaml").write_text(yaml.safe_dump(first))
-    assert printed(capsys, "--config", "again.yaml") == first
+    assert printed_config(capsys, "--config", "again.yaml") == first
 
 
 @pytest.mark.parametrize(
     ("threads", "devices", "warned"), [("2", 2, True), ("1", 2, False), ("2", 1, False), ("", 2, False), ("2,1", 2, False)]
 )
-def test_more_threads_than_cores_are_warned_of(monkeypatch, recwarn, threads, devices, warned):
+def test_more_threads_than_cores_warn(monkeypatch, recwarn, threads, devices, warned):
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     strategy = "ddp" if devices > 1 else "auto"
@@ -108,25 +104,33 @@ def test_more_threads_than_cores_are_warned_of(monkeypatch, recwarn, threads, de
     assert any("2 processes of 2 threads share 2 cores" in str(warning.message) for warning in recwarn) == warned
 
 
-def test_fit_trains_with_the_callbacks_that_every_run_has():
+def test_fit_has_the_default_callbacks():
     cli = DistillCLI(["fit", "--config", "top.yaml"])
     assert len(read_losses("losses.jsonl")) == 3
     kinds = [type(callback) for callback in cli.trainer.callbacks]
-    assert all(kinds.count(kind) == 1 for kind in ALWAYS)
+    assert all(kinds.count(kind) == 1 for kind in DEFAULT_CALLBACKS)
 
 
-def test_a_listed_callback_is_not_added_again():
+def test_a_default_callback_in_the_settings_is_not_duplicated():
     cli = DistillCLI(["fit", "--config", "top.yaml", "--trainer.callbacks+=RandomState"])
     assert [type(callback) for callback in cli.trainer.callbacks].count(RandomState) == 1
 
 
+def test_options_before_the_subcommand(capsys, work):
+    (work / "outer.yaml").write_text("fit: {trainer: {max_steps: 7}}\n")
+    with pytest.raises(SystemExit):
+        main(["--config", "outer.yaml", "fit", "--config", "top.yaml", "--trainer.max_epochs=5", "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["max_steps"], trainer["max_epochs"]) == (3, 5)
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_other_commands_read_the_same_configs(command):
+def test_evaluation_reads_the_config_of_fit(command):
     main(["fit", "--config", "top.yaml"])
     main([command, "--config", "top.yaml", "--trainer.limit_val_batches=1", "--ckpt_path=last"])
 
 
-def test_the_settings_are_saved_with_the_log_and_a_rerun_is_no_error():
+def test_fit_saves_its_settings_to_the_log_directory_and_replaces_older_ones():
     logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.version=same"]
     for width in (4, 8):
         main(["fit", "--config", "top.yaml", *logger, f"--model.width={width}"])
@@ -136,55 +140,56 @@ def test_the_settings_are_saved_with_the_log_and_a_rerun_is_no_error():
     assert yaml.safe_load(saved.read_text())["model"]["init_args"]["width"] == 8
 
 
-def test_without_a_logger_no_settings_are_saved(work):
+def test_fit_without_a_logger_saves_no_settings(work):
     main(["fit", "--config", "top.yaml"])
     assert not list(work.rglob("config.yaml"))
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_a_checkpoint_never_overrides_settings(capsys):
+def test_settings_override_those_of_the_checkpoint_with_a_warning(capsys):
     main(["fit", "--config", "top.yaml"])
     resume = ["fit", "--config", "top.yaml", "--ckpt_path=checkpoints/last.ckpt", "--trainer.max_steps=5"]
-    with pytest.warns(UserWarning, match="was saved under other settings") as warned:
+    with pytest.warns(UserWarning, match="has other model settings") as warned:
         cli = DistillCLI([*resume, "--model.lr=0.5", "--model.pause=0.001"])
     assert cli.model.lr == 0.5
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.5
-    (message,) = [str(item.message) for item in warned if "was saved under other settings" in str(item.message)]
-    assert "this run keeps its own: lr 0.5 (checkpoint: 0.01), pause 0.001 (checkpoint: 0.0)" in message
+    (message,) = [str(item.message) for item in warned if "has other model settings" in str(item.message)]
+    assert "this run uses its own: lr 0.5 (checkpoint: 0.01), pause 0.001 (checkpoint: 0.0)" in message
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "error:.*was saved under other settings")
-def test_the_same_settings_resume_in_silence():
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "error:.*has other model settings")
+def test_resuming_with_equal_settings_does_not_warn():
     main(["fit", "--config", "top.yaml"])
     for path in ("last", "checkpoints/last.ckpt"):
         main(["fit", "--config", "top.yaml", f"--ckpt_path={path}", "--trainer.max_steps=4"])
 
 
-def test_last_without_a_checkpoint(capsys, work):
-    error = refused(capsys, "fit", "--config", "top.yaml", "--ckpt_path=last")
+def test_ckpt_path_last_without_a_checkpoint_raises(capsys, work):
+    error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=last")
     assert error == (
         f"error: ckpt_path is 'last', but there is no last checkpoint in {work / 'checkpoints'}; "
-        "leave ckpt_path out to start afresh, or give the checkpoint's file\n"
+        "remove ckpt_path to start from the first step, or set it to the file of a checkpoint\n"
     )
     assert not (work / "losses.jsonl").exists()
 
 
-def test_best_in_a_new_process(capsys):
-    assert "ckpt_path 'best' is only known to the process that trained" in refused(
+def test_ckpt_path_best_in_a_new_process_raises(capsys):
+    assert "ckpt_path is 'best', which only the training process knows" in error_line(
         capsys, "validate", "--config", "top.yaml", "--ckpt_path=best"
     )
 
 
-def test_a_checkpoint_that_is_not_there(capsys):
-    error = refused(capsys, "fit", "--config", "top.yaml", "--ckpt_path=nothing.ckpt")
-    assert error == "error: ckpt_path 'nothing.ckpt' does not exist; give an existing checkpoint or leave ckpt_path out\n"
+def test_a_missing_checkpoint_raises(capsys):
+    error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=nothing.ckpt")
+    assert error == "error: ckpt_path 'nothing.ckpt' does not exist; set it to an existing checkpoint, or remove ckpt_path\n"
 
 
-def test_a_torn_checkpoint(capsys):
+def test_a_truncated_checkpoint_raises(capsys):
     main(["fit", "--config", "top.yaml"])
-    whole = Path("checkpoints/last.ckpt").read_bytes()
-    Path("torn.ckpt").write_bytes(whole[: len(whole) // 2])
-    assert "ckpt_path 'torn.ckpt' cannot be read" in refused(capsys, "fit", "--config", "top.yaml", "--ckpt_path=torn.ckpt")
+    content = Path("checkpoints/last.ckpt").read_bytes()
+    Path("truncated.ckpt").write_bytes(content[: len(content) // 2])
+    error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=truncated.ckpt")
+    assert "ckpt_path 'truncated.ckpt' cannot be read" in error
 
 
 @pytest.mark.parametrize(
@@ -195,64 +200,42 @@ def test_a_torn_checkpoint(capsys):
         (["--config", "top.yaml", "--data.size=2"], "data.batch_size 4 is larger than data.size 2"),
         (["--config", "top.yaml", "--data.sise=2"], "data is ShapesData, which has no setting 'sise'; correct its name"),
         (["--config", "top.yaml", "--model.width=wide"], "model.width: Expected a <class 'int'>. Got value: wide; correct its"),
-        (["--config", "top.yaml", "--trainer.strategy=nonsense"], "the trainer does not go with this machine or its settings"),
+        (["--config", "top.yaml", "--trainer.strategy=nonsense"], "the settings of the trainer are invalid, or unsupported"),
         (["--config", "top.yaml", "--trainer.max_steps=-2"], "You passed in -2); correct them"),
-        (["--config", "top.yaml", "--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; give a number of steps"),
+        (["--config", "top.yaml", "--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; set it to at least"),
         (
-            ["--config", "top.yaml", "--ckpt_path=spread"],
-            "ckpt_path 'spread' is a directory, of a strategy that spreads",
+            ["--config", "top.yaml", "--ckpt_path=sharded"],
+            "ckpt_path 'sharded' is a directory, as of a sharded strategy; set trainer.strategy to that strategy",
         ),
         (["--config", "top.yaml", "--model.lr=fast"], "fast"),
-        (["--config", "twice.yaml"], "config twice.yaml gives 'model' twice, again in line 2; keep one of them"),
+        (["--config", "twice.yaml"], "config twice.yaml has the key 'model' twice, again in line 2; remove one of them"),
     ],
 )
-def test_refused_before_training(capsys, work, arguments, message):
+def test_invalid_settings_are_one_line_before_training(capsys, work, arguments, message):
     (work / "twice.yaml").write_text("model: ToyModule\nmodel: ToyModule\n")
-    (work / "spread").mkdir()
-    error = refused(capsys, "fit", *arguments)
+    (work / "sharded").mkdir()
+    error = error_line(capsys, "fit", *arguments)
     assert message in error
     assert error.count("\n") == 1
     assert not (work / "losses.jsonl").exists()
 
 
-def test_what_only_logs_is_left_out_where_there_is_no_logger(work):
+def test_learning_rate_monitor_is_removed_without_a_logger(work):
     (work / "monitored.yaml").write_text("base: top.yaml\ntrainer:\n  callbacks+: [LearningRateMonitor]\n")
     main(["fit", "--config", "monitored.yaml"])
     assert len(read_losses(work / "losses.jsonl")) == 3
 
 
-def test_a_loss_that_is_not_finite(capsys):
-    error = refused(capsys, "fit", "--config", "top.yaml", "--model.break_at=1", code=1)
+def test_a_nan_loss_exits_with_code_1(capsys):
+    error = error_line(capsys, "fit", "--config", "top.yaml", "--model.break_at=1", code=1)
     assert error.startswith("error: the loss became nan at step 1; ")
     assert torch.load("checkpoints/last.ckpt", weights_only=False)["global_step"] == 1
 
 
-def test_other_errors_keep_their_traceback(monkeypatch):
+def test_other_errors_have_a_traceback(monkeypatch):
     def broken(*arguments):
         raise ValueError("a bug")
 
     monkeypatch.setattr("tests.toy.ToyModule.training_step", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["fit", "--config", "top.yaml"])
-
-
-def test_sample_goes_to_its_own_module(monkeypatch):
-    calls = []
-    module = types.ModuleType("lightning_distill.commands.sample")
-    module.main = calls.append
-    monkeypatch.setitem(sys.modules, "lightning_distill.commands.sample", module)
-    monkeypatch.setattr("lightning_distill.commands.sample", module, raising=False)
-    main(["sample", "--nfe", "4"])
-    assert calls == [["--nfe", "4"]]
-
-
-def test_the_module_runs_from_the_shell(work):
-    shell = subprocess.run(
-        [sys.executable, "-m", "lightning_distill", "fit", "--config", "none.yaml"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert shell.returncode == 2
-    assert shell.stderr.splitlines()[-1].startswith("error: config 'none.yaml' is neither a file")
