@@ -154,9 +154,7 @@ def test_a_directory_with_data_of_another_teacher_raises(
     for name, content in complete.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr("tests.callbacks.distillation.PixelAdapter.encoding_settings", lambda self: {"family": "other"})
-    with pytest.raises(
-        ConfigurationError, match=r"has data with adapter\.family 'pictures', but adapter\.family is 'other' now"
-    ):
+    with pytest.raises(ConfigurationError, match=r"has data with adapter\.family 'pixels', but adapter\.family is 'other' now"):
         encode(shapes(), tmp_path)
 
 
