@@ -9,13 +9,13 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_distill.commands.encode_dataset import PrecomputeOptions, encode_dataset
 from lightning_distill.data import Precomputed
-from tests.callbacks.distillation import PictureDistillation
+from tests.callbacks.distillation import PixelDistillation
 
 
 def encode(data: LightningDataModule, directory: Path, **options: Any) -> Path:
     """Encode a data set in a single process and return the directory."""
     encode_dataset(
-        PictureDistillation(),
+        PixelDistillation(),
         data,
         PrecomputeOptions(**{"out": str(directory), "shard_size": 7} | options),
         Fabric(accelerator="cpu", devices=1),

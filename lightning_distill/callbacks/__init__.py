@@ -1,4 +1,4 @@
-"""Callbacks: the switch of solutions, what a user sees, and what a run can be resumed from."""
+"""Callbacks: switch between solutions, reports, images, exports, checkpoints and exact resumption."""
 
 from lightning.pytorch.callbacks import LearningRateMonitor
 

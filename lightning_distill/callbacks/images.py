@@ -1,4 +1,4 @@
-"""Pictures of the student beside its teacher's, in TensorBoard."""
+"""Grids of the student's and the teacher's images in TensorBoard."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,34 +19,39 @@ from lightning_distill.methods.encoder import encoded_data
 
 TAG = "images/student_vs_teacher"
 _CELL = (96, 256)
-"""Bounds of a picture's longer side in a grid, in pixels."""
+"""Bounds of the longer side of an image in a grid, in pixels."""
 _PADDING = 4
 
 
 class LogImages(Callback):
-    """Draws the same prompts from the same noise at each validation: a row for each number of steps, the teacher's last.
+    """Samples fixed prompts from fixed noise at each validation: a row for each number of steps, the teacher's row last.
 
-    The grid goes to TensorBoard under `images/student_vs_teacher`; other loggers are left alone. The teacher's pictures
-    are drawn once. All processes draw, because sharded networks need all of them, and rank zero writes.
+    The grid goes to TensorBoard under `images/student_vs_teacher`; other loggers are ignored. The teacher's images are sampled
+    once. All processes sample, because sharded networks need all of them, and rank zero writes.
 
     Args:
-        prompts: Captions of the columns. None takes the first different ones of the validation set; `ShapesData` takes
-            turns through its six categories, so that 12 are two of each. With precomputed data, captions of its validation set.
-        columns: Number of prompts that None takes, at least 1.
-        seed: Noise seed of the first column; each column has its own.
-        every_n_validations: Validations from one grid to the next.
+        prompts: Captions of the columns. None: the first different prompts of the validation set. `ShapesData` alternates its
+            six categories, so that 12 prompts are two of each. With precomputed data, captions of its validation set.
+        columns: Number of prompts if `prompts` is None, at least 1.
+        seed: Noise seed of the first column; the seeds of the columns are consecutive.
+        every_n_validations: Interval between two grids, in validations.
 
     Raises:
-        ConfigurationError: If a setting is out of its range, or the method draws no pictures.
+        ConfigurationError: If a setting is out of its range.
     """
 
     def __init__(
         self, prompts: Sequence[str] | None = None, columns: int = 12, seed: int = 0, every_n_validations: int = 1
     ) -> None:
         if columns < 1 or (prompts is not None and not len(prompts)):
-            raise ConfigurationError("LogImages needs a prompt; raise its columns to 1 or more, or list prompts")
+            raise ConfigurationError(
+                f"LogImages.columns is {columns} and LogImages.prompts is {prompts}; set columns to at least 1, and prompts to "
+                "null or at least one prompt"
+            )
         if every_n_validations < 1:
-            raise ConfigurationError(f"LogImages.every_n_validations is {every_n_validations}; 1 is every validation")
+            raise ConfigurationError(
+                f"LogImages.every_n_validations is {every_n_validations}; set it to at least 1, which is every validation"
+            )
         self.prompts = list(prompts) if prompts is not None else None
         self.columns = columns
         self.seed = seed
@@ -55,7 +60,11 @@ class LogImages(Callback):
         self._teacher_row: dict[str, Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a method without pictures and prompts without encoders, and forget the teacher of an earlier run."""
+        """Check method and prompts, and drop the teacher's images of an earlier run.
+
+        Raises:
+            ConfigurationError: If the method samples no images, or precomputed data do not have the condition of a prompt.
+        """
         sampling_method(self, pl_module)
         data = encoded_data(trainer)
         if data is not None and self.prompts is not None:
@@ -68,10 +77,10 @@ class LogImages(Callback):
         """Take the prompts from the first batch of all processes."""
         if self.prompts is None:
             pairs = zip(batch["index"].tolist(), batch["prompt"], strict=True)
-            self.prompts = different_prompts(prompts_in_order(pairs), self.columns)
+            self.prompts = unique_prompts(gather_prompts(pairs), self.columns)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw and log the grid."""
+        """Sample and log the grid."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or self.prompts is None:
             return
@@ -80,44 +89,44 @@ class LogImages(Callback):
             return
         module = sampling_method(self, pl_module)
         seeds = range(self.seed, self.seed + len(self.prompts))
-        with evaluating(trainer, module):
+        with evaluation_mode(trainer, module):
             rows = student_rows(module, self.prompts, seeds)
             if self._teacher_row is None:
                 self._teacher_row = teacher_row(module, self.prompts, seeds)
         if trainer.is_global_zero:
             grid = np.asarray(image_grid(rows | self._teacher_row, self.prompts))
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the x-axis that Lightning gives all curves
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # x-axis of all curves of Lightning
             for logger in loggers:
                 logger.experiment.add_image(TAG, grid, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of validations, and the prompts, so that a resumed run goes on with the same."""
+        """Number of validations, and the prompts, so that a resumed run continues with the same prompts."""
         return {"validations": self._validations, "prompts": self.prompts, "columns": self.columns}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them; prompts that this run sets stay, and another number of them is chosen anew."""
+        """Restore the state, except prompts that this run sets itself, and prompts of another number of columns."""
         self._validations = state_dict["validations"]
         if self.columns == state_dict["columns"]:
             self.prompts = self.prompts or state_dict["prompts"]
 
 
 def sampling_method(callback: Callback, pl_module: LightningModule) -> TeacherStudentBase:
-    """The method, as one that draws pictures.
+    """The module as a method that samples images.
 
     Raises:
-        ConfigurationError: If it does not.
+        ConfigurationError: If the module is not a `TeacherStudentBase`.
     """
     if not isinstance(pl_module, TeacherStudentBase):
         raise ConfigurationError(
-            f"{type(callback).__name__} needs a method that draws pictures, and {type(pl_module).__name__} draws none; leave "
-            "the callback out"
+            f"{type(callback).__name__} needs a method that samples images, but {type(pl_module).__name__} samples none; "
+            "remove the callback from trainer.callbacks"
         )
     return pl_module
 
 
 @contextmanager
-def evaluating(trainer: Trainer, module: TeacherStudentBase) -> Iterator[None]:
-    """Evaluation mode, and the precision of validation steps, around what is drawn outside of one."""
+def evaluation_mode(trainer: Trainer, module: TeacherStudentBase) -> Iterator[None]:
+    """Context with evaluation mode and the precision of validation steps, for sampling outside of them."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -128,11 +137,13 @@ def evaluating(trainer: Trainer, module: TeacherStudentBase) -> Iterator[None]:
             part.training = training
 
 
-def prompts_in_order(pairs: Iterable[tuple[int, str]]) -> list[str]:
-    """The prompts of all processes in the order of the data set, whose places are dealt out among them.
+def gather_prompts(pairs: Iterable[tuple[int, str]]) -> list[str]:
+    """The prompts of all processes, in the order of the data set, whose samples are distributed among the processes.
+
+    All processes must call this function.
 
     Args:
-        pairs: Places and captions that this process has; every process must ask.
+        pairs: Indices and captions of this process.
     """
     shares: list[list[tuple[int, str]]] = [list(pairs)]
     if dist.is_available() and dist.is_initialized():
@@ -141,23 +152,23 @@ def prompts_in_order(pairs: Iterable[tuple[int, str]]) -> list[str]:
     return [prompt for _, prompt in sorted(pair for share in shares for pair in share)]
 
 
-def different_prompts(prompts: Sequence[str], count: int) -> list[str]:
-    """The first `count` different prompts, in their order; fewer if there are not as many."""
+def unique_prompts(prompts: Sequence[str], count: int) -> list[str]:
+    """The first `count` different prompts in their order, or all of them if there are fewer."""
     return list(dict.fromkeys(prompts))[:count]
 
 
 def steps_label(nfe: int) -> str:
-    """Steps in words."""
+    """Row label of a number of steps."""
     return "1 step" if nfe == 1 else f"{nfe} steps"
 
 
 def student_rows(module: TeacherStudentBase, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Rows of the student's pictures (B, 3, H, W) in [0, 1] on the CPU, one for each validated number of steps."""
+    """Rows of the student's images (B, 3, H, W) in [0, 1] on the CPU, one for each validated number of steps."""
     return {steps_label(nfe): module.sample(prompts, nfe, seeds).float().cpu() for nfe in module.validation.nfe}
 
 
 def teacher_row(module: TeacherStudentBase, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """The row of the teacher's pictures (B, 3, H, W) in [0, 1] on the CPU; none where a method has no teacher."""
+    """The row of the teacher's images (B, 3, H, W) in [0, 1] on the CPU; empty if the method has no teacher."""
     if not module.has_teacher:
         return {}
     nfe = module.validation.teacher_nfe
@@ -165,11 +176,11 @@ def teacher_row(module: TeacherStudentBase, prompts: Sequence[str], seeds: Seque
 
 
 def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str]) -> Image.Image:
-    """A labeled grid: small pictures are enlarged without smoothing, large ones reduced.
+    """A labeled grid; small images are enlarged by nearest neighbor, large images are reduced by a box filter.
 
     Args:
-        rows: Pictures (B, 3, H, W) in [0, 1] by the label of their row.
-        columns: B labels, wrapped to the width of a picture.
+        rows: Images (B, 3, H, W) in [0, 1] by the label of their row.
+        columns: B labels, wrapped to the width of an image.
     """
     font = ImageFont.load_default(12)
     first = next(iter(rows.values()))
@@ -194,7 +205,7 @@ def image_grid(rows: Mapping[str, Tensor], columns: Sequence[str]) -> Image.Imag
 def _cell_size(height: int, width: int) -> tuple[int, int]:
     smallest, largest = _CELL
     longer = max(height, width)
-    # Enlarged by a whole number, so that all pixels become equally large.
+    # Enlarged by an integer factor, so that all pixels have equal size.
     scale = math.ceil(smallest / longer) if longer < smallest else min(1.0, largest / longer)
     return round(width * scale), round(height * scale)
 

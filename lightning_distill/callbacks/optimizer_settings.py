@@ -1,4 +1,4 @@
-"""What the command line says about the optimizer counts after a resume too."""
+"""Optimizer settings of a resumed run replace those of its checkpoint."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ _Groups = list[list[dict[str, Any]]]
 class OptimizerSettings(Callback):
     """Applies changed optimizer settings when a run is resumed.
 
-    A checkpoint holds the optimizer's state together with its settings, and restoring it silently undoes a learning rate,
-    weight decay or momentum that was changed for the resumed run. This callback saves what the optimizers were configured
-    with; where a resumed run is configured otherwise, the change is put back in force. A scheduled learning rate is scaled by
-    the ratio of the new base rate to the old. Settings that did not change are left as restored, so resuming stays exact.
+    A checkpoint contains the optimizer's state and its settings. Restoring it would silently undo a learning rate, weight decay
+    or momentum that was changed for the resumed run. This callback saves the configured settings of the optimizers, and applies
+    every setting that the resumed run has changed. A scheduled learning rate is scaled by the ratio of the new base rate to the
+    old. Unchanged settings stay as restored, so that resuming is exact.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class OptimizerSettings(Callback):
         self._saved: _Groups = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the settings before the checkpoint's state replaces them."""
+        """Record the configured settings before the checkpoint's state replaces them."""
         self._given = [[_settings(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put changed settings back in force."""
+        """Apply changed settings, and warn about each change."""
         changes = []
         for optimizer, given, saved in zip(trainer.optimizers, self._given, self._saved, strict=False):
             for group, new, old in zip(optimizer.param_groups, given, saved, strict=False):
@@ -40,22 +40,22 @@ class OptimizerSettings(Callback):
             if changes and hasattr(config.scheduler, "base_lrs"):
                 config.scheduler.base_lrs = [group["initial_lr"] for group in groups]
         if changes:
-            rank_zero_warn(f"the optimizer goes on with changed settings: {', '.join(dict.fromkeys(changes))}")
+            rank_zero_warn(f"training continues with changed optimizer settings: {', '.join(dict.fromkeys(changes))}")
         self._saved = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimizers were configured with."""
+        """The configured settings of the optimizers."""
         return {"given": self._given}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what they were configured with in the checkpoint's run."""
+        """Read the configured settings of the checkpoint's run."""
         self._saved = state_dict["given"]
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    # With a scheduler `lr` is already the scheduled one; its base is `initial_lr`.
+    # With a scheduler, `lr` is the scheduled rate; its base rate is `initial_lr`.
     scheduled = "lr" if "initial_lr" in group else None
-    # Some optimizers keep their learning rate as a tensor, so that steps are compiled once for all rates.
+    # Some optimizers have a tensor as learning rate, so that one compiled step serves all rates.
     plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"}
     return {name: value for name, value in plain.items() if name != scheduled and isinstance(value, int | float | tuple)}
 

@@ -1,4 +1,4 @@
-"""Pictures that `predict` draws, as files."""
+"""Image files of `predict`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,44 +13,44 @@ from lightning_distill.errors import ConfigurationError
 
 
 class WritePredictions(Callback):
-    """Writes each picture that `predict` draws to a PNG named by its prompt's place in the data, with the prompt inside.
+    """Writes each image of `predict` as a PNG file, named by the index of its prompt, with the prompt as PNG text.
 
     Args:
-        directory: Where to; None is `predictions` in the trainer's `default_root_dir`. It must hold no pictures yet.
+        directory: Target directory without PNG files; None is `predictions` in the trainer's `default_root_dir`.
     """
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a directory that holds pictures, before any is drawn.
+        """Check before sampling that no file would be overwritten.
 
         Raises:
-            ConfigurationError: If it does.
+            ConfigurationError: If the directory has PNG files.
         """
         if stage == "predict" and any(self._target(trainer).glob("*.png")):
             raise ConfigurationError(
-                f"{self._target(trainer)} holds pictures already, among which those of this run would be lost; remove them, or "
-                "set trainer.default_root_dir"
+                f"the directory of predictions {str(self._target(trainer))!r} already has PNG files; remove them, or set "
+                "trainer.default_root_dir to another directory"
             )
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Write the pictures of a batch."""
+        """Write the images of a batch."""
         if not isinstance(outputs, Tensor) or outputs.ndim != 4:
             return
         target = self._target(trainer)
         target.mkdir(parents=True, exist_ok=True)
         pixels = outputs.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for place, prompt, picture in zip(batch["index"].tolist(), batch["prompt"], pixels, strict=True):
+        for index, prompt, image in zip(batch["index"].tolist(), batch["prompt"], pixels, strict=True):
             info = PngInfo()
             info.add_itxt("prompt", prompt)
-            Image.fromarray(picture).save(target / f"{place:06}.png", pnginfo=info)
+            Image.fromarray(image).save(target / f"{index:06}.png", pnginfo=info)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where they are."""
-        rank_zero_info(f"Wrote pictures to {self._target(trainer)}")
+        """Log the directory of the images."""
+        rank_zero_info(f"Wrote images to {self._target(trainer)}")
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "predictions" if self.directory is None else Path(self.directory)

@@ -1,4 +1,4 @@
-"""A progress bar with what matters in distillation."""
+"""Progress bar of distillation runs."""
 
 import sys
 from typing import Any
@@ -10,15 +10,15 @@ from lightning_distill.methods.base import TeacherStudentBase
 
 
 class DistillProgressBar(TQDMProgressBar):
-    """Lightning's bar with short names and the phase: loss, solution in use, samples a second, latest validation.
+    """Lightning's tqdm bar with short metric names: loss, current phase, samples per second, latest validation.
 
-    It is made with tqdm, which draws in step with training. The bar of rich draws from a thread, a hundred times a second,
-    and takes that from training where cores are few.
+    The bar of tqdm updates in the training thread. The bar of rich refreshes in a separate thread, a hundred times per second,
+    and slows training down on few cores.
 
     Args:
-        refresh_rate: Batches between two updates; 0 is no bar. None is every batch in a terminal, and every 50 elsewhere,
-            where each update is a line of a log.
-        leave: Whether finished bars stay.
+        refresh_rate: Batches between two updates; 0 is no bar. None is every batch in a terminal, and every 50 batches
+            elsewhere, where each update is a line of a log.
+        leave: Whether finished bars stay on the screen.
     """
 
     def __init__(self, refresh_rate: int | None = None, leave: bool = False) -> None:
@@ -27,7 +27,7 @@ class DistillProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate, leave=leave)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the bar shows after its speed: `train/loss` is `loss`, and so on."""
+        """Metrics after the speed, without their prefix: `train/loss` is `loss`."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         shown: dict[str, Any] = {"loss": metrics.pop("train/loss")} if "train/loss" in metrics else {}

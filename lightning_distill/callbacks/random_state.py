@@ -1,4 +1,4 @@
-"""Randomness that survives an interruption."""
+"""States of the random generators in checkpoints, for exact resumption."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ _KEY = "random_state"
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, numpy's, torch's and every CUDA generator, in types that load with `weights_only=True`."""
+    """States of the generators of Python, numpy, torch and every CUDA device, in types that load with `weights_only=True`."""
     legacy: Any = np.random.get_state()
     name, keys, position, has_gauss, gauss = legacy
     return {
@@ -24,7 +24,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -35,10 +35,11 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class RandomState(Callback):
-    """Saves the random generators of every process in the checkpoint, so that a resumed run repeats the interrupted one.
+    """Saves the random states of every process in the checkpoint, so that a resumed run repeats the interrupted one.
 
-    The states go back at the last moment before training goes on, after set-up has drawn what it likes. Validation is
-    given the generators on loan: how often it runs does not change what training draws.
+    The states are restored directly before training continues, because set-up uses the generators as well. After each
+    validation the states from before it are restored. The random numbers of training thus do not depend on how often
+    validation runs.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class RandomState(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the states of all processes, in the order of their ranks."""
-        # A resumed run may begin with a validation, before what it is to go on with is in place.
+        # A resumed run may begin with a validation, before the states of the checkpoint are restored.
         state = self._to_restore or self._before_validation or random_state()
         states: list[Any] = [None] * trainer.world_size
         if trainer.world_size > 1:
@@ -58,33 +59,33 @@ class RandomState(Callback):
         checkpoint[_KEY] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep this process's state until training goes on."""
+        """Read this process's state; it is restored when training continues."""
         states = checkpoint.get(_KEY)
         if states is None or len(states) != trainer.world_size:
-            saved = "without random states" if states is None else f"by {len(states)} processes"
+            saved = "no random states" if states is None else f"the random states of {len(states)} processes"
             rank_zero_warn(
-                f"the checkpoint was saved {saved} and is resumed by {trainer.world_size}; "
-                "the run goes on with fresh randomness and will not repeat the interrupted one"
+                f"the checkpoint has {saved}, and this run has {trainer.world_size} processes; "
+                "it continues with new random numbers and does not repeat the interrupted run"
             )
             self._fresh = True
             return
         self._to_restore = states[trainer.global_rank]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore where the checkpoint was saved between epochs."""
+        """Restore the states if the checkpoint was saved between epochs."""
         self._restore(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Restore where the checkpoint was saved within an epoch."""
+        """Restore the states if the checkpoint was saved within an epoch."""
         self._restore(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the training's states."""
+        """Record the states of training."""
         if trainer.state.fn == "fit":
             self._before_validation = random_state()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give them back."""
+        """Restore the states of training."""
         if self._before_validation is not None:
             set_random_state(self._before_validation)
             self._before_validation = None
@@ -93,6 +94,6 @@ class RandomState(Callback):
         if self._to_restore is not None:
             set_random_state(self._to_restore)
             self._to_restore = None
-        if self._fresh:  # the seed alone would draw again what the first steps have drawn
+        if self._fresh:  # the seed alone would repeat the random numbers of the first steps
             torch.manual_seed((torch.initial_seed() + 1_000_003 * trainer.global_step) % 2**63)
             self._fresh = False

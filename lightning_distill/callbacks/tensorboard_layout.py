@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: panels that belong together, and the table of hyperparameters."""
+"""Chart layout and hyperparameter table of TensorBoard."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,15 +15,15 @@ Layout = dict[str, dict[str, list[Any]]]
 
 
 class TensorBoardLayout(Callback):
-    """Fills the Custom Scalars and HParams tabs of TensorBoard at the start of `fit`; other loggers are left alone.
+    """Fills the Custom Scalars and HParams tabs of TensorBoard at the start of `fit`; ignores other loggers.
 
-    The hyperparameters are those that the method and the DataModule have saved, under dotted names. Their metrics are the
-    accuracies and the average velocity's error, in the curves that validation writes: unlike
-    `TensorBoardLogger.log_hyperparams` this adds no value of its own at step 0. Give the logger `default_hp_metric: false`.
+    The hyperparameters are those that the method and the DataModule saved, under dotted names. Their metrics are the accuracies
+    and the error of the average velocity, which refer to the curves of validation. Unlike `TensorBoardLogger.log_hyperparams`,
+    this callback adds no extra value at step 0. Set `default_hp_metric: false` in the logger.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write both."""
+        """Write the chart layout and the hyperparameters."""
         if not trainer.is_global_zero:
             return
         quality = quality_tags(pl_module)
@@ -41,7 +41,7 @@ class TensorBoardLayout(Callback):
 
 
 def quality_tags(pl_module: LightningModule) -> list[str]:
-    """Names of the curves by which runs are compared."""
+    """Names of the curves that compare runs."""
     if not isinstance(pl_module, TeacherStudentBase):
         return []
     accuracies = [f"val/{metric_name(metric)}/nfe_{nfe}" for nfe, metric in pl_module.metrics.items()]
@@ -50,10 +50,10 @@ def quality_tags(pl_module: LightningModule) -> list[str]:
 
 
 def scalars_layout(quality: list[str]) -> Layout:
-    """The panels: category, title, and which curves share a chart.
+    """Charts by category and title, each with its curves.
 
     Args:
-        quality: Names of the validation curves, as of `quality_tags`.
+        quality: Names of the validation curves, from `quality_tags`.
     """
 
     def chart(*tags: str) -> list[Any]:
@@ -69,14 +69,14 @@ def scalars_layout(quality: list[str]) -> Layout:
 
 
 def flat_hyperparameters(value: Any, name: str) -> Iterator[tuple[str, bool | int | float | str]]:
-    """Pairs of dotted name and plain value: nested settings are taken apart, objects are left out."""
+    """Pairs of dotted name and plain value: nested settings are flattened, other objects are skipped."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key in ("class_path", "_class_path"):
                 yield name, str(item).rsplit(".", 1)[-1]
-            elif key in ("init_args", "dict_kwargs"):  # jsonargparse's way to write an object: not a level of its own
+            elif key in ("init_args", "dict_kwargs"):  # jsonargparse's format of an object, not a setting
                 yield from flat_hyperparameters(item, name)
             elif not str(key).startswith("_"):
                 yield from flat_hyperparameters(item, f"{name}.{key}")

@@ -1,4 +1,4 @@
-"""Runs of several processes end at SIGTERM together, so that what they save is whole."""
+"""Joint end of all processes at SIGTERM, so that their checkpoint is complete."""
 
 import signal
 import threading
@@ -14,12 +14,11 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class JointTermination(Callback):
-    """Ends all processes after the same step once one of them has received SIGTERM, as from a scheduler that wants its nodes.
+    """Ends all processes after the same step once one of them has received SIGTERM, for example from a cluster's scheduler.
 
-    Lightning tells the other processes from within its signal handler, by a collective that meets those of the step under way
-    in the wrong order: two processes of one machine then wait for each other for good, and nothing is saved. Here the handler
-    only notes the signal, and after each step the processes ask each other whether one has. A single process is left to
-    Lightning.
+    Lightning notifies the other processes inside its signal handler, by a collective. This collective can mix with those of the
+    current step in the wrong order. Two processes of one machine then deadlock, and nothing is saved. Here the handler only
+    records the signal, and after each step the processes reduce this flag. Lightning handles single processes.
     """
 
     def __init__(self) -> None:
@@ -27,24 +26,24 @@ class JointTermination(Callback):
         self._previous: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the place of Lightning's handler, which is there by now."""
+        """Replace the signal handler that Lightning has installed before."""
         if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
             return
         launcher = trainer.strategy.launcher
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def record(number: int, frame: FrameType | None) -> None:
             if not self._received and isinstance(launcher, _SubprocessScriptLauncher):
                 launcher.kill(signal.SIGTERM)
             self._received = True
 
         self._received = False
-        self._previous = signal.signal(signal.SIGTERM, note)
+        self._previous = signal.signal(signal.SIGTERM, record)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End if a process was told to."""
-        self._end_if_told(trainer)
+        """End if a process has received SIGTERM."""
+        self._end_if_signalled(trainer)
 
     def on_validation_batch_end(
         self,
@@ -55,27 +54,27 @@ class JointTermination(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Likewise: a validation may take longer than a scheduler waits."""
-        self._end_if_told(trainer)
+        """End if a process has received SIGTERM: validation may take longer than the scheduler's grace period."""
+        self._end_if_signalled(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put back Lightning's handler."""
-        self._put_back()
+        """Restore Lightning's handler."""
+        self._restore_handler()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put back Lightning's handler, but not where the signal is the cause: a second one must not disturb the saving."""
+        """Restore Lightning's handler, unless SIGTERM is the cause: a second signal must not interrupt saving."""
         if not isinstance(exception, SIGTERMException):
-            self._put_back()
+            self._restore_handler()
 
-    def _end_if_told(self, trainer: Trainer) -> None:
+    def _end_if_signalled(self, trainer: Trainer) -> None:
         if self._previous is None or not trainer.strategy.reduce_boolean_decision(self._received, all=False):
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
         started_by_lightning = isinstance(environment, LightningEnvironment) and environment.local_rank() > 0
-        # Lightning kills the first process, which may still be at work, when another that it has started ends with an error.
+        # When a process that Lightning started ends with an error, Lightning kills the first one, which may still be saving.
         raise SIGTERMException(0 if started_by_lightning else EXIT_CODE)
 
-    def _put_back(self) -> None:
+    def _restore_handler(self) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None

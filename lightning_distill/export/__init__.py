@@ -1,1 +1,1 @@
-"""Trained networks as directories that other programs load: formats, model card, from a run or from a checkpoint."""
+"""Exports of trained networks: directories that other programs load, and their model cards."""

@@ -26,16 +26,16 @@ def fit(directory, plugins=None, **settings) -> tuple[Trainer, AtomicCheckpoint]
     return trainer, checkpoint
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "a.ckpt"
     writer = AtomicCheckpointIO()
     writer.save_checkpoint({"weight": torch.ones(2)}, path)
 
-    def torn(checkpoint, file):
+    def save_half(checkpoint, file):
         file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(OSError, match="No space left"):
         writer.save_checkpoint({"weight": torch.zeros(2)}, path)
     assert torch.load(path)["weight"].tolist() == [1, 1]
@@ -45,7 +45,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [item.name for item in path.parent.iterdir()] == ["a.ckpt"]
 
 
-def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     path, events = tmp_path / "a.ckpt", []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append(("fsync", path.exists())), fsync(descriptor)))
@@ -54,22 +54,22 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert events == [("fsync", False), ("replace", False), ("fsync", True)]
 
 
-def test_it_keeps_a_last_checkpoint_and_writes_atomically(tmp_path):
+def test_last_checkpoint_is_saved_by_the_atomic_writer(tmp_path):
     trainer, _ = fit(tmp_path, every_n_train_steps=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=1-step=4.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 4
     assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO
 
 
-def test_a_second_run_replaces_the_first(tmp_path):
+def test_second_run_replaces_the_first(tmp_path):
     for _ in range(2):
         fit(tmp_path, every_n_train_steps=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=1-step=4.ckpt", "last.ckpt"]
 
 
-def test_a_writer_that_the_user_chose_stays(tmp_path):
-    class Mine(TorchCheckpointIO):
+def test_checkpoint_io_of_the_user_is_not_replaced(tmp_path):
+    class UserCheckpointIO(TorchCheckpointIO):
         pass
 
-    trainer, _ = fit(tmp_path, plugins=[Mine()])
-    assert type(trainer.strategy.checkpoint_io) is Mine
+    trainer, _ = fit(tmp_path, plugins=[UserCheckpointIO()])
+    assert type(trainer.strategy.checkpoint_io) is UserCheckpointIO

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_distill.callbacks.export import ExportPipeline
@@ -31,21 +31,20 @@ def teacher_directory(tmp_path: Path) -> str:
 
 
 class Regression(TeacherStudentBase):
-    """The smallest method: follow the teacher's velocity."""
+    """A minimal method: regression of the teacher's velocity."""
 
-    break_at: int | None = None
+    failing_step: int | None = None
 
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
         t = torch.rand(len(x0))
-        assert self.teacher is not None
-        u = self.adapter.average_velocity(self.trained, x0, t / 2, t, condition)
-        if self.global_step == self.break_at:
+        u = self.adapter.average_velocity(self.student, x0, t / 2, t, condition)
+        if self.global_step == self.failing_step:
             raise RuntimeError("broken")
         return Objective(power_loss(u, self.adapter.velocity(self.teacher, x0, t, condition), 1.0), t)
 
 
 class Other(LightningModule):
-    """Neither student nor teacher."""
+    """A module without student or teacher."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         return None
@@ -67,36 +66,42 @@ def fit(module: LightningModule, tmp_path: Path, *callbacks: Callback, **options
 OPTIONS = ValidationOptions(nfe=(1, 4), average_velocity=False)
 
 
-def test_fit_ends_with_the_student_that_is_validated(
-    teacher_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fit_exports_the_validated_student(teacher_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     module = Regression(DiffusersAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
-    fit(module, tmp_path, ExportPipeline(notes="As agreed."))
+    fit(module, tmp_path, ExportPipeline(notes="Trained on Shapes."))
     directory = tmp_path / "student"
     pipeline = DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     images = pipeline(PROMPTS, generator=generators, output_type="pt").images
     assert torch.equal(images, module.sample(PROMPTS, 4))
     card = (directory / "README.md").read_text()
-    for part in ("| Method | Regression |", "| Training steps | 2 |", "| Training time | 0.", "1 or 4 steps", "As agreed."):
+    for part in (
+        "| Method | Regression |",
+        "| Training steps | 2 |",
+        "| Training time | 0.",
+        "1 or 4 steps",
+        "Trained on Shapes.",
+    ):
         assert part in card
 
 
-def test_fit_ends_with_what_lora_has_trained(teacher_directory: str, tmp_path: Path) -> None:
+def test_fit_exports_the_lora_weights(teacher_directory: str, tmp_path: Path) -> None:
     student = StudentOptions(lora=LoraOptions(rank=2))
     module = Regression(DiffusersAdapter(teacher_directory), student=student, ema_decay=0.5, validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline(lora="unmerged"))
     pipeline = load_lora_student(FluxPipeline.from_pretrained(teacher_directory), tmp_path / "student")
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     assert torch.equal(pipeline(PROMPTS, generator=generators, output_type="pt").images, module.sample(PROMPTS, 4))
-    moved = [name for name, value in lora_weights(module.sampling_student).items() if "lora_B" in name and value.any()]
-    assert moved
+    trained = [
+        name for name, value in lora_weights(module.networks.sampling_student).items() if "lora_B" in name and value.any()
+    ]
+    assert trained
 
 
 @pytest.mark.parametrize("reported", [False, True])
-def test_the_card_has_the_figures_of_the_report_or_of_the_last_validation(
+def test_card_has_the_figures_of_the_report_or_of_the_last_validation(
     reported: bool, teacher_directory: str, tmp_path: Path
 ) -> None:
     options = ValidationOptions(nfe=(1,), teacher_nfe=2, height=32, width=32)
@@ -118,31 +123,31 @@ def test_the_card_has_the_figures_of_the_report_or_of_the_last_validation(
     assert f"| {min(figures)} |" in (tmp_path / "student" / "README.md").read_text()
 
 
-def test_training_a_teacher_ends_with_a_stock_pipeline(teacher_directory: str, tmp_path: Path) -> None:
+def test_fit_exports_a_trained_teacher_as_stock_pipeline(teacher_directory: str, tmp_path: Path) -> None:
     module = FlowMatching(DiffusersAdapter(teacher_directory), train_text_encoders=True, validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline())
     pipeline = FluxPipeline.from_pretrained(tmp_path / "teacher")
-    trained = module.sampling_student
-    assert isinstance(trained, nn.ModuleDict)
-    for name in ("transformer", "text_encoder", "text_encoder_2"):
+    encoders = module.adapter.text_encoders()
+    assert encoders.keys() == {"text_encoder", "text_encoder_2"}
+    for name, network in {"transformer": module.networks.sampling_student, **encoders}.items():
         written = getattr(pipeline, name).state_dict()
-        assert all(torch.equal(written[key], value) for key, value in trained[name].state_dict().items() if key in written)
+        assert all(torch.equal(written[key], value) for key, value in network.state_dict().items() if key in written)
     before = FluxPipeline.from_pretrained(teacher_directory)
-    moved = (pipeline.text_encoder_2.shared.weight != before.text_encoder_2.shared.weight).any()
-    assert moved, "training moved nothing, so the comparison above shows nothing"
+    changed = (pipeline.text_encoder_2.shared.weight != before.text_encoder_2.shared.weight).any()
+    assert changed, "training changed no weights, so the comparison above is vacuous"
 
 
-def test_the_directory_may_be_chosen(teacher_directory: str, tmp_path: Path) -> None:
+def test_directory_setting(teacher_directory: str, tmp_path: Path) -> None:
     module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline(str(tmp_path / "elsewhere" / "s")))
     assert (tmp_path / "elsewhere" / "s" / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("case", ["error", "fast_dev_run"])
-def test_nothing_is_written_unless_training_came_to_its_end(case: str, teacher_directory: str, tmp_path: Path) -> None:
+def test_no_export_unless_training_completes(case: str, teacher_directory: str, tmp_path: Path) -> None:
     module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
     if case == "error":
-        module.break_at = 1
+        module.failing_step = 1
         with pytest.raises(RuntimeError, match="broken"):
             fit(module, tmp_path, ExportPipeline())
     else:
@@ -150,20 +155,20 @@ def test_nothing_is_written_unless_training_came_to_its_end(case: str, teacher_d
     assert not (tmp_path / "student").exists()
 
 
-def test_what_cannot_be_exported_is_refused_before_training(teacher_directory: str, tmp_path: Path) -> None:
+def test_impossible_exports_raise_before_training(teacher_directory: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="Other trains neither"):
         fit(Other(), tmp_path, ExportPipeline())
     module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
-    with pytest.raises(ConfigurationError, match="holds something other than an earlier export"):
+    with pytest.raises(ConfigurationError, match="has files that are not an earlier export"):
         fit(module, tmp_path, ExportPipeline(teacher_directory))
-    with pytest.raises(ConfigurationError, match=r"ExportPipeline.lora is unmerged, and the student trains as a whole"):
+    with pytest.raises(ConfigurationError, match=r"ExportPipeline.lora is unmerged, but model.student.lora is null"):
         fit(module, tmp_path, ExportPipeline(lora="unmerged"))
     with pytest.raises(ConfigurationError, match=r"ExportPipeline.lora is 'both'; choose merged or unmerged"):
         ExportPipeline(lora="both")  # type: ignore[arg-type]
     assert module.global_step == 0
 
 
-def test_training_time_goes_on_counting_after_a_resume() -> None:
+def test_training_time_adds_up_across_resumes() -> None:
     first, second = ExportPipeline(), ExportPipeline()
     first.on_train_start(None, None)  # type: ignore[arg-type]
     first.on_train_end(None, None)  # type: ignore[arg-type]

@@ -25,20 +25,20 @@ def fit(directory, steps, ckpt_path=None, callbacks=(OptimizerSettings,), **sett
     return trainer.optimizers[0].param_groups[0], schedulers[0] if schedulers else None
 
 
-def test_a_changed_learning_rate_counts(tmp_path):
+def test_changed_learning_rate_is_applied(tmp_path):
     fit(tmp_path, 2, lr=0.01)
-    with pytest.warns(UserWarning, match=r"the optimizer goes on with changed settings: lr 0\.01 -> 0\.002"):
+    with pytest.warns(UserWarning, match=r"training continues with changed optimizer settings: lr 0\.01 -> 0\.002"):
         group, _ = fit(tmp_path, 3, tmp_path / "last.ckpt", lr=0.002)
     assert group["lr"] == 0.002
 
 
-def test_without_the_callback_the_checkpoint_wins(tmp_path):
+def test_without_the_callback_the_checkpoint_overrides(tmp_path):
     fit(tmp_path, 2, lr=0.01)
     group, _ = fit(tmp_path, 3, tmp_path / "last.ckpt", callbacks=(), lr=0.002)
     assert group["lr"] == 0.01
 
 
-def test_a_scheduled_learning_rate_is_scaled(tmp_path):
+def test_scheduled_learning_rate_is_scaled(tmp_path):
     fit(tmp_path, 2, lr=0.01, decay=0.5)
     with pytest.warns(UserWarning, match=r"initial_lr 0\.01 -> 0\.002"):
         group, scheduler = fit(tmp_path, 3, tmp_path / "last.ckpt", lr=0.002, decay=0.5)
@@ -46,9 +46,9 @@ def test_a_scheduled_learning_rate_is_scaled(tmp_path):
     assert scheduler.base_lrs == [0.002]
 
 
-def test_unchanged_settings_stay_as_restored(tmp_path):
+def test_unchanged_settings_are_not_touched(tmp_path):
     fit(tmp_path, 2, lr=0.01, decay=0.5)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the optimizer goes on")
+        warnings.filterwarnings("error", message="training continues with changed")
         group, _ = fit(tmp_path, 3, tmp_path / "last.ckpt", lr=0.01, decay=0.5)
     assert group["lr"] == 0.01 * 0.5**3

@@ -8,25 +8,25 @@ import torch
 from lightning_distill.callbacks.random_state import RandomState, random_state, set_random_state
 
 
-def draw() -> tuple:
+def random_numbers() -> tuple:
     return random.random(), random.gauss(0, 1), np.random.normal(), torch.randn(3).tolist()
 
 
-def test_all_generators_come_back():
-    draw()  # leaves half of a pair of normals behind in each generator
+def test_all_generators_are_restored():
+    random_numbers()  # leaves the second normal number of a pair in each generator
     state = random_state()
-    first = draw()
-    assert draw() != first
+    first = random_numbers()
+    assert random_numbers() != first
     set_random_state(state)
-    assert draw() == first
+    assert random_numbers() == first
 
 
-def test_the_state_loads_without_pickles(tmp_path):
+def test_state_loads_with_weights_only(tmp_path):
     state = random_state()
     torch.save(state, tmp_path / "state.pt")
-    first = draw()
+    first = random_numbers()
     set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert draw() == first
+    assert random_numbers() == first
 
 
 class FakeTrainer:
@@ -37,20 +37,20 @@ class FakeTrainer:
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "reason"), [({}, "without random states"), ({"random_state": [{}, {}]}, "by 2 processes")]
+    ("checkpoint", "reason"), [({}, "has no random states"), ({"random_state": [{}, {}]}, "the random states of 2 processes")]
 )
-def test_other_checkpoints_are_resumed_with_a_warning(checkpoint, reason):
+def test_checkpoint_without_matching_states_gives_a_warning(checkpoint, reason):
     callback = RandomState()
     with pytest.warns(UserWarning, match=reason):
         callback.on_load_checkpoint(FakeTrainer(), None, checkpoint)
-    before = draw()
+    before = random_numbers()
     callback.on_train_batch_start(FakeTrainer(), None, None, 0)
-    assert draw() != before
+    assert random_numbers() != before
 
 
-def test_fresh_randomness_is_not_that_of_the_first_steps():
+def test_new_random_numbers_differ_from_those_of_the_first_steps():
     callback = RandomState()
-    with pytest.warns(UserWarning, match="fresh randomness"):
+    with pytest.warns(UserWarning, match="continues with new random numbers"):
         callback.on_load_checkpoint(FakeTrainer(), None, {})
     torch.manual_seed(3)
     first = torch.randn(3).tolist()
@@ -59,10 +59,10 @@ def test_fresh_randomness_is_not_that_of_the_first_steps():
     assert torch.randn(3).tolist() != first
 
 
-def test_a_checkpoint_before_training_goes_on_has_what_it_is_to_go_on_with():
+def test_checkpoint_before_the_restore_has_the_loaded_states():
     saved, again = {}, {}
     RandomState().on_save_checkpoint(FakeTrainer(), None, saved)
-    draw()
+    random_numbers()
     callback = RandomState()
     callback.on_load_checkpoint(FakeTrainer(), None, saved)
     callback.on_validation_start(FakeTrainer(), None)

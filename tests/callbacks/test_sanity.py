@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.sanity import StopOnNonFinite
@@ -25,24 +26,33 @@ class BreaksInBackward(ToyModule):
         return BrokenGradient.apply(loss) if self.global_step == 3 else loss
 
 
-class LeavesStepsOut(Callback):
-    """What DeepSpeed does where gradients are not finite."""
+class SkippingStrategy(SingleDeviceStrategy):
+    """A strategy that skips steps if gradients are not finite, as DeepSpeed does."""
+
+    steps_taken = 0
+    skipped_steps = 5  # before the interruption
+
+    def gradient_norm(self):
+        return None
+
+
+class SkipSteps(Callback):
+    """Skips a step at step 3."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         trainer.strategy.skipped_steps = 5 + (trainer.global_step >= 3)
 
 
-def test_the_run_stops_where_the_strategy_leaves_a_step_out(tmp_path):
+def test_run_stops_when_the_strategy_skips_a_step(tmp_path):
     module = ToyModule()
     trainer = Trainer(
         max_steps=8,
-        accelerator="cpu",
+        strategy=SkippingStrategy(device="cpu"),
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[LeavesStepsOut(), AtomicCheckpoint(str(tmp_path), every_n_train_steps=1), StopOnNonFinite()],
+        callbacks=[SkipSteps(), AtomicCheckpoint(str(tmp_path), every_n_train_steps=1), StopOnNonFinite()],
     )
-    trainer.strategy.skipped_steps = 5  # before the run was interrupted
     with pytest.raises(NonFiniteError, match="the gradient norm became inf"):
         trainer.fit(module, ShapesData(size=32, batch_size=8, prompts_per_category=1))
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
@@ -57,7 +67,7 @@ def test_the_run_stops_where_the_strategy_leaves_a_step_out(tmp_path):
         (BreaksInBackward(), "the gradient norm became (nan|inf) at step 3"),
     ],
 )
-def test_the_run_stops_with_good_weights_and_checkpoints(tmp_path, module, message):
+def test_run_stops_with_finite_weights_and_checkpoints(tmp_path, module, message):
     trainer = Trainer(
         max_steps=8,
         accelerator="cpu",

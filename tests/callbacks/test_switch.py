@@ -1,4 +1,4 @@
-"""The switch happens when it should, is saved, and its guard gives back exactly what there was."""
+"""Steps of the switch, its state in checkpoints, and the rollback to the weights of the switch."""
 
 import copy
 import logging
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 class Snapshots(Callback):
-    """Keeps the module's weights as they are before each step."""
+    """Copies the module's weights before each step."""
 
     def __init__(self) -> None:
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
@@ -57,8 +57,8 @@ def fit(
 
 
 def first_differential(module: Scripted) -> int | None:
-    """The first step that trained with the new solution."""
-    return module.solutions.index("differential") if "differential" in module.solutions else None
+    """The first step of the differential phase, or None."""
+    return module.trained_phases.index("differential") if "differential" in module.trained_phases else None
 
 
 @pytest.mark.parametrize(
@@ -76,39 +76,39 @@ def first_differential(module: Scripted) -> int | None:
     ],
     ids=["min", "max", "never", "patience", "earliest", "latest", "before latest", "latest alone", "sanity check"],
 )
-def test_switches_when_it_should(tmp_path, script, settings, expected):
+def test_step_of_the_switch(tmp_path, script, settings, expected):
     module = Scripted(script)
     fit(tmp_path, module, SwitchSolution(**settings))
     assert first_differential(module) == expected
-    assert len(module.solutions) == 20
-    assert set(module.solutions[: expected or 20]) == {"discrete"}
-    assert set(module.solutions[expected or 20 :]) <= {"differential"}
+    assert len(module.trained_phases) == 20
+    assert set(module.trained_phases[: expected or 20]) == {"discrete"}
+    assert set(module.trained_phases[expected or 20 :]) <= {"differential"}
 
 
-def test_other_solutions(tmp_path):
-    module = Scripted({}, solution="bootstrapped")
+def test_switch_between_other_phases(tmp_path):
+    module = Scripted({}, phase="bootstrapped")
     fit(tmp_path, module, SwitchSolution(latest_step=3, to="discrete", guard_factor=None))
-    assert module.solutions == ["bootstrapped"] * 3 + ["discrete"] * 17
+    assert module.trained_phases == ["bootstrapped"] * 3 + ["discrete"] * 17
 
 
-def test_a_missing_metric_is_named_where_the_switch_depends_on_it(tmp_path):
+def test_missing_metric_is_an_error_only_without_latest_step(tmp_path):
     with pytest.raises(ConfigurationError, match="'val/average_velocity_error', which validation does not log"):
         fit(tmp_path, Scripted({}), SwitchSolution(threshold=0.3))
     module = Scripted({})
-    with pytest.warns(UserWarning, match="threshold and guard wait for it"):
+    with pytest.warns(UserWarning, match="threshold and guard wait for this metric"):
         fit(tmp_path, module, SwitchSolution(threshold=0.3, latest_step=3))
     assert first_differential(module) == 3
 
 
-def test_log(tmp_path, caplog):
+def test_messages_and_logged_values(tmp_path, caplog):
     logger = TensorBoardLogger(tmp_path, default_hp_metric=False)
     with caplog.at_level(logging.INFO):
         fit(tmp_path, Scripted({2: 0.5, 4: 0.25, 6: 0.75}), SwitchSolution(threshold=0.3), logger=logger, epochs=2)
     lines = [message for message in caplog.messages if "SwitchSolution" in message]
     assert lines == [
         "SwitchSolution: discrete to differential at step 4 (threshold 0.3; val/average_velocity_error is 0.25)",
-        "SwitchSolution: back to discrete at step 6 with the weights of step 4: val/average_velocity_error went from 0.25 at "
-        "the switch to 0.75 (guard_factor 2)",
+        "SwitchSolution: rollback to discrete at step 6 with the weights of step 4: val/average_velocity_error went from 0.25 "
+        "at the switch to 0.75 (guard_factor 2)",
     ]
     events = EventAccumulator(logger.log_dir)
     events.Reload()
@@ -120,22 +120,24 @@ def test_log(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("with_ema", [False, True])
-def test_the_guard_returns_the_weights_of_the_switch(tmp_path, with_ema):
+def test_rollback_restores_the_weights_of_the_switch(tmp_path, with_ema):
     module = Scripted({2: 0.5, 4: 0.2, 6: 0.39, 8: 0.41, 10: 0.1}, with_ema)
-    seen = Snapshots()
+    snapshots = Snapshots()
     switch = SwitchSolution(threshold=0.3)
-    fit(tmp_path, module, switch, seen)
-    assert module.solutions == ["discrete"] * 4 + ["differential"] * 4 + ["discrete"] * 12  # at 10 it passes, and stays
-    at_switch, before_return, after_return = seen.weights[4], seen.weights[7], seen.weights[8]
-    assert ("ema.module.weight" in at_switch) == with_ema
+    fit(tmp_path, module, switch, snapshots)
+    # At step 10 the metric passes the threshold, but there is no second switch.
+    assert module.trained_phases == ["discrete"] * 4 + ["differential"] * 4 + ["discrete"] * 12
+    at_switch, before_rollback, after_rollback = snapshots.weights[4], snapshots.weights[7], snapshots.weights[8]
+    assert "networks.student.weight" in at_switch
+    assert ("networks.ema.module.weight" in at_switch) == with_ema
     for name, value in at_switch.items():
-        assert torch.equal(after_return[name], value)
-        assert not torch.equal(before_return[name], value)
+        assert torch.equal(after_rollback[name], value)
+        assert not torch.equal(before_rollback[name], value)
     assert switch.state.returned_at == 8
     assert switch.state_dict()["weights"] is None
 
 
-def test_the_guard_starts_the_optimizer_afresh(tmp_path):
+def test_rollback_resets_the_optimizer(tmp_path):
     class Moments(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             state = list(optimizer.state.values())
@@ -146,25 +148,25 @@ def test_the_guard_starts_the_optimizer_afresh(tmp_path):
     assert moments.steps == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
-def test_the_guard_drops_gradients_of_the_weights_that_it_gives_up(tmp_path):
+def test_rollback_drops_accumulated_gradients(tmp_path):
     class Gradients(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            self.there = [*getattr(self, "there", []), pl_module.student.weight.grad is not None]
+            self.exist = [*getattr(self, "exist", []), pl_module.student.weight.grad is not None]
 
     class InTurn(Scripted):
-        errors = iter((0.5, 0.2, 0.9, 0.9))  # it returns in the midst of the second epoch, of four batches as all
+        errors = iter((0.5, 0.2, 0.9, 0.9))  # rollback in the middle of the second epoch; an epoch has four batches
 
         def validation_step(self, batch, batch_idx):
-            self.log("val/average_velocity_error", next(self.errors))
+            self.log("val/average_velocity_error", next(self.errors), batch_size=1)
 
     gradients, switch = Gradients(), SwitchSolution(threshold=0.3)
     settings = {"epochs": 2, "accumulate_grad_batches": 3, "num_sanity_val_steps": 0}
     fit(tmp_path, InTurn({}), switch, gradients, **settings)
     assert switch.state.returned_at == 2
-    assert gradients.there[5:7] == [True, False]  # before and after
+    assert gradients.exist[5:7] == [True, False]  # before and after the rollback
 
 
-def test_the_guard_reaches_the_optimizers_inside_an_optimizer(tmp_path):
+def test_rollback_resets_the_optimizers_inside_an_optimizer(tmp_path):
     class Composed(Scripted):
         def configure_optimizers(self):
             groups = [
@@ -196,42 +198,43 @@ def test_the_guard_reaches_the_optimizers_inside_an_optimizer(tmp_path):
     ],
     ids=["no guard", "not enough", "nan", "max", "measured before the latest step", "measured after it"],
 )
-def test_what_the_guard_takes_for_worse(tmp_path, script, settings, returned_at):
+def test_condition_of_the_rollback(tmp_path, script, settings, returned_at):
     switch = SwitchSolution(**settings)
     module = Scripted(script)
     fit(tmp_path, module, switch)
     assert switch.state.returned_at == returned_at
-    assert module.solution == ("differential" if returned_at is None else "discrete")
+    assert module.phase == ("differential" if returned_at is None else "discrete")
 
 
-def test_a_resumed_run_continues_and_can_still_return(tmp_path):
+def test_resumed_run_continues_and_can_roll_back(tmp_path):
     script = {2: 0.5, 4: 0.2, 6: 0.3, 8: 0.9}
-    whole, seen = Scripted(script, with_ema=True), Snapshots()
+    uninterrupted, snapshots = Scripted(script, with_ema=True), Snapshots()
     checkpoint = AtomicCheckpoint(str(tmp_path), filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    fit(tmp_path, whole, SwitchSolution(threshold=0.3), seen, checkpoint, epochs=3)
-    for step in (3, 6, 10):  # before the switch, after it, after the return
+    fit(tmp_path, uninterrupted, SwitchSolution(threshold=0.3), snapshots, checkpoint, epochs=3)
+    for step in (3, 6, 10):  # before the switch, after it, after the rollback
         resumed, switch = Scripted(script, with_ema=True), SwitchSolution(threshold=0.3)
-        again = Snapshots()
-        fit(tmp_path, resumed, switch, again, epochs=3, ckpt_path=str(tmp_path / f"step={step}.ckpt"))
-        assert resumed.solutions == whole.solutions[step:]
+        resumed_snapshots = Snapshots()
+        fit(tmp_path, resumed, switch, resumed_snapshots, epochs=3, ckpt_path=str(tmp_path / f"step={step}.ckpt"))
+        assert resumed.trained_phases == uninterrupted.trained_phases[step:]
         assert switch.state.step == 4
         assert switch.state.returned_at == 8
         if step < 8:
-            assert all(torch.equal(again.weights[8][name], value) for name, value in seen.weights[4].items())
+            expected = snapshots.weights[4].items()
+            assert all(torch.equal(resumed_snapshots.weights[8][name], value) for name, value in expected)
 
 
-def test_the_checkpoint_of_the_switching_validation_has_the_new_phase(tmp_path):
+def test_checkpoint_after_the_switching_validation_has_the_new_phase(tmp_path):
     checkpoint = AtomicCheckpoint(str(tmp_path), filename="{step}", save_top_k=-1, monitor="val/average_velocity_error")
     fit(tmp_path, Scripted({2: 0.5, 4: 0.2}), SwitchSolution(threshold=0.3), checkpoint, epochs=1)
     resumed = Scripted({4: 0.2})
     fit(tmp_path, resumed, SwitchSolution(threshold=0.3), epochs=2, ckpt_path=str(tmp_path / "step=4.ckpt"))
-    assert resumed.solutions == ["differential"] * 4
+    assert resumed.trained_phases == ["differential"] * 4
 
 
-def test_a_run_without_guard_drops_the_weights(tmp_path):
+def test_run_without_guard_drops_the_snapshot(tmp_path):
     switch = SwitchSolution(threshold=0.3)
     fit(tmp_path, Scripted({2: 0.5, 4: 0.2}), switch, epochs=2)
-    assert set(switch.state_dict()["weights"]) == {"student"}
+    assert set(switch.state_dict()["weights"]) == {"networks.student"}
     unguarded = SwitchSolution(threshold=0.3, guard_factor=None)
     unguarded.load_state_dict(switch.state_dict())
     assert unguarded.state == switch.state
@@ -241,22 +244,29 @@ def test_a_run_without_guard_drops_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "would never switch"),
+        ({}, "threshold and SwitchSolution.latest_step are null, so it would never switch"),
         ({"threshold": 0.3, "mode": "least"}, "choose min for an error"),
-        ({"threshold": 0.3, "patience": 0}, "at least 1 validation"),
+        ({"threshold": 0.3, "patience": 0}, "patience is 0; set it to at least 1 validation"),
         ({"earliest_step": 10, "latest_step": 9}, "before earliest_step 10"),
-        ({"threshold": 0.3, "to": "continuous"}, "choose one of discrete, bootstrapped, differential"),
         ({"threshold": 0.3, "guard_factor": 1.0}, "set it above 1"),
     ],
 )
-def test_settings_that_cannot_work(settings, message):
+def test_invalid_settings(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         SwitchSolution(**settings)
 
 
-def test_methods_that_it_cannot_work_with():
+def test_methods_without_the_target_phase():
     trainer = SimpleNamespace(strategy=None)
-    with pytest.raises(ConfigurationError, match="Linear has none; leave the callback out"):
+    with pytest.raises(ConfigurationError, match="Linear has none to switch to; remove the callback"):
         SwitchSolution(latest_step=1).setup(trainer, torch.nn.Linear(1, 1), "fit")
-    with pytest.raises(ConfigurationError, match="'differential' already"):
-        SwitchSolution(latest_step=1).setup(trainer, Scripted({}, solution="differential"), "fit")
+    with pytest.raises(ConfigurationError, match="SinglePhase has none to switch to; remove the callback"):
+        SwitchSolution(latest_step=1).setup(trainer, SinglePhase({}), "fit")
+    with pytest.raises(ConfigurationError, match="'continuous'; choose one of discrete, bootstrapped, differential"):
+        SwitchSolution(latest_step=1, to="continuous").setup(trainer, Scripted({}), "fit")
+    with pytest.raises(ConfigurationError, match="solution is already 'differential'"):
+        SwitchSolution(latest_step=1).setup(trainer, Scripted({}, phase="differential"), "fit")
+
+
+class SinglePhase(Scripted):
+    phases = ("discrete",)

@@ -1,4 +1,4 @@
-"""TensorBoard's tabs are filled, with names of curves that exist."""
+"""Chart layout and hyperparameters of TensorBoard, with names of existing curves."""
 
 import re
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lightning_distill.callbacks.tensorboard_layout import TensorBoardLayout, flat_hyperparameters
 from lightning_distill.data import ShapesData
-from tests.callbacks.distillation import Ones, PictureDistillation, PictureTraining, Scripted
+from tests.callbacks.distillation import PixelDistillation, PixelTraining
+from tests.toy import ToyModule
 
 
-def fit(directory, module, logger=None, data=None):
+def fit(directory, module, logger=None):
     logger = logger or TensorBoardLogger(directory, name=None, version="", default_hp_metric=False)
     trainer = Trainer(
         accelerator="cpu",
@@ -27,7 +28,7 @@ def fit(directory, module, logger=None, data=None):
         enable_model_summary=False,
         callbacks=[TensorBoardLayout()],
     )
-    trainer.fit(module, data or ShapesData(size=16, batch_size=8, prompts_per_category=1))
+    trainer.fit(module, ShapesData(size=16, batch_size=8, prompts_per_category=1))
     events = EventAccumulator(str(directory))
     events.Reload()
     return events
@@ -45,13 +46,13 @@ def hyperparameters(events):
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in started.hparams.items()}
 
 
-def compared_by(events):
+def compared_curves(events):
     content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
     return [info.name.tag for info in plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos]
 
 
-def test_charts_hold_the_curves_that_are_logged(tmp_path):
-    events = fit(tmp_path, PictureDistillation())
+def test_charts_have_the_logged_curves(tmp_path):
+    events = fit(tmp_path, PixelDistillation())
     found = charts(events)
     logged = events.Tags()["scalars"]
     assert found["accuracy by steps"] == ["^val/prompt_accuracy/nfe_1$", "^val/prompt_accuracy/nfe_2$"]
@@ -64,28 +65,28 @@ def test_charts_hold_the_curves_that_are_logged(tmp_path):
 
 
 def test_hyperparameters_of_method_and_data(tmp_path):
-    events = fit(tmp_path, PictureDistillation(strength=0.25, nfe=(1, 4)))
+    events = fit(tmp_path, PixelDistillation(strength=0.25, nfe=(1, 4)))
     found = hyperparameters(events)
     assert found["model.strength"] == 0.25
     assert found["model.nfe"] == "(1, 4)"
     assert found["data.size"] == 16
-    assert compared_by(events) == ["val/prompt_accuracy/nfe_1", "val/prompt_accuracy/nfe_4"]
-    # Each value of a compared curve was measured: none is written at the start.
-    assert [len(events.Scalars(tag)) for tag in compared_by(events)] == [1, 1]
+    assert compared_curves(events) == ["val/prompt_accuracy/nfe_1", "val/prompt_accuracy/nfe_4"]
+    # All values of these curves were measured; the callback adds none at the start.
+    assert [len(events.Scalars(tag)) for tag in compared_curves(events)] == [1, 1]
 
 
-def test_methods_without_a_teacher_or_a_metric(tmp_path):
-    training = PictureTraining()
-    training.validation = type(training.validation)(nfe=(1, 2))  # asks for the error that it cannot have
-    assert compared_by(fit(tmp_path / "training", training)) == ["val/prompt_accuracy/nfe_1", "val/prompt_accuracy/nfe_2"]
-    bare = fit(tmp_path / "bare", PictureDistillation(with_metric=False))
-    assert compared_by(bare) == []
+def test_methods_without_teacher_or_metric(tmp_path):
+    training = PixelTraining()
+    training.validation = type(training.validation)(nfe=(1, 2))  # average_velocity is true, but there is no teacher
+    assert compared_curves(fit(tmp_path / "training", training)) == ["val/prompt_accuracy/nfe_1", "val/prompt_accuracy/nfe_2"]
+    bare = fit(tmp_path / "bare", PixelDistillation(with_metric=False))
+    assert compared_curves(bare) == []
     assert "accuracy by steps" not in charts(bare)
-    assert "loss" in charts(fit(tmp_path / "other", Scripted({2: 0.5}), data=Ones()))
+    assert "loss" in charts(fit(tmp_path / "other", ToyModule()))
 
 
-def test_other_loggers_are_left_alone(tmp_path):
-    fit(tmp_path, PictureDistillation(), CSVLogger(tmp_path))
+def test_other_loggers_are_ignored(tmp_path):
+    fit(tmp_path, PixelDistillation(), CSVLogger(tmp_path))
     assert not list(tmp_path.rglob("events.out.tfevents*"))
     assert list(tmp_path.rglob("metrics.csv"))
 
@@ -111,5 +112,5 @@ class Options:
         ({"_instantiator": "cli", "callback": print}, {}),
     ],
 )
-def test_flat_names(value, expected):
+def test_flat_hyperparameters(value, expected):
     assert dict(flat_hyperparameters(value, "m")) == expected

@@ -15,7 +15,7 @@ from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText, Precomputed, Prompts, ShapesData
 from lightning_distill.data.encoded_shards import INDEX
 from lightning_distill.errors import ConfigurationError
-from tests.callbacks.distillation import PictureDistillation
+from tests.callbacks.distillation import PixelDistillation
 from tests.data.test_image_text import write_broken_shard, write_shard
 from tests.precomputing import encode, set_up
 from tests.toy import ToyModule, read_losses
@@ -54,9 +54,9 @@ def _any_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the adapter accept prompts outside of Shapes; the condition is the prompt length."""
 
     def lengths(self: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return {"picture": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+        return {"image": torch.tensor([[float(len(prompt))] for prompt in prompts])}
 
-    monkeypatch.setattr("tests.callbacks.distillation.PictureAdapter.encode_prompt", lengths)
+    monkeypatch.setattr("tests.callbacks.distillation.PixelAdapter.encode_prompt", lengths)
 
 
 def assert_same_batches(found: Iterator[dict[str, Any]], expected: Iterator[dict[str, Any]]) -> int:
@@ -79,8 +79,8 @@ def test_batches_equal_the_source_batches(directory: Path, seed: int) -> None:
     assert assert_same_batches(data.train_dataloader(), original.train_dataloader()) == 7
     assert assert_same_batches(data.val_dataloader(), original.val_dataloader()) == 3
     for batch in data.train_dataloader():
-        expected = PictureDistillation().adapter.encode_prompt(batch["prompt"])
-        assert torch.equal(batch["condition"]["picture"], expected["picture"])
+        expected = PixelDistillation().adapter.encode_prompt(batch["prompt"])
+        assert torch.equal(batch["condition"]["image"], expected["image"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -118,9 +118,9 @@ def test_prompts_without_images(tmp_path: Path) -> None:
     assert not data.has_images
     for batch, expected in zip(data.train_dataloader(), original.train_dataloader(), strict=True):
         assert batch["prompt"] == expected["prompt"]
-        assert batch["condition"]["picture"].flatten().tolist() == [len(prompt) for prompt in batch["prompt"]]
+        assert batch["condition"]["image"].flatten().tolist() == [len(prompt) for prompt in batch["prompt"]]
         assert "latents" not in batch
-    module = PictureDistillation()
+    module = PixelDistillation()
     with pytest.raises(ConfigurationError, match="data is Precomputed, which has no pictures"):
         Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, data)
 
@@ -172,41 +172,41 @@ def test_mid_epoch_resume_is_exact(directory: Path, tmp_path: Path) -> None:
 
 def test_conditions_of_validation_prompts_and_the_empty_prompt(directory: Path) -> None:
     data = set_up(directory, "validate")
-    adapter = PictureDistillation().adapter
+    adapter = PixelDistillation().adapter
     prompts = [prompt for batch in data.val_dataloader() for prompt in batch["prompt"]]
     repeated = [prompts[3], prompts[0], prompts[3]]
-    assert torch.equal(data.encoded_prompts(repeated)["picture"], adapter.encode_prompt(repeated)["picture"])
-    assert torch.equal(data.encoded_prompts([""])["picture"], adapter.encode_prompt([""])["picture"])
-    mixed = data.encoded_prompts(["", prompts[1]])["picture"]
-    assert torch.equal(mixed, torch.cat([adapter.encode_prompt([p])["picture"] for p in ("", prompts[1])]))
+    assert torch.equal(data.encoded_prompts(repeated)["image"], adapter.encode_prompt(repeated)["image"])
+    assert torch.equal(data.encoded_prompts([""])["image"], adapter.encode_prompt([""])["image"])
+    mixed = data.encoded_prompts(["", prompts[1]])["image"]
+    assert torch.equal(mixed, torch.cat([adapter.encode_prompt([p])["image"] for p in ("", prompts[1])]))
     with pytest.raises(ConfigurationError, match="the prompt 'a unicorn' is not among the validation prompts"):
         data.encoded_prompts([prompts[0], "a unicorn"])
 
 
 def test_unknown_prompts_raise_before_networks_load(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[LogImages(["a unicorn"])], enable_checkpointing=False)
-    monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr(PixelDistillation, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(ConfigurationError, match="'a unicorn' is not among the validation prompts"):
-        trainer.fit(PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0))
+        trainer.fit(PixelDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0))
 
 
 def test_another_teacher_raises(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"family": "photographs"}
-    monkeypatch.setattr("tests.callbacks.distillation.PictureAdapter.encoding_settings", lambda self: settings)
-    monkeypatch.setattr(PictureDistillation, "configure_model", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr("tests.callbacks.distillation.PixelAdapter.encoding_settings", lambda self: settings)
+    monkeypatch.setattr(PixelDistillation, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(
         ConfigurationError, match=r"was precomputed with another teacher \(adapter\.family was 'pictures', and is now 'photog"
     ):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
-            PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
+            PixelDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
         )
 
 
 def test_trainable_text_encoders_raise(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PictureDistillation, "train_text_encoders", True)
+    monkeypatch.setattr(PixelDistillation, "train_text_encoders", True)
     with pytest.raises(ConfigurationError, match=r"model\.train_text_encoders is true, and precomputed data"):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
-            PictureDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
+            PixelDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
         )
 
 

@@ -1,4 +1,4 @@
-"""`export`: a student from a checkpoint is the one that the run itself exports."""
+"""`export`: the student of a checkpoint equals the export of the run."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.tiny import PROMPTS, save_tiny_pipeline
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, with its config, its checkpoint and its export."""
+    """Directory of a run of two steps, with config, checkpoint and export."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     config = {
@@ -57,16 +57,16 @@ def export(run: Path, target: Path, *further: str) -> dict[str, torch.Tensor]:
     return {name: value for file in (target / "transformer").glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-def test_it_is_what_the_run_exports(run: Path, tmp_path: Path) -> None:
+def test_export_equals_that_of_the_run(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "student")
     names = {path.relative_to(run / "student") for path in (run / "student").rglob("*") if path.is_file()}
     assert names == {path.relative_to(tmp_path / "student") for path in (tmp_path / "student").rglob("*") if path.is_file()}
     differing = [name for name in names if (run / "student" / name).read_bytes() != (tmp_path / "student" / name).read_bytes()]
-    # The card tells of the training's time, and a tokenizer remembers how it padded last.
+    # Only the card of the run has the training time. A tokenizer saves its last padding.
     assert [name for name in differing if "tokenizer" not in str(name)] == [Path("README.md")]
 
 
-def test_a_config_that_fit_has_printed_will_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_from_a_printed_config(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(run / "run.yaml"), "--print_config"])
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
@@ -76,7 +76,7 @@ def test_a_config_that_fit_has_printed_will_do(run: Path, tmp_path: Path, capsys
     assert all(printed[name].equal(written[name]) for name in printed.keys() | written.keys())
 
 
-def test_large_students_go_into_several_files(run: Path, tmp_path: Path) -> None:
+def test_large_students_are_split_into_several_files(run: Path, tmp_path: Path) -> None:
     expected = load_file(next((run / "student" / "transformer").glob("*.safetensors")))
     found = export(run, tmp_path / "student", "--max_shard_size", "200KB")
     files = list((tmp_path / "student" / "transformer").glob("*.safetensors"))
@@ -84,33 +84,33 @@ def test_large_students_go_into_several_files(run: Path, tmp_path: Path) -> None
     assert max(file.stat().st_size for file in files) < 300_000
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    draws = [
+    images = [
         DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)(
             PROMPTS[0], num_inference_steps=2, height=32, width=32, output_type="pt", generator=torch.Generator().manual_seed(0)
         ).images
         for folder in (run / "student", tmp_path / "student")
     ]
-    assert torch.equal(*draws)
+    assert torch.equal(*images)
 
 
-def test_the_weights_themselves_in_place_of_their_average(run: Path, tmp_path: Path) -> None:
+def test_last_weights_in_place_of_the_ema(run: Path, tmp_path: Path) -> None:
     state = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
     found = export(run, tmp_path / "student", "--weights", "last")
-    assert all(torch.equal(value, state[f"student.{name}"]) for name, value in found.items())
-    assert not all(torch.equal(value, state[f"ema.module.{name}"]) for name, value in found.items())
+    assert all(torch.equal(value, state[f"networks.student.{name}"]) for name, value in found.items())
+    assert not all(torch.equal(value, state[f"networks.ema.module.{name}"]) for name, value in found.items())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path is 'nowhere.ckpt', which is neither a checkpoint file nor"),
         (["--model.student.interval_embedding=clone", "--model.student.time_embedding=original"], None),
-        (["--directory", "."], "the export directory '.' holds something other than an earlier export"),
+        (["--directory", "."], "the export directory '.' has files that are not an earlier export"),
     ],
 )
-def test_what_cannot_be_exported_ends_in_one_sentence(
+def test_impossible_exports_exit_with_one_message(
     arguments: list[str],
-    sentence: str | None,
+    message: str | None,
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -118,13 +118,13 @@ def test_what_cannot_be_exported_ends_in_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "something").touch()
-    if sentence is None:
-        export(run, tmp_path / "student", *arguments)  # other settings of as many weights are the user's to know
+    if message is None:
+        export(run, tmp_path / "student", *arguments)  # other settings with the same weights are not detected
         assert json.loads((tmp_path / "student" / "transformer" / "config.json").read_text())["interval_embedding"] == "clone"
         return
     with pytest.raises(SystemExit) as end:
         export(run, tmp_path / "student", *arguments)
     assert end.value.code == 2
     error = capsys.readouterr().err
-    assert f"error: {sentence}" in error
+    assert f"error: {message}" in error
     assert "Traceback" not in error

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_distill.commands.sample import load_pipeline, sample
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.export.directory import ModelCard, export_student
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.directory import export_student
 from lightning_distill.flow.derivative import finite_difference, value_and_time_derivative
 from lightning_distill.students.policy import PolicyHead, flow_step_weights, position_weights, velocity_weights
 from lightning_distill.students.two_time import TwoTimeModel

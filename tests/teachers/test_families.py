@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.export.directory import ModelCard, export_student, export_teacher
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.directory import export_student, export_teacher
 from lightning_distill.flow.derivative import time_derivative
 from lightning_distill.flow.path import flow_step
 from lightning_distill.methods import MeanFlow

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_distill.commands import sample as sampling
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.export.directory import MARK, ModelCard, export_student, export_teacher
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.directory import MARK, export_student, export_teacher
 from lightning_distill.flow.derivative import value_and_time_derivative
 from lightning_distill.flow.path import flow_step
 from lightning_distill.students.few_step_hunyuan_image3 import load_tokenizer
