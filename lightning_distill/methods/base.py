@@ -523,7 +523,7 @@ class TeacherStudentBase(LightningModule):
         if self.sharding is not None:  # which has checked its weights
             return
         checkpoint["optimizer_states"] = unflatten_block_state(checkpoint.get("optimizer_states", []))
-        check_loaded_names(checkpoint["state_dict"], self.saved_names(), ("networks.student.",))
+        check_loaded_names(checkpoint["state_dict"], self.saved_names(), ("networks.student.", "networks.adapter."))
 
     def _current_device(self) -> torch.device:
         return self.device

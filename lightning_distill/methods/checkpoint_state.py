@@ -26,18 +26,19 @@ def unshared(names: Iterable[str], module: nn.Module, teacher: nn.Module | None)
     return [name for name in names if name not in shared]
 
 
-def check_loaded_names(found: Mapping[str, Any], expected: set[str], student: tuple[str, ...]) -> None:
+def check_loaded_names(found: Mapping[str, Any], expected: set[str], trained: tuple[str, ...]) -> None:
     """Compare the weights of a checkpoint with those of this configuration; loading is not strict.
 
     Args:
         found: Weights of the checkpoint by name.
         expected: Names of the weights that checkpoints of this configuration hold.
-        student: Prefixes of the student's weights; others may be left over, such as a critic that is no longer configured.
+        trained: Prefixes of the weights of the trainer's optimizer; others may be left over, such as a critic that is no
+            longer configured.
 
     Raises:
         ConfigurationError: If a weight of this configuration is missing, or the checkpoint has other weights of a student.
     """
-    if surplus := sorted(name for name in found.keys() - expected if name.startswith(student)):
+    if surplus := sorted(name for name in found.keys() - expected if name.startswith(trained)):
         raise ConfigurationError(
             f"the checkpoint has the weight {surplus[0]!r} and {len(surplus) - 1} more that this configuration lacks; resume "
             "with the model settings it was trained with"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,8 +22,7 @@ from lightning_distill.flow.derivative import (
     finite_difference,
     value_and_time_derivative,
 )
-from lightning_distill.methods.networks import Networks
-from lightning_distill.methods.student_derivative import StudentDerivative, compute_dtype, weights_dtype
+from lightning_distill.methods.networks import Networks, StudentDerivative
 
 SAMPLES = 2
 TOLERANCE = {torch.float32: 0.05, torch.float16: 0.2, torch.bfloat16: 0.2}
@@ -131,6 +130,28 @@ def report_derivative(report: DerivativeReport, loggers: Iterable[Any]) -> None:
     if report.difference is not None:
         for logger in loggers:
             logger.log_metrics({"derivative/difference": report.difference}, step=0)
+
+
+def compute_dtype(student: nn.Module, device: torch.device, forward_context: AbstractContextManager[Any]) -> torch.dtype:
+    """Precision of the student's matrix products in training.
+
+    Args:
+        student: The network.
+        device: Its device.
+        forward_context: The trainer's context of a forward pass.
+    """
+    with forward_context:
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+    return weights_dtype(student)
+
+
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    """The dtype of most parameters: a few are float32 whatever the precision."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in network.parameters():
+        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 @torch.no_grad()

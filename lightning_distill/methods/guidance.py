@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from lightning_distill.errors import ConfigurationError
 
 
@@ -78,10 +75,3 @@ class Guidance:
                 f"guidance.scale is {self.scale}, and this checkpoint has no guidance input; improved guidance has the "
                 f"scale omega / (1 - kappa) = {self.two_branch_scale:g}; set guidance.omega and guidance.kappa, and scale to 1"
             )
-
-    def sample_scales(self, batch_size: int, device: torch.device) -> Tensor:
-        """A guidance scale for each of B samples (B,), float32."""
-        if self.scales is None:
-            return torch.full((batch_size,), self.scale, dtype=torch.float32, device=device)
-        choices = torch.tensor(self.scales, dtype=torch.float32, device=device)
-        return choices[torch.randint(len(choices), (batch_size,), device=device)]

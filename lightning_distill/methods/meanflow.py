@@ -15,8 +15,7 @@ from lightning_distill.methods.alignment import TrajectoryAlignment
 from lightning_distill.methods.base import Objective, ObjectiveSteps
 from lightning_distill.methods.calls import total_calls
 from lightning_distill.methods.derivative_check import check_derivative, report_derivative
-from lightning_distill.methods.networks import GuidedCondition
-from lightning_distill.methods.student_derivative import DerivativeKind, StudentDerivative
+from lightning_distill.methods.networks import DerivativeKind, GuidedCondition, StudentDerivative
 from lightning_distill.methods.trajectory_regression import TrajectoryRegression
 from lightning_distill.teachers.model_adapter import Condition
 from lightning_distill.teachers.student_options import StudentOptions

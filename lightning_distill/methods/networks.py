@@ -1,14 +1,22 @@
-"""Teacher, student and EMA of a method, evaluated under guidance: what every objective is made of."""
+"""Teacher, student and EMA of a method: their velocities under guidance, and the student's derivative."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.flow.derivative import (
+    AverageVelocityFn,
+    difference_step,
+    finite_difference,
+    value_and_time_derivative,
+)
 from lightning_distill.flow.guidance import improved_mix
 from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.solvers import integrate
@@ -16,6 +24,9 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.sharding.ema import ShardedEMA, StudentEMA
 from lightning_distill.sharding.protocols import Sharding
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+from lightning_distill.teachers.student_options import StudentOptions
+
+DerivativeKind = Literal["exact", "finite_difference"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,14 @@ class Networks(nn.Module):
         first = next(iter(prompts.values()))
         null = self.null_condition(len(first))
         prompts = drop_captions(prompts, null, self.caption_dropout)
-        return GuidedCondition(prompts, null, self.guidance.sample_scales(len(first), first.device))
+        return GuidedCondition(prompts, null, self._sample_scales(len(first), first.device))
+
+    def _sample_scales(self, batch_size: int, device: torch.device) -> Tensor:
+        """A guidance scale for each sample (B,), float32."""
+        if self.guidance.scales is None:
+            return torch.full((batch_size,), self.guidance.scale, dtype=torch.float32, device=device)
+        choices = torch.tensor(self.guidance.scales, dtype=torch.float32, device=device)
+        return choices[torch.randint(len(choices), (batch_size,), device=device)]
 
     # Velocities
 
@@ -208,6 +226,54 @@ class Networks(nn.Module):
         if self.any_process(len(rows) > 0, mask.device) and len(rows) == 0:
             return rows.new_zeros(1), 0
         return rows, len(rows)
+
+
+class StudentDerivative:
+    """Evaluates a student's derivative along the flow.
+
+    Args:
+        kind: "exact", by dual numbers, or "finite_difference", for a student with an operation that has no forward-mode rule,
+            at the cost of two more forward passes.
+        adapter: Teacher family.
+        options: Options of the student, which decide the step of finite differences.
+
+    Attributes:
+        dtype: Precision of the student's matrix products, which decides that step too; set when training starts.
+
+    Raises:
+        ConfigurationError: If `kind` is another.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    def __init__(self, kind: DerivativeKind, adapter: ModelAdapter, options: StudentOptions) -> None:
+        if kind not in ("exact", "finite_difference"):
+            raise ConfigurationError(f"model.derivative is {kind!r}; choose exact or finite_difference")
+        self.kind = kind
+        self.adapter = adapter
+        self.options = options
+
+    def value_and_derivative(
+        self, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, tangent: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Value with its graph, and derivative along (tangent, 0, 1) without one, (B, C, h, w) each.
+
+        Args:
+            fn: A function of the student, of (x, r, t).
+            x: State at t (B, C, h, w).
+            r: End (B,).
+            t: Start (B,).
+            tangent: Velocity of x (B, C, h, w).
+        """
+        with self.adapter.frozen_routing():
+            if self.kind == "exact":
+                return value_and_time_derivative(fn, x, r, t, tangent)
+            return fn(x, r, t), self.difference(fn, x, r, t, tangent)
+
+    def difference(self, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, tangent: Tensor) -> Tensor:
+        """The derivative by a central difference; its step suits the precision. Arguments as in `value_and_derivative`."""
+        step = difference_step(self.adapter.time_frequency(self.options), self.dtype)
+        return finite_difference(fn, x, r, t, tangent, step)
 
 
 def select_rows(rows: Tensor, condition: Condition) -> Condition:

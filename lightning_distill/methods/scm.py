@@ -21,7 +21,7 @@ from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryTraining
 from lightning_distill.methods.base import Objective, ObjectiveSteps
 from lightning_distill.methods.calls import total_calls
 from lightning_distill.methods.derivative_check import check_derivative, report_derivative
-from lightning_distill.methods.student_derivative import DerivativeKind, StudentDerivative
+from lightning_distill.methods.networks import DerivativeKind, StudentDerivative
 from lightning_distill.methods.trajectory_regression import TrajectoryRegression
 from lightning_distill.teachers.model_adapter import Condition
 

@@ -153,9 +153,9 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         return math.exp(mu)
 
-    def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
-        """Guided velocity of the teacher from two branches, (B, C, h, w) each, with scales (B,) (arXiv 2207.12598)."""
-        return v_cond + (scale - 1)[:, None, None, None] * (v_cond - v_null)
+    def rescale_guidance(self, guided: Tensor, v_cond: Tensor) -> Tensor:
+        """The family's rescaling of a guided velocity of the teacher, given its conditional branch, (B, C, h, w) each."""
+        return guided
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:

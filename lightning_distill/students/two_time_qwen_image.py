@@ -63,12 +63,11 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
         """Velocity (B, C, height, width) from the transformer's output."""
         return unpack_latents(output, height, width)
 
-    def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
-        """Guided velocity of the teacher from two branches; each token is rescaled to its norm in the conditional branch."""
-        cond = pack_latents(v_cond)
-        mixed = pack_latents(super().mix_guidance(v_cond, v_null, scale))
-        mixed_norm, cond_norm = (tokens.norm(dim=-1, keepdim=True) for tokens in (mixed, cond))
-        return unpack_latents(mixed * (cond_norm / mixed_norm), *v_cond.shape[-2:])
+    def rescale_guidance(self, guided: Tensor, v_cond: Tensor) -> Tensor:
+        """Rescale each token of the guided velocity to its norm in the conditional branch."""
+        tokens = pack_latents(guided)
+        guided_norm, cond_norm = (each.norm(dim=-1, keepdim=True) for each in (tokens, pack_latents(v_cond)))
+        return unpack_latents(tokens * (cond_norm / guided_norm), *v_cond.shape[-2:])
 
     @property
     def latent_channels(self) -> int:

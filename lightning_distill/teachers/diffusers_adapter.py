@@ -364,7 +364,7 @@ class DiffusersAdapter(ModelAdapter):
 
     def mix_guidance(self, v_cond: Tensor, v_null: Tensor, scale: Tensor) -> Tensor:
         """Guided velocity from two branches, (B, C, h, w) each, and scales (B,), with the family's formula."""
-        return self.pipeline.mix_guidance(v_cond, v_null, scale)
+        return self.pipeline.rescale_guidance(super().mix_guidance(v_cond, v_null, scale), v_cond)
 
     def feature_widths(self, layers: Sequence[int] | None = None) -> dict[int, int]:
         """Width D of the tokens that enter each of the given blocks; None: four evenly spaced blocks."""
