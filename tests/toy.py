@@ -1,4 +1,4 @@
-"""A module small enough to train in a test, with every kind of randomness that a method may use."""
+"""A LightningModule for tests, with the random number generators of Python, NumPy and torch in its training step."""
 
 import json
 import random
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 
 class ToyModule(LightningModule):
-    """Regresses pictures to random targets.
+    """Regression from images to random targets.
 
     Args:
         lr: Learning rate.
         width: Size of the hidden layer.
-        losses: File to which the step, the loss and the batch's indices of every training step are appended.
-        break_at: Step whose loss is NaN.
-        pause: Seconds that a step waits after writing its line.
-        decay: Factor of the learning rate a step.
+        losses: File to which each training step appends its number, its loss and the batch's indices, or None.
+        break_at: Step with a NaN loss, or None.
+        pause: Seconds of sleep after each step.
+        decay: Factor of the learning rate per step, or None for a constant rate.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ToyModule(LightningModule):
 
 
 class ManualToyModule(ToyModule):
-    """The same, stepping its optimizer itself."""
+    """A `ToyModule` with manual optimization."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -86,6 +86,6 @@ class ManualToyModule(ToyModule):
 
 
 def read_losses(path: Path | str) -> list[tuple[int, float, list[int]]]:
-    """(step, loss, indices) of every line that a `ToyModule` wrote."""
+    """Step, loss and indices of each line of the file of a `ToyModule`."""
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [(line["step"], line["loss"], line["index"]) for line in lines]

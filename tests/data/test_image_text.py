@@ -18,7 +18,7 @@ from lightning_distill.data.tar_shards import INDEX, TarShards, scan
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import FlowMatching, MeanFlow
 from tests.methods.gaussian_adapter import GaussianAdapter
-from tests.methods.test_meanflow import VALIDATION
+from tests.methods.gaussian_runs import VALIDATION
 from tests.toy import ToyModule, read_losses
 
 SHAPES = [(32, 32), (24, 44), (46, 22)]

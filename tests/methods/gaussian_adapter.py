@@ -1,4 +1,4 @@
-"""A family whose teacher is known in closed form, so that methods can be tested in milliseconds."""
+"""A teacher family whose flow is known in closed form, for tests of methods that take milliseconds."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ GAUSSIAN = GaussianTeacher()
 
 
 class ExactTeacher(nn.Module):
-    """The velocity of Gaussian data; captions shift it, so that guidance has something to do."""
+    """The velocity of Gaussian data plus the caption's value, so that guidance has an effect, and an offset of 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ExactTeacher(nn.Module):
 
 
 class ExactStudent(nn.Module):
-    """The closed-form average velocity, off by a trainable constant that starts at 0."""
+    """The average velocity of Gaussian data plus the caption's value and a trainable constant, which starts at 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ExactStudent(nn.Module):
 
 
 class SmallNetwork(nn.Module):
-    """A network of x, r, t and the caption that is nobody's solution."""
+    """A network of x, r, t and the caption with random weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,12 @@ class SmallNetwork(nn.Module):
 
 
 class GaussianAdapter(ModelAdapter):
-    """Pictures are their own latents; a caption is worth its length in hundredths, the empty one nothing."""
+    """Images are their own latents; the value of a caption is its length / 100, so that the empty caption has the value 0.
+
+    Args:
+        student: Network of students: "exact" or "small".
+        teacher: Network of the teacher: "exact" or "small".
+    """
 
     def __init__(self, student: str = "exact", teacher: str = "exact") -> None:
         super().__init__()
@@ -101,7 +106,7 @@ class GaussianAdapter(ModelAdapter):
         return dict.fromkeys(layers or (0,), 6)
 
     def features(self, network, x_t, r, t, condition, layers, guidance_scale=None) -> list[Tensor]:  # type: ignore[no-untyped-def]
-        """Each pixel's state and velocity."""
+        """One token per pixel: its state and its velocity."""
         tokens = torch.cat([x_t, network(x_t, r, t, condition["caption"])], 1).flatten(2).transpose(1, 2)
         return [tokens] * len(layers)
 
@@ -110,3 +115,17 @@ class GaussianAdapter(ModelAdapter):
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         torch.save(network.state_dict(), directory / "teacher.pt")
+
+
+class AnyStudentAdapter(GaussianAdapter):
+    """Builds students of all options; their policies have a constant velocity over a step."""
+
+    def check_student(self, options: StudentOptions) -> None: ...
+
+    def build_student(self, teacher: nn.Module, options: StudentOptions) -> tuple[nn.Module, SmoothTimeReport | None]:
+        self.policy_points = options.policy_points
+        return super().build_student(teacher, options)
+
+    def policy(self, student, x_t, r, t, condition, guidance_scale=None) -> Tensor:  # type: ignore[no-untyped-def]
+        u = student(x_t, r, t, condition["caption"])
+        return u[:, None].expand(-1, self.policy_points, -1, -1, -1)

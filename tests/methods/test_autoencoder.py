@@ -6,10 +6,10 @@ from diffusers import AutoencoderKL
 
 from lightning_distill.data.shapes_datamodule import ShapesData
 from lightning_distill.methods.autoencoder import Autoencoder
-from tests.methods.test_meanflow import trainer
+from tests.methods.gaussian_runs import trainer
 
 
-def test_writes_an_autoencoder_with_latents_of_unit_scale(tmp_path: Path) -> None:
+def test_saved_autoencoder_has_latents_of_unit_scale(tmp_path: Path) -> None:
     data = ShapesData(size=64, batch_size=16, prompts_per_category=2)
     small = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 2}
     module = Autoencoder(str(tmp_path / "vae"), kl_weight=1e-3, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5), **small)
@@ -28,7 +28,7 @@ def test_writes_an_autoencoder_with_latents_of_unit_scale(tmp_path: Path) -> Non
     assert scaled.mean().item() == pytest.approx(0, abs=0.2)
 
 
-def test_a_resumed_run_measures_the_scale_by_what_it_saw_before_too(tmp_path: Path) -> None:
+def test_resumed_run_measures_the_scale_over_earlier_batches_as_well(tmp_path: Path) -> None:
     data = ShapesData(size=64, batch_size=16, prompts_per_category=2)
     small = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 2}
     first, second = (Autoencoder(str(tmp_path / "vae"), **small) for _ in range(2))
@@ -43,6 +43,6 @@ def test_a_resumed_run_measures_the_scale_by_what_it_saw_before_too(tmp_path: Pa
     assert len(moments) == 4
 
 
-def test_kl_weight_must_be_positive() -> None:
+def test_kl_weight_of_0_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"model\.kl_weight"):
         Autoencoder(kl_weight=0.0)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, as a user launches them."""
+"""Training in two CPU processes with DDP, launched from a script."""
 
 import json
 import os
@@ -10,14 +10,14 @@ import pytest
 
 from tests.tiny import save_tiny_pipeline
 
-SCRIPT = """
+ALIGNMENT = """
 import json, sys
 import torch
 from lightning import Trainer, seed_everything
 from torch.utils.data import DataLoader
 from lightning_distill.methods import MeanFlow, TrajectoryAlignment
 from tests.methods.gaussian_adapter import GaussianAdapter
-from tests.methods.test_meanflow import VALIDATION, Pictures
+from tests.methods.gaussian_runs import VALIDATION, GaussianImages
 
 solution, out = sys.argv[1:]
 seed_everything(0)
@@ -29,7 +29,7 @@ trainer = Trainer(
     default_root_dir=out, max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
 )
-trainer.fit(module, DataLoader(Pictures(), batch_size=8), DataLoader(Pictures(), batch_size=8))
+trainer.fit(module, DataLoader(GaussianImages(), batch_size=8), DataLoader(GaussianImages(), batch_size=8))
 sums = {name: sum(p.double().sum().item() for p in network.parameters())
         for name, network in (("student", module.student), ("critic", module.alignment.critic), ("ema", module.ema))}
 sums["next"] = torch.rand(()).item()
@@ -46,7 +46,7 @@ from tests.methods.test_lora import method
 from tests.tiny import PROMPTS
 
 teacher, out = sys.argv[1:]
-module = method(teacher)  # the same weights in both processes, then noise of their own
+module = method(teacher)  # equal weights in both processes; the noise differs
 trainer = Trainer(
     default_root_dir=out, max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
@@ -64,14 +64,14 @@ with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
     json.dump(sums, file)
 """
 
-JUDGED = """
+DISCRIMINATOR = """
 import json, sys
 import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
 from lightning_distill.methods import DMD2, LADD, CriticGan
 from tests.methods.gaussian_adapter import GaussianAdapter
-from tests.methods.test_meanflow import VALIDATION, Pictures
+from tests.methods.gaussian_runs import VALIDATION, GaussianImages
 
 kind, out = sys.argv[1:]
 settings = {"DMD2": {"gan": CriticGan(hidden=8), "critic_lr": 1e-2}, "LADD": {"hidden": 8, "real": "data"}}[kind]
@@ -82,13 +82,14 @@ trainer = Trainer(
     default_root_dir=out, max_steps=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
 )
-torch.manual_seed(7)  # networks that are drawn at random start alike
+torch.manual_seed(7)  # equal random weights in both processes
 module.prepare_data()
 module.configure_model()
 start = sum(p.double().sum().item() for p in module.heads.parameters())
 torch.manual_seed(trainer.global_rank)
-trainer.fit(module, DataLoader(Pictures(), batch_size=8))
-networks = {name: module.get_submodule(name) for name in ("student", "ema", *module.auxiliary_trainings())}
+trainer.fit(module, DataLoader(GaussianImages(), batch_size=8))
+paths = {"student": "networks.student", "ema": "networks.ema", **{path: path for path in module.auxiliary.paths}}
+networks = {name: module.get_submodule(path) for name, path in paths.items()}
 sums = {name: sum(p.double().sum().item() for p in network.parameters()) for name, network in networks.items()}
 assert sums["heads"] != start
 sums["next"] = torch.rand(()).item()
@@ -98,17 +99,17 @@ with open(f"{out}/rank{trainer.global_rank}.json", "w") as file:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("DMD2", marks=pytest.mark.slow), "LADD"])
-def test_two_processes_keep_equal_heads(kind: str, tmp_path: Path) -> None:
-    assert_equal_in_two_processes(JUDGED, kind, tmp_path)
+def test_discriminator_heads_stay_equal_in_two_processes(kind: str, tmp_path: Path) -> None:
+    assert_equal_in_two_processes(DISCRIMINATOR, kind, tmp_path)
 
 
 @pytest.mark.parametrize("solution", ["discrete", "differential"])
-def test_two_processes_stay_equal_with_alignment(solution: str, tmp_path: Path) -> None:
-    assert_equal_in_two_processes(SCRIPT, solution, tmp_path)
+def test_networks_stay_equal_in_two_processes_with_alignment(solution: str, tmp_path: Path) -> None:
+    assert_equal_in_two_processes(ALIGNMENT, solution, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_stay_equal_on_shared_weights(tmp_path: Path) -> None:
+def test_lora_networks_stay_equal_in_two_processes(tmp_path: Path) -> None:
     assert_equal_in_two_processes(LORA, save_tiny_pipeline(tmp_path / "teacher", guidance_embeds=True), tmp_path)
 
 
@@ -120,7 +121,7 @@ def assert_equal_in_two_processes(code: str, argument: str, tmp_path: Path) -> N
     done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first.pop("next") != second.pop("next")  # times and noise are not drawn twice
+    assert first.pop("next") != second.pop("next")  # times and noise differ between processes
     assert first == pytest.approx(second, abs=1e-9)
     assert first["student"] != first["ema"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_distill.methods.divergence import DivergenceWeight
 
 
-def test_samples_that_the_student_makes_too_rarely_weigh_more() -> None:
+def test_forward_kl_weight_is_the_normalised_density_ratio() -> None:
     torch.manual_seed(0)
     weight, tau = DivergenceWeight("forward_kl"), torch.full((4096,), 0.5)
     for _ in range(500):
@@ -19,8 +19,8 @@ def test_samples_that_the_student_makes_too_rarely_weigh_more() -> None:
     torch.testing.assert_close(found, expected / expected.mean(), rtol=0.02, atol=0.02)
 
 
-def test_what_the_discriminator_gets_wrong_at_a_noise_level_is_made_up_for() -> None:
-    """Scores that are too high by a constant at some levels have the weights of right ones, also in batches of one."""
+def test_constant_score_errors_of_a_noise_level_are_corrected() -> None:
+    """Scores that are too high by a constant at a noise level have the weights of right scores, in batches of one as well."""
     weight = DivergenceWeight("jensen_shannon")
     for _ in range(1200):
         low, high = weight(torch.zeros(1, 2), torch.tensor([0.15])), weight(torch.full((1, 2), 3.0), torch.tensor([0.95]))
@@ -29,7 +29,7 @@ def test_what_the_discriminator_gets_wrong_at_a_noise_level_is_made_up_for() -> 
     assert weight(torch.full((1, 2), 1.0), torch.tensor([0.15])).item() > 1.3
 
 
-def test_means_survive_a_checkpoint() -> None:
+def test_checkpoint_restores_the_running_means() -> None:
     weight = DivergenceWeight("jeffreys")
     weight(torch.randn(8, 2), torch.rand(8))
     other = DivergenceWeight("jeffreys")
@@ -38,7 +38,7 @@ def test_means_survive_a_checkpoint() -> None:
     assert torch.equal(other(scores, tau), weight(scores, tau))
 
 
-def test_means_are_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_means_include_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, one, another = (DivergenceWeight("forward_kl") for _ in range(3))
     first, second = torch.randn(2, 8, 3)
     tau, sent = torch.rand(8), list[Tensor]()

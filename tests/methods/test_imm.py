@@ -11,32 +11,33 @@ from lightning_distill.flow.moment_matching import RBFKernel
 from lightning_distill.flow.path import interpolate
 from lightning_distill.flow.times import TimeSampler
 from lightning_distill.methods import IMM, ConsistencyDistillation, Guidance
-from lightning_distill.methods.networks import GuidedCondition
 from tests.flow.test_moment_matching import NegativeSquaredDistance
-from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
-from tests.methods.test_meanflow import VALIDATION, Pictures, loader, trainer
+from tests.methods.gaussian_adapter import GaussianAdapter
+from tests.methods.gaussian_runs import (
+    VALIDATION,
+    GaussianImages,
+    build,
+    data_samples,
+    empty_captions,
+    loader,
+    path_states,
+    trainer,
+    unguided,
+)
 
 
-def method(student: str = "exact", **settings: Any) -> IMM:
-    module = IMM(GaussianAdapter(student), validation=VALIDATION, **settings)
-    module.setup("fit")
-    module.configure_model()
-    return module
+def method(student: str = "exact", **settings: Any) -> Any:
+    return build(IMM(GaussianAdapter(student), validation=VALIDATION, **settings))
 
 
-def data(size: int = 64) -> tuple[Tensor, dict[str, Tensor]]:
-    return GAUSSIAN.mean + GAUSSIAN.std * torch.randn(size, 3, 4, 4), {"caption": torch.zeros(size)}
-
-
-def test_an_exact_student_feels_nothing() -> None:
-    x0, condition = data(256)
-    losses, gradients = [], []
+def test_exact_student_has_almost_no_loss_and_no_gradient() -> None:
+    x0, losses, gradients = data_samples(256), [], []
     for bias in (0.0, 0.5):
-        # A kernel without a kink where particles coincide, and steps of the teacher that are nearly exact.
+        # The kernel is smooth where particles coincide, and the steps of the teacher are nearly exact.
         module = method(kernel=RBFKernel(), solver="heun", decrement_exponent=11)
         module.student.bias.data += bias
         torch.manual_seed(0)
-        loss = module.objective(x0, condition).loss.mean()
+        loss = module.objective(x0, empty_captions(256)).loss.mean()
         loss.backward()
         losses.append(loss.item())
         gradients.append(module.student.bias.grad.abs().item())
@@ -44,75 +45,70 @@ def test_an_exact_student_feels_nothing() -> None:
     assert gradients[0] < 1e-3 * gradients[1]
 
 
-def test_a_batch_that_lacks_a_broken_picture_is_filled_up() -> None:
-    x0, condition = data(7)
-    assert len(method(particles=4).objective(x0, condition).loss) == 8
+def test_incomplete_group_is_filled_with_repeated_samples() -> None:
+    assert len(method(particles=4).objective(data_samples(7), empty_captions(7)).loss) == 8
 
 
-def test_one_particle_to_data_under_the_squared_distance_is_consistency_distillation() -> None:
-    t = torch.linspace(0.05, 1.0, 16)
-    x_t = interpolate(data(16)[0], torch.randn(16, 3, 4, 4), t)
-    condition = {"caption": torch.zeros(16)}
-    consistency = ConsistencyDistillation(GaussianAdapter("small"), validation=VALIDATION, teacher_step=0.1)
-    consistency.setup("fit")
-    consistency.configure_model()
-    f, target = consistency.consistency(x_t, t, GuidedCondition(condition, condition, torch.ones(16)))
+def test_gradient_of_one_particle_with_squared_distance_is_that_of_consistency_distillation() -> None:
+    x_t, t = path_states(0.05)
+    consistency = build(ConsistencyDistillation(GaussianAdapter("small"), validation=VALIDATION, teacher_step=0.1))
+    f, target = consistency.consistency(x_t, t, unguided(16))
     imm = method(particles=1, kernel=NegativeSquaredDistance(), weight_bias=0.0)
     # With bias 0 the weight is t / (t^2 + (1 - t)^2)^2.
     weight = t / (t**2 + (1 - t) ** 2) ** 2
     parameters = list(consistency.student.parameters())
     squared = 2 * weight * (f - target).square().flatten(1).sum(1)
-    theirs = torch.autograd.grad(squared.sum(), parameters, retain_graph=True)
-    ours = torch.autograd.grad(imm.compare(f, target, torch.zeros_like(t), t).sum(), parameters)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    expected = torch.autograd.grad(squared.sum(), parameters, retain_graph=True)
+    gradients = torch.autograd.grad(imm.compare(f, target, torch.zeros_like(t), t).sum(), parameters)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
-def test_groups_share_their_times(monkeypatch) -> None:
-    module, asked = method("small", particles=4), []
-    network = module.average_velocity
-    monkeypatch.setattr(module, "average_velocity", lambda x, r, t, c: asked.append((r, t)) or network(x, r, t, c))
-    objective = module.objective(*data(64))
-    ((s, t),) = asked
-    for time in (s, t, objective.loss):
-        groups = time.reshape(16, 4)
+def test_samples_of_a_group_share_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, times = method("small", particles=4), []
+    u = module.networks.average_velocity
+    monkeypatch.setattr(module.networks, "average_velocity", lambda x, r, t, c: times.append((r, t)) or u(x, r, t, c))
+    objective = module.objective(data_samples(64), empty_captions(64))
+    ((s, t),) = times
+    for values in (s, t, objective.loss):
+        groups = values.reshape(16, 4)
         assert (groups == groups[:, :1]).all()
         assert len(groups[:, 0].unique()) == 16
     assert (s < t).all()
     assert torch.equal(objective.t, t)
 
 
-class Noise(TimeSampler):
-    """Where sampling starts."""
+class TimeOne(TimeSampler):
+    """The time at which sampling starts."""
 
     def __call__(self, batch: int, device: Any = None, generator: Any = None) -> Tensor:
         return torch.ones(batch, device=device)
 
 
 @pytest.mark.parametrize("bridge", ["teacher", "data"])
-def test_time_1_is_trained(bridge) -> None:
-    module = method("small", time_sampler=Noise(), bridge=bridge)
-    loss = module.objective(*data()).loss.sum()
+def test_time_1_trains(bridge: str) -> None:
+    module = method("small", time_sampler=TimeOne(), bridge=bridge)
+    loss = module.objective(data_samples(64), empty_captions(64)).loss.sum()
     loss.backward()
     assert loss > 0
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in module.student.parameters())
 
 
-def test_the_bridge_of_the_data_keeps_the_noise_and_asks_no_teacher(monkeypatch) -> None:
-    module, seen = method("small", bridge="data", decrement_exponent=6), []
-    monkeypatch.setattr(module, "integrate_teacher", None)
-    own, others = module.average_velocity, module.student_step
-    monkeypatch.setattr(module, "average_velocity", lambda x, r, t, c: seen.append((x, t)) or own(x, r, t, c))
-    monkeypatch.setattr(module, "student_step", lambda x, r, t, c: seen.append((x, t)) or others(x, r, t, c))
-    x0, condition = data()
-    module.objective(x0, condition)
-    (x_t, t), (x_r, r) = seen[:2]
+def test_data_bridge_has_the_same_noise_and_no_teacher_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, states = method("small", bridge="data", decrement_exponent=6), []
+    monkeypatch.setattr(module.networks, "integrate_teacher", None)
+    u, step = module.networks.average_velocity, module.networks.student_step
+    monkeypatch.setattr(module.networks, "average_velocity", lambda x, r, t, c: states.append((x, t)) or u(x, r, t, c))
+    monkeypatch.setattr(module.networks, "student_step", lambda x, r, t, c: states.append((x, t)) or step(x, r, t, c))
+    x0 = data_samples(64)
+    module.objective(x0, empty_captions(64))
+    (x_t, t), (x_r, r) = states[:2]
     noise = (x_t - (1 - t[:, None, None, None]) * x0) / t[:, None, None, None]
     torch.testing.assert_close(x_r, interpolate(x0, noise, r), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("bridge", ["teacher", "data"])
-def test_training_reduces_the_error(bridge, tmp_path) -> None:
+def test_training_halves_the_average_velocity_error(bridge: str, tmp_path: Any) -> None:
     module = method("small", bridge=bridge, decrement_exponent=7, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
     (before,) = trainer(tmp_path).validate(module, loader(), verbose=False)
     trainer(tmp_path, max_steps=160, max_epochs=-1, limit_val_batches=0).fit(module, loader())
@@ -120,23 +116,23 @@ def test_training_reduces_the_error(bridge, tmp_path) -> None:
     assert after["val/average_velocity_error"] < 0.5 * before["val/average_velocity_error"]
 
 
-class BatchesOf(LightningDataModule):
-    """Pictures, so many at a time."""
+class ImagesModule(LightningDataModule):
+    """Gaussian images in batches of a given size."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return DataLoader(Pictures(), batch_size=self.batch_size)
+        return DataLoader(GaussianImages(), batch_size=self.batch_size)
 
 
-def test_a_batch_that_is_no_whole_number_of_groups_is_refused_before_anything_loads(tmp_path) -> None:
+def test_batch_size_that_does_not_divide_into_groups_is_an_error_before_loading(tmp_path: Any) -> None:
     module = IMM(GaussianAdapter("small"), validation=VALIDATION, particles=4)
-    with pytest.raises(ConfigurationError, match=r"a batch is 6 samples, .* model\.particles 4; set data\.batch_size"):
-        trainer(tmp_path).fit(module, datamodule=BatchesOf(6))
-    assert not hasattr(module, "student")
-    trainer(tmp_path, max_steps=1).fit(module, datamodule=BatchesOf(8))
+    with pytest.raises(ConfigurationError, match=r"data\.batch_size is 6, .* model\.particles 4; choose a multiple"):
+        trainer(tmp_path).fit(module, datamodule=ImagesModule(6))
+    assert not module.networks.built
+    trainer(tmp_path, max_steps=1).fit(module, datamodule=ImagesModule(8))
 
 
 @pytest.mark.parametrize(
@@ -150,9 +146,9 @@ def test_a_batch_that_is_no_whole_number_of_groups_is_refused_before_anything_lo
         ({"decrement_exponent": 17}, r"model\.decrement_exponent"),
         ({"eta_max": 0.0}, r"model\.eta_max"),
         ({"weight_power": 0.5}, r"model\.weight_power"),
-        ({"guidance": Guidance("improved"), "caption_dropout": 0.1}, r"guidance\.kind improved .* IMM"),
+        ({"guidance": Guidance("improved"), "caption_dropout": 0.1}, r"guidance\.kind is improved.* IMM"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings, names) -> None:
+def test_error_for_invalid_settings_names_the_setting(settings: Any, names: str) -> None:
     with pytest.raises(ConfigurationError, match=names):
         IMM(GaussianAdapter(), validation=VALIDATION, **settings)

@@ -5,61 +5,52 @@ import torch
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import Guidance, KnowledgeDistillation
-from lightning_distill.methods.networks import GuidedCondition
 from tests.methods.gaussian_adapter import GAUSSIAN, GaussianAdapter
-from tests.methods.test_meanflow import VALIDATION, Captions, trainer
+from tests.methods.gaussian_runs import VALIDATION, Captions, build, empty_captions, trainer, unguided
 
 
-def method(student: str = "exact", **settings: Any) -> KnowledgeDistillation:
-    module = KnowledgeDistillation(GaussianAdapter(student), validation=VALIDATION, **settings)
-    module.setup("fit")
-    module.configure_model()
-    return module
-
-
-def guided(size: int) -> GuidedCondition:
-    condition = {"caption": torch.zeros(size)}
-    return GuidedCondition(condition, condition, torch.ones(size))
+def method(student: str = "exact", **settings: Any) -> Any:
+    return build(KnowledgeDistillation(GaussianAdapter(student), validation=VALIDATION, **settings))
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])
-def test_segments_are_parts_of_the_teachers_trajectory(nfe) -> None:
+def test_segment_ends_are_states_of_the_teacher_trajectory(nfe: int) -> None:
     module, noise, segment = method(solver_steps=32), torch.randn(16, 3, 4, 4), torch.arange(16) % nfe
     grid = module.adapter.time_grid(nfe, (3, 4, 4))
-    start, end = module.teacher_segment(noise, grid, segment, guided(16))
+    start, end = module.teacher_segment(noise, grid, segment, unguided(16))
     ones = torch.ones(16)
     torch.testing.assert_close(start, GAUSSIAN.flow_map(noise, ones, grid[segment]), rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(end, GAUSSIAN.flow_map(noise, ones, grid[segment + 1]), rtol=5e-3, atol=5e-3)
     assert torch.equal(start[segment == 0], noise[segment == 0])
 
 
-def test_the_teacher_is_integrated_no_further_than_needed(monkeypatch) -> None:
-    module, rows = method(), []
-    monkeypatch.setattr(module, "integrate_teacher", lambda x, *_: rows.append(len(x)) or x)
+def test_teacher_integrates_no_sample_beyond_its_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, batch_sizes = method(), []
+    monkeypatch.setattr(module.networks, "integrate_teacher", lambda x, *_: batch_sizes.append(len(x)) or x)
     grid = module.adapter.time_grid(4, (3, 4, 4))
-    module.teacher_segment(torch.randn(5, 3, 4, 4), grid, torch.tensor([0, 2, 1, 0, 2]), guided(5))
-    assert rows == [5, 3, 2]
+    module.teacher_segment(torch.randn(5, 3, 4, 4), grid, torch.tensor([0, 2, 1, 0, 2]), unguided(5))
+    assert batch_sizes == [5, 3, 2]
 
 
-def test_one_of_the_grids_is_drawn_and_all_its_segments(monkeypatch) -> None:
+def test_batches_sample_all_grids_and_segments() -> None:
     module, times = method(nfe=(1, 3)), set()
     for seed in range(8):
         torch.manual_seed(seed)
-        times |= set(module.objective(torch.zeros(16, 3, 4, 4), {"caption": torch.zeros(16)}).t.tolist())
+        times |= set(module.objective(torch.zeros(16, 3, 4, 4), empty_captions(16)).t.tolist())
     assert sorted(times) == pytest.approx([1 / 3, 2 / 3, 1.0])
 
 
-def test_an_exact_student_feels_nothing() -> None:
+def test_exact_student_has_almost_no_loss() -> None:
     losses = []
     for bias in (0.0, 0.5):
         module = method(solver_steps=32)
         module.student.bias.data += bias
         torch.manual_seed(0)
-        losses.append(module.objective(torch.zeros(16, 3, 4, 4), {"caption": torch.zeros(16)}).loss.mean().item())
+        losses.append(module.objective(torch.zeros(16, 3, 4, 4), empty_captions(16)).loss.mean().item())
     assert losses[0] < 1e-4 * losses[1]
 
 
-def test_training_on_prompts_alone_reduces_the_error(tmp_path) -> None:
+def test_training_on_prompts_halves_the_average_velocity_error(tmp_path: Any) -> None:
     module = method("small", optimizer=lambda p: torch.optim.Adam(p, lr=1e-2))
     assert not module.needs_images
     (before,) = trainer(tmp_path).validate(module, datamodule=Captions(), verbose=False)
@@ -75,9 +66,9 @@ def test_training_on_prompts_alone_reduces_the_error(tmp_path) -> None:
         ({"nfe": (2, 0)}, r"model\.nfe is \[2, 0\]"),
         ({"solver": "rk4"}, r"model\.solver is"),
         ({"solver_steps": 0}, r"model\.solver_steps"),
-        ({"guidance": Guidance("improved"), "caption_dropout": 0.1}, r"guidance\.kind improved .* KnowledgeDistillation"),
+        ({"guidance": Guidance("improved"), "caption_dropout": 0.1}, r"guidance\.kind is improved.* KnowledgeDistillation"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings, names) -> None:
+def test_error_for_invalid_settings_names_the_setting(settings: Any, names: str) -> None:
     with pytest.raises(ConfigurationError, match=names):
         KnowledgeDistillation(GaussianAdapter(), validation=VALIDATION, **settings)

@@ -1,4 +1,4 @@
-"""Distillation by LoRA: teacher, student, critic and average on one base."""
+"""Distillation by LoRA: teacher, student, critic and EMA share their base weights."""
 
 import copy
 from pathlib import Path
@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.methods import FlowMatching, MeanFlow, TrajectoryAlignment
-from lightning_distill.methods.guidance import Guidance
-from lightning_distill.methods.validation import ValidationOptions
+from lightning_distill.methods import FlowMatching, Guidance, MeanFlow, TrajectoryAlignment, ValidationOptions
+from lightning_distill.methods.evaluation import Evaluator
 from lightning_distill.optimizers import MuonWithAdamW
-from lightning_distill.sharding import ZeRO3Strategy
+from lightning_distill.sharding.strategies import ZeRO3Strategy
 from lightning_distill.teachers import DiffusersAdapter, LoraOptions, StudentOptions
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
@@ -41,7 +40,7 @@ def method(
     torch_dtype: str = "float32",
     **settings: Any,
 ) -> MeanFlow:
-    """Its networks are drawn from the seed 0."""
+    """MeanFlow with LoRA and an alignment; its random weights have the seed 0."""
     module = kind(
         DiffusersAdapter(teacher, torch_dtype=torch_dtype),
         student=StudentOptions(lora=lora, gradient_checkpointing=checkpointing, max_drift=10.0),
@@ -74,66 +73,66 @@ def fit(module: MeanFlow, path: Path, steps: int, *callbacks: Any, validate: boo
         {"image": image, "prompt": prompt, "index": i} for i, (image, prompt) in enumerate(zip(images, PROMPTS, strict=True))
     ]
     torch.manual_seed(1)
-    # The same batch four times an epoch: wherever a run is resumed, it goes on with it.
+    # All batches are equal, so that a resumed run continues with the same data.
     loaders = [DataLoader(data * 4, batch_size=3), *([DataLoader(data, batch_size=3)] if validate else [])]
     trainer.fit(module, *loaders, **options)
     return trainer
 
 
-def trained(network: nn.Module) -> dict[str, Tensor]:
+def trained_parameters(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def networks(module: MeanFlow) -> dict[str, nn.Module]:
     assert module.alignment is not None
     assert module.ema is not None
-    return {"student": module.student, "critic": module.alignment.critic, "average": module.ema.module}
+    return {"student": module.student, "critic": module.alignment.critic, "ema": module.ema.module}
 
 
-class Separate(MeanFlow):
-    """The same method on networks that share nothing."""
+class SeparateNetworks(MeanFlow):
+    """MeanFlow with LoRA networks that share no weights."""
 
     def build_networks(self) -> None:
         super().build_networks()
         assert self.alignment is not None
-        self.student, self.alignment.critic = copy.deepcopy(self.student), copy.deepcopy(self.alignment.critic)
+        self.networks.student, self.alignment.critic = copy.deepcopy(self.student), copy.deepcopy(self.alignment.critic)
 
     def on_fit_start(self) -> None:
         pass
 
 
-def test_all_networks_are_in_one_memory(teacher: str) -> None:
+def test_networks_share_the_memory_of_the_base_weights(teacher: str) -> None:
     module = method(teacher)
     base = {parameter.data_ptr() for parameter in module.teacher.parameters()}
-    names = trained(module.student).keys()
+    names = trained_parameters(module.student).keys()
     for name, network in networks(module).items():
         own = [each for each, parameter in network.named_parameters() if parameter.data_ptr() not in base]
-        assert len(own) == len(trained(module.alignment.critic if name == "critic" else module.student)), name
+        assert len(own) == len(trained_parameters(module.alignment.critic if name == "critic" else module.student)), name
         assert not [each for each in own if "lora_" not in each and "timestep_embedder" not in each and "interval" not in each]
-    # Every byte of the four, counted once: one teacher, and what the three train or average.
-    every = {
+    # The bytes of the four networks, counted once: the teacher, and the trained weights of the others.
+    sizes = {
         parameter.data_ptr(): parameter.nbytes
         for network in (module.teacher, *networks(module).values())
         for parameter in network.parameters()
     }
-    own_bytes = [sum(p.nbytes for p in trained(each).values()) for each in (module.student, module.alignment.critic)]
-    assert sum(every.values()) == sum(p.nbytes for p in module.teacher.parameters()) + 2 * own_bytes[0] + own_bytes[1]
+    own_bytes = [sum(p.nbytes for p in trained_parameters(each).values()) for each in (module.student, module.alignment.critic)]
+    assert sum(sizes.values()) == sum(p.nbytes for p in module.teacher.parameters()) + 2 * own_bytes[0] + own_bytes[1]
     optimizer = module.configure_optimizers()
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(parameter) for parameter in trained(module.student).values()}
-    assert {id(p) for p in trained(module.alignment.critic).values()} == {
-        id(p)
-        for group in module.auxiliary_optimizers(spread=False)["alignment.critic"].optimizer.param_groups
-        for p in group["params"]
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert optimized == {id(parameter) for parameter in trained_parameters(module.student).values()}
+    assert {id(p) for p in trained_parameters(module.alignment.critic).values()} == {
+        id(p) for group in module.auxiliary_optimizers()["alignment.critic"].optimizer.param_groups for p in group["params"]
     }
     assert names
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("solution", ["discrete", "differential"])
-def test_training_equals_that_of_separate_networks(teacher: str, solution: Any, checkpointing: bool, tmp_path: Path) -> None:
+def test_training_on_shared_weights_equals_training_of_separate_networks(
+    teacher: str, solution: Any, checkpointing: bool, tmp_path: Path
+) -> None:
     both = []
-    for kind in (MeanFlow, Separate):
+    for kind in (MeanFlow, SeparateNetworks):
         module = method(teacher, kind, checkpointing=checkpointing, solution=solution)
         start = {name: value.clone() for name, value in module.teacher.state_dict().items()}
         before = [value.clone() for network in networks(module).values() for value in network.parameters()]
@@ -141,61 +140,62 @@ def test_training_equals_that_of_separate_networks(teacher: str, solution: Any, 
         assert all(torch.equal(value, start[name]) for name, value in module.teacher.state_dict().items())
         after = [value for network in networks(module).values() for value in network.parameters()]
         moved = sum(not torch.equal(*pair) for pair in zip(before, after, strict=True))
-        assert moved > 0.9 * (2 * len(trained(module.student)) + len(trained(module.alignment.critic)))
+        assert moved > 0.9 * (2 * len(trained_parameters(module.student)) + len(trained_parameters(module.alignment.critic)))
         both.append(networks(module))
     for name, network in both[0].items():
         other = dict(both[1][name].named_parameters())
         assert all(torch.equal(parameter, other[each]) for each, parameter in network.named_parameters()), name
     pointers = [{p.data_ptr() for network in each.values() for p in network.parameters()} for each in both]
-    assert len(pointers[1]) > len(pointers[0])  # else the two were one
+    assert len(pointers[1]) > len(pointers[0])  # otherwise both cases would share weights
 
 
-def test_matrices_of_lora_may_go_to_muon(teacher: str, tmp_path: Path) -> None:
+def test_muon_optimizes_the_lora_matrices(teacher: str, tmp_path: Path) -> None:
     module = method(teacher, optimizer=lambda groups: MuonWithAdamW(groups, lr=1e-2))
     fit(module, tmp_path, 1)
     (muon, _) = module.trainer.optimizers[0].param_groups
-    lora = [parameter for name, parameter in trained(module.student).items() if "lora_" in name]
+    lora = [parameter for name, parameter in trained_parameters(module.student).items() if "lora_" in name]
     assert {id(parameter) for parameter in muon["params"]} == {id(parameter) for parameter in lora}
 
 
-def test_checkpoints_hold_what_trains_and_resume_exactly(teacher: str, tmp_path: Path) -> None:
-    whole = method(teacher)
-    fit(whole, tmp_path, 2)
+def test_checkpoints_hold_trained_weights_only_and_resume_exactly(teacher: str, tmp_path: Path) -> None:
+    uninterrupted = method(teacher)
+    fit(uninterrupted, tmp_path, 2)
     first = method(teacher)
     trainer = fit(first, tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    student, critic = (sum(p.nbytes for p in trained(each).values()) for each in (first.student, first.alignment.critic))
+    student, critic = (
+        sum(p.nbytes for p in trained_parameters(each).values()) for each in (first.student, first.alignment.critic)
+    )
     assert sum(value.nbytes for value in state.values()) == 2 * student + critic + first.ema.n_averaged.nbytes
-    again = method(teacher)
-    fit(again, tmp_path, 2, ckpt_path=tmp_path / "x.ckpt")
-    for name, network in networks(whole).items():
-        other = dict(networks(again)[name].named_parameters())
+    resumed = method(teacher)
+    fit(resumed, tmp_path, 2, ckpt_path=tmp_path / "x.ckpt")
+    for name, network in networks(uninterrupted).items():
+        other = dict(networks(resumed)[name].named_parameters())
         assert all(torch.equal(parameter, other[each]) for each, parameter in network.named_parameters()), name
     for other in (None, LoraOptions(rank=2, targets=("to_q",)), LoraOptions(rank=2, targets=("to_q", "norm.linear"))):
         with pytest.raises(ConfigurationError, match="resume with the model settings"):
             fit(method(teacher, lora=other), tmp_path, 2, ckpt_path=tmp_path / "x.ckpt")
 
 
-def test_the_switch_keeps_and_returns_what_trains(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollback_snapshot_holds_trained_weights_only(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([0.1, 9.0])
-    monkeypatch.setattr(
-        MeanFlow, "_log_average_velocity_error", lambda self, batch: self.log("val/average_velocity_error", next(errors))
-    )
-    module, switch, seen = method(teacher), SwitchSolution(threshold=0.5), {}
+    monkeypatch.setattr(Evaluator, "average_velocity_error", lambda self, batch: torch.tensor(next(errors)))
+    module, switch, recorded = method(teacher), SwitchSolution(threshold=0.5), {}
 
-    class Look(Callback):
+    class Recorder(Callback):
         def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
             if switch.state.returned_at is None:
-                seen["kept"] = {name: dict(weights) for name, weights in (switch._weights or {}).items()}
-                seen["base"] = {name: value.clone() for name, value in pl_module.teacher.state_dict().items()}
+                recorded["snapshot"] = {path: dict(weights) for path, weights in (switch._weights or {}).items()}
+                recorded["teacher"] = {name: value.clone() for name, value in pl_module.teacher.state_dict().items()}
 
-    fit(module, tmp_path, 2, switch, Look(), validate=True)
+    fit(module, tmp_path, 2, switch, Recorder(), validate=True)
     assert switch.state.returned_at == 2
-    assert seen["kept"].keys() == {"student", "ema"}
-    assert seen["kept"]["student"].keys() == trained(module.student).keys()
-    assert all(torch.equal(value, seen["kept"]["student"][name]) for name, value in trained(module.student).items())
-    assert all(torch.equal(value, seen["base"][name]) for name, value in module.teacher.state_dict().items())
+    snapshot, parameters = recorded["snapshot"], trained_parameters(module.student)
+    assert snapshot.keys() == {"networks.student", "networks.ema"}
+    assert snapshot["networks.student"].keys() == parameters.keys()
+    assert all(torch.equal(value, snapshot["networks.student"][name]) for name, value in parameters.items())
+    assert all(torch.equal(value, recorded["teacher"][name]) for name, value in module.teacher.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -208,27 +208,27 @@ def test_the_switch_keeps_and_returns_what_trains(teacher: str, tmp_path: Path, 
         (None, LoraOptions(rank=3), LoraOptions(rank=3)),
     ],
 )
-def test_the_critic_follows_the_student_or_has_settings_of_its_own(
+def test_critic_has_the_lora_options_of_the_student_or_separate_ones(
     student: LoraOptions | None, setting: Any, critic: LoraOptions | None
 ) -> None:
     options = StudentOptions(lora=student, gradient_checkpointing=True)
-    found = TrajectoryAlignment(critic_lora=setting).critic_options(options)
-    assert found == StudentOptions(time_embedding="original", gradient_checkpointing=True, lora=critic)
+    critic_options = TrajectoryAlignment(critic_lora=setting).critic_options(options)
+    assert critic_options == StudentOptions(time_embedding="original", gradient_checkpointing=True, lora=critic)
 
 
-def test_a_critic_of_low_rank_stands_beside_a_whole_student(teacher: str, tmp_path: Path) -> None:
+def test_lora_critic_beside_a_student_without_lora_saves_its_trained_weights(teacher: str, tmp_path: Path) -> None:
     module = method(teacher, lora=None, alignment={"critic_lora": LoraOptions(rank=2)})
     trainer = fit(module, tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
-    critic = {f"alignment.critic.{name}" for name in trained(module.alignment.critic)}
+    critic = {f"alignment.critic.{name}" for name in trained_parameters(module.alignment.critic)}
     assert {name for name in state if name.startswith("alignment.")} == critic
-    assert {name for name in state if name.startswith("student.")} == {
-        f"student.{name}" for name in module.student.state_dict()
+    assert {name for name in state if name.startswith("networks.student.")} == {
+        f"networks.student.{name}" for name in module.student.state_dict()
     }
 
 
-def test_precision_of_the_base_leaves_what_trains_in_float32(teacher: str, tmp_path: Path) -> None:
+def test_trained_weights_are_float32_on_a_bfloat16_base(teacher: str, tmp_path: Path) -> None:
     module = method(teacher, torch_dtype="bfloat16", solution="differential", checkpointing=True)
     base = {id(parameter) for parameter in module.teacher.parameters()}
     assert module.teacher.dtype == module.student.dtype == torch.bfloat16
@@ -236,29 +236,32 @@ def test_precision_of_the_base_leaves_what_trains_in_float32(teacher: str, tmp_p
         own = [parameter for parameter in network.parameters() if id(parameter) not in base]
         assert {parameter.dtype for parameter in own} == {torch.float32}
     fit(module, tmp_path, 1)
-    moved = [parameter for parameter in trained(module.student).values() if parameter.grad is not None]
+    moved = [parameter for parameter in trained_parameters(module.student).values() if parameter.grad is not None]
     assert {parameter.grad.dtype for parameter in moved} == {torch.float32}
 
 
-def test_sharing_that_did_not_last_is_an_error(teacher: str, tmp_path: Path) -> None:
+def test_copied_base_weights_are_an_error(teacher: str, tmp_path: Path) -> None:
     module = method(teacher)
     module.student.proj_out.weight = copy.deepcopy(module.student.proj_out.weight)
     with pytest.raises(ConfigurationError, match=r"proj_out.weight and 0 more weights.*trainer.strategy"):
         fit(module, tmp_path, 1)
     module = method(teacher)
-    module.to(torch.float64)  # placing and casting keep it
+    module.to(torch.float64)  # moves and casts preserve the sharing
     for network in networks(module).values():
         assert network.proj_out.weight is module.teacher.proj_out.weight
 
 
 @pytest.mark.parametrize(
-    ("build", "names"),
+    ("make", "names"),
     [
         (lambda: LoraOptions(rank=0), "lora.rank is 0"),
         (lambda: LoraOptions(alpha=0.0), "lora.alpha is 0.0"),
         (lambda: LoraOptions(targets=()), "lora.targets is empty"),
         (lambda: TrajectoryAlignment(critic_lora="teacher"), "alignment.critic_lora is 'teacher'"),  # type: ignore[arg-type]
-        (lambda: FlowMatching(GaussianAdapter(), student=StudentOptions(lora=LoraOptions())), "FlowMatching trains the whole"),
+        (
+            lambda: FlowMatching(GaussianAdapter(), student=StudentOptions(lora=LoraOptions())),
+            "student.lora is set, and FlowMatching trains all weights",
+        ),
         (
             lambda: MeanFlow(GaussianAdapter(), student=StudentOptions(lora=LoraOptions())).setup("fit"),
             "GaussianAdapter does not support LoRA",
@@ -269,12 +272,12 @@ def test_sharing_that_did_not_last_is_an_error(teacher: str, tmp_path: Path) -> 
         ),
     ],
 )
-def test_settings_that_cannot_work_are_refused(build: Any, names: str) -> None:
+def test_error_for_invalid_settings_names_the_setting(make: Any, names: str) -> None:
     with pytest.raises(ConfigurationError, match=names):
-        build()
+        make()
 
 
-def test_zero3_is_refused_before_anything_is_loaded(teacher: str, tmp_path: Path) -> None:
+def test_zero3_with_lora_is_an_error_before_loading(teacher: str, tmp_path: Path) -> None:
     settings = {"guidance": Guidance("embedded", 3.5), "validation": OPTIONS}
     student = MeanFlow(DiffusersAdapter(teacher), student=StudentOptions(lora=LoraOptions()), **settings)
     critic = MeanFlow(DiffusersAdapter(teacher), alignment=TrajectoryAlignment(critic_lora=LoraOptions()), **settings)
@@ -282,12 +285,12 @@ def test_zero3_is_refused_before_anything_is_loaded(teacher: str, tmp_path: Path
         module._trainer = SimpleNamespace(strategy=ZeRO3Strategy(), datamodule=None)
         with pytest.raises(ConfigurationError, match=r"ZeRO3Strategy does not support .* set trainer.strategy to fsdp2 or ddp"):
             module.setup("fit")
-        assert not hasattr(module, "student")
+        assert not module.networks.built
 
 
-def test_targets_that_are_not_there_are_refused_before_anything_is_loaded(teacher: str) -> None:
+def test_unknown_lora_targets_are_an_error_before_loading(teacher: str) -> None:
     options = StudentOptions(lora=LoraOptions(targets=("to_q", "to_z")))
     module = MeanFlow(DiffusersAdapter(teacher), student=options, guidance=Guidance("embedded", 3.5))
     with pytest.raises(ConfigurationError, match=r"lora.targets does not fit.*'to_z'; the defaults .* are to_q, to_k"):
         module.setup("fit")
-    assert not hasattr(module, "student")
+    assert not module.networks.built
