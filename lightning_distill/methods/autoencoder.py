@@ -18,8 +18,8 @@ class Autoencoder(LightningModule):
 
     .. math:: L = |D(z) - x|^2 + |D(z) - x| + \beta \, KL(q(z|x) \| N(0, 1)), \quad z \sim q(z|x),
 
-    with means over all entries. When `fit` ends, the scale and shift that give the posteriors' means zero mean and unit
-    variance are measured over the last training batches and written with the weights, as a diffusers directory.
+    with means over all entries. When `fit` ends, a scale and a shift are measured over the last training batches. They give the
+    posteriors' means zero mean and unit variance. They are written with the weights, as a diffusers directory.
 
     Args:
         output: Directory the trained `AutoencoderKL` is written to.

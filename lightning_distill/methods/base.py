@@ -2,7 +2,7 @@
 
 import copy
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -59,12 +59,12 @@ ObjectiveSteps = Generator[AuxiliaryLoss, None, Objective]
 """An objective that trains auxiliary networks: it yields their losses in turn, and returns the student's objective."""
 
 
-class TeacherStudentBase(LightningModule):
+class TeacherStudentBase(LightningModule, ABC):
     """Distillation of a frozen teacher into a few-step student.
 
-    A method implements `objective`. The base holds its parts: `networks` (teacher, student, EMA, and their velocities),
-    `encoder` (latents and conditions of a batch), `evaluator` (sampling and metrics) and `auxiliary` (networks that train
-    beside the student). Checkpoints hold what trains and its EMA; with LoRA only the trained weights of the student.
+    A method implements `objective`. The base holds its parts. `networks` are teacher, student, EMA and their velocities.
+    `encoder` encodes batches, `evaluator` samples and measures, and `auxiliary` trains networks beside the student. Checkpoints
+    hold the trained weights and their EMA, with LoRA without the shared base weights.
 
     Args:
         adapter: Teacher family and location of its weights.
@@ -76,10 +76,10 @@ class TeacherStudentBase(LightningModule):
         lr_scheduler: Callable from the optimizer to a scheduler that steps once a batch, or None for a constant rate.
         ema_decay: Decay of the student's EMA, in (0, 1), or None for no EMA. Where there is one, it is validated and exported.
         validation: Settings of validation.
-        metric: Metric of generated images against their prompts, or None: `update(images, prompts)` takes images
-            (B, 3, H, W) in [0, 1], and `compute()` returns a number, or several by name of which one is `overall`.
-        cache_latents: Whether to keep the latents of each training image in memory after its first visit. Large data sets do
-            not fit; use `precompute` for them.
+        metric: Metric of generated images against their prompts, or None. `update(images, prompts)` takes images (B, 3, H, W)
+            in [0, 1]. `compute()` returns a number, or several by name with one named `overall`.
+        cache_latents: Whether to cache the latents of each training image in memory. Large data sets do not fit; use
+            `precompute` for them.
 
     Raises:
         ConfigurationError: If a setting is out of its range.

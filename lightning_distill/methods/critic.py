@@ -203,7 +203,7 @@ class CriticMethod(TeacherStudentBase):
         critic_clip: Largest norm of the critic's gradients.
         critic_lora: LoRA of the critic on the teacher's weights; "student": the student's LoRA options, if it has any; None:
             all weights of the critic train.
-        time_sampler: Distribution of tau, as of `DistributionMatching`.
+        time_sampler: Distribution of tau, as in `DistributionMatching`.
         **kwargs: Of `TeacherStudentBase`.
 
     Raises:

@@ -81,8 +81,8 @@ def discriminator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of the heads, without gradient to the features.
 
-    As in ADD (arXiv 2311.17042), the penalty is on the heads' gradient in the features, not in the sample: it is exact, and
-    second derivatives pass through the heads alone. Fused attention has no second derivatives.
+    As in ADD (arXiv 2311.17042), the penalty is on the heads' gradient in the features, not in the sample. It is exact. Its
+    second derivatives pass through the heads alone, because fused attention has none.
 
     Args:
         discriminator: The heads.

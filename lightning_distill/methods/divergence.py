@@ -15,7 +15,7 @@ class DivergenceWeight(nn.Module):
     """Weights of the score differences of a batch, from the scores of a discriminator (f-distill, arXiv 2502.15681).
 
     The score of a trained discriminator is the logarithm of the density ratio. As in the paper, its errors are corrected in two
-    steps: the ratio is divided by its mean at that noise level, and the weight by its mean. Here both are running means over
+    steps. The ratio is divided by its mean at that noise level, and the weight by its mean. Here both are running means over
     processes and steps, so that a batch may be small.
 
     Args:

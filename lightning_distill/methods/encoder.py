@@ -42,7 +42,7 @@ class BatchEncoder:
     Args:
         adapter: Teacher family, which holds the text encoders and the autoencoder.
         device: Function that returns the device of the networks.
-        cache_latents: Whether to keep the latents of each training image in memory after its first visit.
+        cache_latents: Whether to cache the latents of each training image in memory.
 
     Attributes:
         trains_text_encoders: Whether the text encoders train; otherwise the empty prompt is encoded once.

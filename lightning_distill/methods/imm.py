@@ -36,7 +36,7 @@ class IMM(TrajectoryRegression):
         particles: Number M of samples of a group; the batch size must be a multiple.
         kernel: Kernel k.
         bridge: Step from x_t to x_r: "teacher", by one step of the guided teacher, or "data", by the DDIM interpolant of x0 and
-            x_t, which is x0 with the same noise at r. With "data", as in the paper, the teacher is not evaluated and the
+            x_t. The latter is x0 with the same noise at r, as in the paper. With "data" the teacher is not evaluated, and the
             student learns the images without guidance.
         solver: Solver of the teacher's step: "euler", "heun" or "midpoint".
         decrement_exponent: Exponent of the step in eta, `eta_max / 2^decrement_exponent`, 1 to 16; beyond, r equals t in

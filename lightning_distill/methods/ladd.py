@@ -21,8 +21,8 @@ from lightning_distill.teachers.model_adapter import Condition
 class LADD(TeacherStudentBase):
     r"""Latent adversarial diffusion distillation (arXiv 2403.12015).
 
-    Samples :math:`x_0` of the guided teacher, or data, are noised to a time of the student's grid, and the student predicts x0
-    in one step, :math:`x = x_t - t \, u(x_t, 0, t)`. Both are re-noised to tau. Heads :math:`D` on the features of the frozen
+    Samples :math:`x_0` of the guided teacher, or data, are noised to a time of the student's grid. The student predicts x0 in
+    one step, :math:`x = x_t - t \, u(x_t, 0, t)`. Both are re-noised to tau. Heads :math:`D` on the features of the frozen
     teacher are trained to separate them:
 
     .. math:: L_D = E \, [\max(0, 1 - D(x_{0, \tau})) + \max(0, 1 + D(x_\tau))] + \gamma \, R_1, \quad L_G = -E \, D(x_\tau).

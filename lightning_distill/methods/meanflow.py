@@ -45,8 +45,8 @@ class MeanFlow(TrajectoryRegression):
         solver_steps: Sub-steps of the discrete solution over an interval, at least 1, even on the sampling grid.
         bootstrap_step: Length of the teacher's step in the bootstrapped solution, in (0, 1], measured on the sampling grid:
             1/8 is one of eight sampling steps.
-        derivative: Derivative of the differential solution: "exact", by dual numbers, or "finite_difference", for a student
-            with an operation that has no forward-mode rule, at the cost of two more forward passes.
+        derivative: Derivative of the differential solution: "exact", by dual numbers, or "finite_difference". The latter costs
+            two more forward passes, and suits students with an operation without a forward-mode rule.
         tangent_warmup_steps: Optimizer steps over which lambda rises from 0 to 1, counted from the first differential one.
         loss: Loss of the regression.
         alignment: Trajectory distribution alignment as an auxiliary loss, or None.

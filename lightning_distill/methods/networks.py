@@ -232,8 +232,8 @@ class StudentDerivative:
     """Evaluates a student's derivative along the flow.
 
     Args:
-        kind: "exact", by dual numbers, or "finite_difference", for a student with an operation that has no forward-mode rule,
-            at the cost of two more forward passes.
+        kind: "exact", by dual numbers, or "finite_difference". The latter costs two more forward passes, and suits students
+            with an operation without a forward-mode rule.
         adapter: Teacher family.
         options: Options of the student, which decide the step of finite differences.
 

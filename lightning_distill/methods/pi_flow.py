@@ -34,9 +34,9 @@ class PiFlow(TrajectoryRegression):
     at the policy's own states, so that errors do not accumulate. The end of the step is the end of the policy.
 
     The steps are those of the few-step sampling grids. They start from noised data or, for `trajectory_fraction`, from the end
-    of the student's earlier steps on the same grid (the paper's data-free variant). The paper's mix of teacher and policy on
-    the way to :math:`x_\tau`, early in training, and its GMFlow policy are not implemented; the student receives the end of its
-    step.
+    of the student's earlier steps on the same grid. The latter is the paper's data-free variant. Its mix of teacher and policy
+    on the way to :math:`x_\tau`, early in training, and its GMFlow policy are not implemented. The student receives the end of
+    its step.
 
     Args:
         nfe: Numbers of steps of the grid, each at least 1; each batch samples one.

@@ -63,13 +63,13 @@ class SCM(TrajectoryRegression):
     .. math:: L = e^{-l(s)} \, \mathrm{mean} (F - \mathrm{sg} F - g)^2 + l(s).
 
     The paper adds the logarithm of a factor :math:`1 / \tan s` to l, with the same optimum. Learned from 0, such an l spends
-    the first hundreds of steps on the smallest s, where that factor is large and F hardly matters.
+    the first hundreds of steps on the smallest s. There the factor is large, and F hardly matters.
 
     Args:
         time_sampler: Distribution of t. A normal variable z of :math:`s = \arctan e^z` is `LogitNormal` in t; the default is
             that of arXiv 2512.13006.
-        derivative: "exact", by dual numbers, or "finite_difference", for a student with an operation that has no forward-mode
-            rule, at the cost of two more forward passes.
+        derivative: "exact", by dual numbers, or "finite_difference". The latter costs two more forward passes, and suits
+            students with an operation without a forward-mode rule.
         tangent_warmup_steps: Optimizer steps over which rho rises from 0 to 1.
         tangent_norm: Norm of g: "rms" is the same for latents of all sizes (arXiv 2503.09641); "l2" is the paper's.
         time_weight: Whether l, the logarithm of the error's size by time, is learned; otherwise it is the logarithm of tan s,

@@ -24,7 +24,7 @@ class TrajectoryRegression(TeacherStudentBase):
         trajectory_fraction: Share of the training states that are states of a trajectory from noise to t, in [0, 1]; the others
             are noised data. With 1, the data need only prompts.
         trajectory_source: Network of that trajectory: "student", as in sampling (backward distillation, arXiv 2405.05224), or
-            "teacher", by as many steps of the method's `solver`, of Heun's method if it has none.
+            "teacher". The teacher takes as many steps of the method's `solver`, of Heun's method if it has none.
         trajectory_steps: Largest number of steps of such a trajectory, at least 1; each batch samples a number.
         **kwargs: Of `TeacherStudentBase`.
 
