@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.family_table import FamilyTable
+from tests.processes import remove_distributed_variables
 
 
 @pytest.fixture
@@ -45,3 +46,12 @@ def _deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    """Remove the process group and the environment variables that a test leaves: later tests of the worker would join them."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    remove_distributed_variables()

@@ -1,23 +1,28 @@
-"""A table of what each family has passed, from the suite's own outcomes: `pytest --family-table FILE`."""
+"""Table of test outcomes by teacher family: `pytest --family-table FILE` writes it into a Markdown file."""
 
 from pathlib import Path
 
 import pytest
 
 COLUMNS = {
-    "identity": "test_a_new_student_is_the_teacher_for_every_interval",
-    "derivative": "test_its_derivative_is_the_limit_of_differences",
-    "ZeRO-3": "test_it_trains_spread_over_two_processes[{}-deepspeed_stage_3]",
-    "FSDP2": "test_it_trains_spread_over_two_processes[{}-fsdp2]",
-    "LoRA": "test_a_lora_student_is_the_teacher_on_the_teachers_own_weights",
-    "export": "test_a_run_trains_resumes_and_draws_the_same_elsewhere",
+    "identity": "test_new_student_equals_the_teacher_for_every_interval",
+    "derivative": "test_time_derivative_equals_finite_differences",
+    "ZeRO-3": "test_sharded_training_equals_one_process[{}-deepspeed_stage_3]",
+    "FSDP2": "test_sharded_training_equals_one_process[{}-fsdp2]",
+    "LoRA": "test_lora_student_shares_the_weights_and_equals_the_teacher_at_first",
+    "export": "test_training_resumes_and_its_export_samples_equally_in_another_process",
 }
+"""Tests by column of the table."""
 SIGNS = {"passed": "yes", "failed": "**no**"}
 BEGIN, END = "<!-- what families have passed -->", "<!-- end -->"
 
 
 class FamilyTable:
-    """Collects outcomes by family, and writes them at the end of a session."""
+    """Collects the outcomes of tests by family, and writes the table at the end of a session.
+
+    Args:
+        path: Markdown file with a marked table.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,6 +40,8 @@ class FamilyTable:
                 self.outcomes[family, column] = report.outcome if before == "passed" else before
 
     def pytest_sessionfinish(self) -> None:
+        if missing := COLUMNS.keys() - {column for _, column in self.outcomes}:
+            raise pytest.UsageError(f"no test of {', '.join(sorted(missing))} was executed; {self.path} is unchanged")
         families = list(dict.fromkeys(family for family, _ in self.outcomes))
         lines = [f"| tiny pipeline | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
         for family in sorted(families):

@@ -1,4 +1,4 @@
-"""Which parts of a network are sharded together."""
+"""Submodules that are sharded and gathered as units."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from lightning_distill.students.expert_routing import RoutedExperts
 
 
 def named_blocks(network: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model of diffusers or transformers by their paths, from the first to the last.
+    """The repeated blocks of a diffusers or transformers model by path, in the order of its submodules.
 
-    They are what the model itself says must not be split, in `_no_split_modules`, or else the entries of its lists of
-    modules; of nested ones the outer.
+    Blocks are the modules of the classes in the model's `_no_split_modules`. A model without that attribute has the entries of
+    its module lists as blocks, of nested lists those of the outer one.
     """
     names = set(getattr(network, "_no_split_modules", None) or ())
     found: dict[str, nn.Module] = {}
@@ -27,18 +27,18 @@ def named_blocks(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks alone."""
+    """The blocks without their paths."""
     return list(named_blocks(network).values())
 
 
 def units(network: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: the blocks, and before each the experts in it, which are nearly all of its weights.
+    """Modules that are gathered separately: the blocks, and before each block its experts, which hold most of its weights.
 
-    All processes call all experts, in one order, whether these have tokens or not.
+    All processes call all experts in the same order, including experts without tokens.
     """
     return [unit for block in blocks(network) for unit in (*experts(block), block)]
 
 
 def experts(block: nn.Module) -> list[nn.Module]:
-    """Those that a block sends its tokens to."""
+    """The experts to which a block routes its tokens."""
     return [expert for part in block.modules() if isinstance(part, RoutedExperts) for expert in part.experts]

@@ -16,7 +16,7 @@ class StudentEMA(AveragedModel):
 
     Args:
         model: The module.
-        multi_avg_fn: Update of lists of parameters, as of `get_ema_multi_avg_fn`.
+        multi_avg_fn: Update of lists of parameters, such as `get_ema_multi_avg_fn` returns.
     """
 
     def __init__(self, model: nn.Module, multi_avg_fn: Callable[..., None]) -> None:

@@ -1,4 +1,4 @@
-"""FSDP2, under which derivatives and few-step students train."""
+"""Strategy for FSDP2, with forward-mode derivatives and shared base weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -28,14 +28,14 @@ from lightning_distill.sharding.stored_weights import StoredWeights
 
 
 class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
-    """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, a transformer block a unit, or an expert.
+    """Fully sharded data parallelism by `torch.distributed.fsdp.fully_shard`, in units of transformer blocks and experts.
 
-    Each process reads its own rows of a pipeline's weights. The frozen teacher, the critic, the average and the blocks of the
-    text encoders are sharded like the student; the autoencoder is not. Networks with LoRA gather the teacher's weights.
+    Each process reads only its rows of a pipeline's weights. The frozen teacher, the critic, the EMA and the blocks of the text
+    encoders are sharded like the student; the autoencoder is not. LoRA networks gather their base weights from the teacher.
 
     Args:
-        offload: Whether parameters, gradients and the optimizer's state stay in the memory of the CPU.
-        **kwargs: Of `ModelParallelStrategy`, but for its sizes: all processes share the weights.
+        offload: Whether parameters, gradients and optimizer states stay in CPU memory between uses.
+        **kwargs: Arguments of `ModelParallelStrategy` except its parallel sizes, since weights are sharded over all processes.
     """
 
     def __init__(self, offload: bool = False, **kwargs: Any) -> None:
@@ -44,100 +44,105 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         self._mesh: DeviceMesh | None = None
 
     def setup_environment(self) -> None:
-        """Start the processes' group, all of them data parallel."""
+        """Initialize the process group, with all processes data parallel."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
-        # By this name peft tells weights that are gathered from those that layers compute with a part of.
+        # By the name "fsdp" peft recognizes weights that are gathered before use, unlike those of tensor parallelism.
         self._mesh = init_device_mesh(self.root_device.type, (self.world_size,), mesh_dim_names=("fsdp",))
         register_hook_jvp()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Make the optimizers."""
+        """Create the optimizers.
+
+        Raises:
+            ConfigurationError: If an optimizer needs unsharded matrices.
+        """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             check_elementwise_optimizer(optimizer)
 
     def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
-        """Spread a network over the processes, by blocks and experts; each reads the rows that it keeps."""
-        self._make_equal(parameter for parameter in network.parameters() if not parameter.is_meta)
+        """Shard a network in units of blocks and experts; each process reads only its rows."""
+        self._broadcast(parameter for parameter in network.parameters() if not parameter.is_meta)
         for unit in units(network):
             self._shard(unit)
         self._shard(network)
-        home = torch.device("cpu") if self.offload else self.root_device
+        device = torch.device("cpu") if self.offload else self.root_device
         missing = [name for name, parameter in network.named_parameters() if parameter.is_meta]
-        network._apply(lambda x: torch.empty_like(x, device=home) if x.is_meta else x.to(home))
+        network._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
         parameters = dict(network.named_parameters())
         for name in missing:
             assert weights is not None, "a network on the meta device comes with its weights"
             _read_rows(parameters[name], weights, name)
 
     def shard_on_base(self, network: nn.Module, base: nn.Module) -> None:
-        """Spread what is a network's own, by blocks; it gathers the rest from where it is spread as the base's."""
-        lent: set[nn.Parameter] = set(base.parameters())
-        self._make_equal(parameter for parameter in network.parameters() if parameter not in lent)
-        found = named_blocks(network)
-        share_base_weights(network, base, found)
-        for module in (*found.values(), network):
-            self._shard(module, lent)
+        """Shard the weights that a network does not share, in units of blocks; it gathers the base's shards of the others."""
+        shared: set[nn.Parameter] = set(base.parameters())
+        self._broadcast(parameter for parameter in network.parameters() if parameter not in shared)
+        network_blocks = named_blocks(network)
+        share_base_weights(network, base, network_blocks)
+        for module in (*network_blocks.values(), network):
+            self._shard(module, shared)
 
     def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
-        """Spread a text encoder's blocks, of which each process reads its rows; the rest of it stays whole."""
-        shared = tied_parameters(encoder)
+        """Shard the blocks of a text encoder; its other weights stay unsharded."""
+        tied = tied_parameters(encoder)
         for block in blocks(encoder):
             self._shard(block)
 
         def place(x: Tensor) -> Tensor:
-            home = torch.device("cpu") if self.offload and isinstance(x, DTensor) else self.root_device
-            return torch.empty_like(x, device=home) if x.is_meta else x.to(home)
+            device = torch.device("cpu") if self.offload and isinstance(x, DTensor) else self.root_device
+            return torch.empty_like(x, device=device) if x.is_meta else x.to(device)
 
         encoder._apply(place)
-        retie_parameters(shared)
+        retie_parameters(tied)
         for name, parameter in encoder.named_parameters():
             _read_rows(parameter, weights, name)
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:
-        """Whole parameters by name, on the CPU of the first process."""
+        """The unsharded parameters by name, on the CPU of the first process; empty on the others."""
         found = {}
         for name, parameter in network.named_parameters():
-            whole = parameter.detach().to(self.root_device)
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            value = parameter.detach().to(self.root_device)
+            value = value.full_tensor() if isinstance(value, DTensor) else value
             if self.is_global_zero:
-                found[name] = whole.to("cpu", copy=True)
+                found[name] = value.to("cpu", copy=True)
         return found
 
     def auxiliary_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> AuxiliaryOptimizer:
-        """Train a sharded network by its own backward pass."""
-        return _Side(optimizer, clip)
+        """An optimizer that runs a backward pass of its own for a sharded network."""
+        return _AuxiliaryOptimizer(optimizer, clip)
 
     # Checkpoints
 
-    def spread(self, value: Tensor) -> Tensor:
-        """A DTensor, or what every process has a whole of."""
+    def sharded_view(self, value: Tensor) -> Tensor:
+        """The detached value: a DTensor, or an unsharded tensor."""
         return value.detach()
 
-    def follow_weights(self) -> None:
-        """Nothing: there is no other copy."""
+    def refresh_weight_copies(self) -> None:
+        """Does nothing: there are no other copies."""
 
     def optimizer_states(self) -> State:
-        """As DTensors."""
-        return {place: get_optimizer_state_dict(*parts) for place, parts in self._training_parts().items()}
+        """States of all optimizers by key, with DTensors."""
+        return {key: get_optimizer_state_dict(*training) for key, training in self._trainings().items()}
 
     def restore_optimizer_states(self, state: State) -> None:
-        """Put them back."""
-        for place, parts in self._training_parts().items():
-            set_optimizer_state_dict(*parts, optim_state_dict=state[place])
+        """Load the states into the optimizers."""
+        for key, training in self._trainings().items():
+            set_optimizer_state_dict(*training, optim_state_dict=state[key])
 
-    def _training_parts(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+    def _trainings(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
         module = self.lightning_module
         assert module is not None
-        if not self.fits:
+        if not self.fitting:
             return {}
         return {
             **{f"optimizer_{i}": (module, optimizer) for i, optimizer in enumerate(self.optimizers)},
             **{f"auxiliary_{path}": (module, each.optimizer) for path, each in auxiliary_optimizers(module).items()},
         }
 
-    def _make_equal(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy the values of the first process to all processes."""
         for parameter in parameters:
             parameter.data = parameter.data.to(self.root_device)
             torch.distributed.broadcast(parameter.data, 0)
@@ -147,7 +152,7 @@ class FSDP2Strategy(ShardedCheckpoints, ModelParallelStrategy):
         return fully_shard(module, mesh=self._mesh, reshard_after_forward=True, offload_policy=policy, ignored_params=ignored)
 
 
-class _Side:
+class _AuxiliaryOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, clip: float) -> None:
         self.optimizer = optimizer
         self._clip = clip
@@ -170,12 +175,12 @@ def _read_rows(parameter: nn.Parameter, weights: StoredWeights, name: str) -> No
 
 
 def register_hook_jvp() -> None:
-    """Let the hook that starts a backward pass hand derivatives on: it is the identity.
+    """Register a forward-mode rule for FSDP2's post-backward hook, which is the identity.
 
-    Earlier versions of torch have no rule; torch 2.13 has one that returns its inputs, where forward mode wants views of them.
+    Earlier versions of torch have no rule. That of torch 2.13 returns its inputs, where forward mode needs views of them.
     """
 
     def jvp(ctx: Any, group: Any, *tangents: Any) -> Any:
         return tuple(None if tangent is None else tangent.view_as(tangent) for tangent in tangents)
 
-    setattr(RegisterPostBackwardFunction, "jvp", staticmethod(jvp))  # noqa: B010  # a type checker knows torch's own
+    setattr(RegisterPostBackwardFunction, "jvp", staticmethod(jvp))  # noqa: B010  # assigning it is a type error

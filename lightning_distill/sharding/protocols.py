@@ -16,10 +16,10 @@ class Sharding(Protocol):
     """A strategy under which no process holds an unsharded network. All its processes call these methods together."""
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """A tensor reduced over the processes, as of Lightning's strategies."""
+        """A tensor reduced over the processes, like `Strategy.reduce` of Lightning."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The object of one process, as of Lightning's strategies."""
+        """The object of process `src` in all processes, like `Strategy.broadcast` of Lightning."""
 
     def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
         """Shard a network over the processes, in place.
@@ -107,7 +107,7 @@ class AuxiliaryOptimizer(Protocol):
 
 @runtime_checkable
 class TrainedModule(Protocol):
-    """What strategies ask of the module that a trainer trains."""
+    """Interface that strategies use of the module that a trainer trains."""
 
     @property
     def auxiliary_paths(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The weights of a network as they lie in files: read one at a time, or a part of one."""
+"""Weights of a network in safetensors files: reads one tensor, or some of its rows, at a time."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,28 +9,30 @@ from torch import Tensor
 
 
 class StoredWeights:
-    """Tensors of safetensors files, by name, of which no more is read than is asked for.
+    """Tensors in safetensors files by name; a tensor is read on request only.
 
     Args:
-        files: The file of each tensor.
-        places: Name in its file of each tensor that has another there.
+        files: File of each tensor.
+        stored_names: Name of a tensor in its file, where it differs.
     """
 
-    def __init__(self, files: Mapping[str, Path], places: Mapping[str, str] | None = None) -> None:
+    def __init__(self, files: Mapping[str, Path], stored_names: Mapping[str, str] | None = None) -> None:
         self._files = files
-        self._places = places or {}
+        self._stored_names = stored_names or {}
 
     @classmethod
     def of_component(cls, directory: Path) -> "StoredWeights":
-        """Of a model as diffusers and transformers save it: one file, or several with an index; no variants, as `.fp16.`.
+        """The weights of a model as diffusers and transformers save it: one file, or several files with an index.
+
+        Files without a variant such as `.fp16.` take precedence.
 
         Raises:
-            FileNotFoundError: If there are no safetensors in it.
+            FileNotFoundError: If the directory has no safetensors file.
         """
         indices = _plain_first(directory.glob("*.safetensors.index.json"))
         if indices:
-            places: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
-            return cls({name: directory / file for name, file in places.items()})
+            file_names: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
+            return cls({name: directory / file for name, file in file_names.items()})
         files = _plain_first(directory.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"there is no .safetensors file in {directory}")
@@ -39,36 +41,36 @@ class StoredWeights:
             return cls(dict.fromkeys(tensors.keys(), file))
 
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return list(self._files)
 
-    def renamed(self, places: Mapping[str, str]) -> "StoredWeights":
-        """The same tensors by other names.
+    def renamed(self, names: Mapping[str, str]) -> "StoredWeights":
+        """The same tensors under other names.
 
         Args:
-            places: Present names by new ones.
+            names: The present name of each new name.
         """
-        stored = {name: self._places.get(place, place) for name, place in places.items()}
-        return StoredWeights({name: self._files[place] for name, place in places.items()}, stored)
+        stored_names = {new: self._stored_names.get(name, name) for new, name in names.items()}
+        return StoredWeights({new: self._files[name] for new, name in names.items()}, stored_names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor in its stored dtype, on the CPU; of one with dimensions only the rows from start to stop.
+        """A tensor in its stored dtype, on the CPU; for a tensor with dimensions only the rows from `start` to `stop`.
 
         Raises:
-            KeyError: If there is none of this name.
+            KeyError: If there is no tensor of this name.
         """
         with safe_open(self._files[name], framework="pt") as tensors:
-            place = self._places.get(name, name)
-            part = tensors.get_slice(place)
-            rows = part.get_shape()[:1]
+            stored_name = self._stored_names.get(name, name)
+            tensor = tensors.get_slice(stored_name)
+            rows = tensor.get_shape()[:1]
             if not rows or (start == 0 and stop in (None, rows[0])):
-                return tensors.get_tensor(place)
-            return part[start:stop]
+                return tensors.get_tensor(stored_name)
+            return tensor[start:stop]
 
 
 def _plain_first(files: Iterable[Path]) -> list[Path]:
-    """By name, variants last: they have one more word between dots."""
+    """Files sorted by name, variants last: their names have one more dot."""
     return sorted(files, key=lambda file: (file.name.count("."), file.name))

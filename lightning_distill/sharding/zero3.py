@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3, under which derivatives and few-step students train, on GPUs and, to try things, on CPUs."""
+"""Strategy for DeepSpeed ZeRO-3, with forward-mode derivatives, on GPUs and, for trials, on CPUs."""
 
 import argparse
 import copy
@@ -29,18 +29,18 @@ from lightning_distill.sharding.protocols import (
 )
 from lightning_distill.sharding.stored_weights import StoredWeights
 
-BUCKET = 500_000_000
-"""Numbers in the buffer that gradients leave from, where nothing is said: DeepSpeed's own."""
+DEFAULT_BUCKET_SIZE = 500_000_000
+"""Default number of elements in the gradient reduction buffer, as in DeepSpeed."""
 
 
 class ZeRO3Precision(DeepSpeedPrecision):
-    """Mixed precision as under other strategies: weights are float32, and products of matrices may take less.
+    """Mixed precision as under other strategies: float32 weights, with autocast to a lower precision.
 
-    DeepSpeed's own would also keep the embeddings of times in 16 bits, too few for a derivative along them.
+    DeepSpeed's precision plugin would also store time embeddings in 16 bits, which is too coarse for derivatives in time.
 
     Args:
         device: Type of the device.
-        dtype: Of the products; None is that of the weights.
+        dtype: Autocast dtype; None is no autocast.
     """
 
     def __init__(self, device: str, dtype: torch.dtype | None) -> None:
@@ -49,33 +49,32 @@ class ZeRO3Precision(DeepSpeedPrecision):
         self._dtype = dtype
 
     def forward_context(self) -> Any:
-        """Autocast."""
+        """The autocast context, if there is a dtype."""
         if self._dtype is None:
             return nullcontext()
-        # Its cache would hold all weights, whole and in 16 bits, until the end of the forward pass.
+        # Its cache would hold all weights, unsharded in 16 bits, until the end of the forward pass.
         return torch.autocast(self._device, dtype=self._dtype, cache_enabled=False)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """The module as it is, as under other strategies: frozen networks have a precision of their own."""
+        """The module unchanged, as under other strategies: the adapter sets the dtype of frozen networks."""
         return module
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Backward pass; Lightning has divided the loss by the number of batches that are accumulated already."""
+        """Backward pass without scaling: Lightning has already divided the loss by the number of accumulated batches."""
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
 class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
-    """DeepSpeed with ZeRO stage 3: weights, gradients and the optimizer's state are spread over the processes.
+    """DeepSpeed with ZeRO stage 3: weights, gradients and optimizer states are sharded over the processes.
 
-    Networks are filled and spread a module at a time: the frozen teacher, the critic, the average and the text encoders like
-    the student, and the autoencoder too, once it has been loaded. Gradients are clipped by DeepSpeed, to
-    `trainer.gradient_clip_val`.
+    Networks are read and sharded one module at a time: the student, the frozen teacher, the critic, the EMA and the text
+    encoders. The autoencoder is sharded after it has been loaded. DeepSpeed clips gradients to `trainer.gradient_clip_val`.
 
     Args:
-        **kwargs: Of `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`; of its stages, 3.
+        **kwargs: Arguments of `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`; its stage is 3.
 
     Raises:
-        ConfigurationError: If deepspeed is not installed.
+        ConfigurationError: If deepspeed is not installed, or another stage is set.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -83,20 +82,22 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
             import deepspeed  # noqa: F401
         except ImportError as error:
             raise ConfigurationError(
-                "trainer.strategy deepspeed_stage_3 needs deepspeed, which is not installed; install "
-                "lightning-distill[deepspeed], or choose fsdp2"
+                "trainer.strategy is deepspeed_stage_3, and deepspeed is not installed; install "
+                "lightning-distill[deepspeed], or set trainer.strategy to fsdp2"
             ) from error
         super().__init__(**({"stage": 3} | kwargs))
         config = self.settings
         if not self.zero_stage_3:
-            raise ConfigurationError("ZeRO3Strategy is for stage 3 of DeepSpeed; leave stage and config's stage at 3")
-        # Its autograd function has no forward-mode rule, and it replaces torch's linear in the whole process.
+            raise ConfigurationError(
+                "ZeRO3Strategy supports stage 3 of DeepSpeed only; leave stage and the stage in config at 3"
+            )
         zero = config.setdefault("zero_optimization", {})
+        # DeepSpeed's memory-efficient linear has no forward-mode rule, and it replaces torch's in the entire process.
         zero.setdefault("memory_efficient_linear", False)
-        # Weights fetched at once would be there twice, in one buffer and in their places: of a text encoder, all of them.
+        # A joint all-gather holds its weights twice, in its buffer and in the parameters: all weights of a text encoder.
         zero.setdefault("stage3_allgather_sequential", True)
-        self.bucket = int(zero.get("reduce_bucket_size", BUCKET))
-        # The optimizer of the configuration is taken as it is, also where its state is in the memory of the CPU.
+        self.bucket = int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_SIZE))
+        # DeepSpeed uses the configured optimizer, also with its state in CPU memory.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
         self._engines: list[Any] = []
         self._meshes: dict[str, DeviceMesh] = {}
@@ -111,20 +112,25 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether there is no GPU, which Lightning's strategy would refuse."""
+        """Whether training runs on the CPU, for which Lightning's strategy raises an error."""
         return isinstance(self.accelerator, CPUAccelerator)
 
     @property
     def root_device(self) -> torch.device:
-        """Of this process."""
+        """Device of this process."""
         return torch.device("cpu", 0) if self.on_cpu else super().root_device
 
     def setup_environment(self) -> None:
-        """Start the processes' group."""
+        """Check the precision, and initialize the process group.
+
+        Raises:
+            ConfigurationError: If the precision is neither float32 nor mixed bfloat16.
+        """
         precision = self.precision_plugin.precision
         if precision not in ("32-true", "bf16-mixed"):
             raise ConfigurationError(
-                f"trainer.precision is {precision}, which deepspeed_stage_3 does not take here; choose bf16-mixed or 32-true"
+                f"trainer.precision is {precision}, which trainer.strategy deepspeed_stage_3 does not support; set "
+                "trainer.precision to bf16-mixed or 32-true"
             )
         self.precision_plugin = ZeRO3Precision(self.root_device.type, torch.bfloat16 if precision == "bf16-mixed" else None)
         if not self.on_cpu:
@@ -132,12 +138,12 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
             return
         import deepspeed
 
-        # It would be compiled at the first start; gloo does its work.
+        # This operator would be compiled at the first start; gloo replaces it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """Start the processes' group."""
+        """Initialize the process group."""
         if not self.on_cpu:
             super().setup_distributed()
             return
@@ -146,34 +152,34 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Networks are not spread as they are made, but once they have been filled."""
+        """Does not shard networks at construction: `shard` does so when they have their weights."""
         self._init_config_if_needed()
         yield
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_blocks(optimizer)
+        check_no_block_state(optimizer)
         check_elementwise_optimizer(optimizer)
         if optimizer is not None:
             self._bound_bucket(self.settings, optimizer)
-        with _without(model, auxiliary_paths(model)):
+        with _detached(model, auxiliary_paths(model)):
             result = super()._setup_model_and_optimizer(model, optimizer, *args, **kwargs)
         register_hook_jvp(model)
         return result
 
     def _bound_bucket(self, config: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Make the buffer that gradients leave from, which takes its memory whole, no larger than all gradients are."""
+        """Bound the gradient reduction buffer, which is allocated at its full size, by the size of all gradients."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for group in optimizer.param_groups for p in group["params"])
         config["zero_optimization"]["reduce_bucket_size"] = min(self.bucket, trained)
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        with _without(model, auxiliary_paths(model)):
+        with _detached(model, auxiliary_paths(model)):
             super()._initialize_deepspeed_inference(model)
         register_hook_jvp(model)
 
     # Networks
 
     def shard(self, network: nn.Module, weights: StoredWeights | None = None) -> None:
-        """Fill and spread a network, one module's own weights after another's."""
+        """Read and shard a network, one module at a time."""
         from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 
         for path, module in network.named_modules():
@@ -191,19 +197,19 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
                 Init(module=own, config_dict_or_path=self.settings, remote_device=self.remote_device)
 
     def shard_encoder(self, encoder: nn.Module, weights: StoredWeights) -> None:
-        """Spread a text encoder, whose parts are gathered together: they call each other past their hooks."""
+        """Shard a text encoder in one unit: its submodules call each other past their hooks."""
         from deepspeed.utils import set_z3_leaf_module
 
-        shared = tied_parameters(encoder)
-        for _, *others in shared:
+        tied = tied_parameters(encoder)
+        for _, *others in tied:
             for module, name in others:
-                del module._parameters[name]  # until the first of them is filled and spread
+                del module._parameters[name]  # until the first one is read and sharded
         self.shard(encoder, weights)
-        retie_parameters(shared)
+        retie_parameters(tied)
         set_z3_leaf_module(encoder, True)
 
     def gather(self, network: nn.Module) -> dict[str, Tensor]:
-        """Whole parameters by name, on the CPU of the first process."""
+        """The unsharded parameters by name, on the CPU of the first process; empty on the others."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         found = {}
@@ -215,23 +221,23 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps: DeepSpeed is also told to step where it only accumulates gradients."""
+        """Number of optimizer steps: Lightning also calls DeepSpeed's step where it only accumulates gradients."""
         steps: int = self.deepspeed_engine.global_steps
         return steps
 
     def gradient_norm(self) -> float | None:
-        """Norm of the last step's gradients, before clipping."""
+        """Norm of the gradients of the last step, before clipping."""
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed has left out, since gradients were not finite."""
+        """Number of optimizer steps that DeepSpeed skipped because gradients were not finite."""
         steps: int = self.deepspeed_engine.skipped_steps
         return steps
 
     def auxiliary_optimizer(self, network: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> AuxiliaryOptimizer:
-        """Train a network by a DeepSpeed engine of its own."""
+        """An optimizer that trains a sharded network by a separate DeepSpeed engine."""
         import deepspeed
 
         config = copy.deepcopy(self.settings) | {"gradient_clipping": clip, "gradient_accumulation_steps": 1}
@@ -246,34 +252,34 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
         )
         register_hook_jvp(network)
         self._engines.append(engine)
-        return _Side(engine, optimizer)
+        return _AuxiliaryOptimizer(engine, optimizer)
 
     # Checkpoints
 
-    def spread(self, value: Tensor) -> Tensor:
-        """Rows of a flattened parameter."""
+    def sharded_view(self, value: Tensor) -> Tensor:
+        """The rows of a flattened parameter as a DTensor."""
         return self._view(value)
 
     def optimizer_states(self) -> State:
-        """As rows of flattened tensors."""
+        """States of all optimizers by key, with rows of flattened tensors as DTensors."""
         module = self.lightning_module
         assert module is not None
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         state: State = {}
-        for place, engine in self._training_engines().items():
-            _make_optimizer_state(engine)
-            state[place] = {
+        for key, engine in self._training_engines().items():
+            _initialize_optimizer_state(engine)
+            state[key] = {
                 "groups": [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups],
                 "tensors": {
-                    f"{names[id(parameter)]}.{key}": self._view(parameter, part.clone())
-                    for parameter, key, part in _optimizer_parts(engine)
+                    f"{names[id(parameter)]}.{name}": self._view(parameter, part.clone())
+                    for parameter, name, part in _optimizer_parts(engine)
                 },
                 "scalars": _optimizer_scalars(engine),
             }
         return state
 
-    def follow_weights(self) -> None:
-        """Put the weights to where the optimizers keep theirs, and drop whole ones."""
+    def refresh_weight_copies(self) -> None:
+        """Copy the weights to the optimizers' float32 weights, and drop gathered copies."""
         from deepspeed.utils import safe_set_local_fp32_param
 
         module = self.lightning_module
@@ -284,48 +290,48 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
                 safe_set_local_fp32_param(parameter, local_part(parameter))
 
     def restore_optimizer_states(self, state: State) -> None:
-        """Put them back."""
+        """Copy the states into the optimizers."""
         from deepspeed.utils import safe_set_local_optimizer_state
 
         module = self.lightning_module
         assert module is not None
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        for place, engine in self._training_engines().items():
-            saved = state[place]
-            for parameter, key, part in _optimizer_parts(engine):
-                whole = torch.zeros_like(part)
-                rows = saved["tensors"][f"{names[id(parameter)]}.{key}"].to_local()
-                whole[: len(rows)] = rows
-                safe_set_local_optimizer_state(parameter, whole, key)
+        for key, engine in self._training_engines().items():
+            saved = state[key]
+            for parameter, name, part in _optimizer_parts(engine):
+                padded = torch.zeros_like(part)
+                rows = saved["tensors"][f"{names[id(parameter)]}.{name}"].to_local()
+                padded[: len(rows)] = rows
+                safe_set_local_optimizer_state(parameter, padded, name)
             for group, values in zip(engine.optimizer.param_groups, saved["groups"], strict=True):
                 group.update(values)
-            for name, value in _optimizer_scalars(engine).items():
-                value.copy_(saved["scalars"][name])
+            for scalar, value in _optimizer_scalars(engine).items():
+                value.copy_(saved["scalars"][scalar])
 
     def _training_engines(self) -> dict[str, Any]:
         module = self.lightning_module
         assert module is not None
         auxiliary: dict[str, Any] = dict(auxiliary_optimizers(module))
         engines = {f"auxiliary_{path}": each.engine for path, each in auxiliary.items()}
-        return {"optimizer": self.deepspeed_engine, **engines} if self.fits else {}
+        return {"optimizer": self.deepspeed_engine, **engines} if self.fitting else {}
 
     def _view(self, value: Any, part: Tensor | None = None) -> Tensor:
-        """A tensor that knows which rows of a flattened parameter this process holds."""
+        """This process's rows of a flattened parameter, or of a state of its optimizer, as a DTensor in the same memory."""
         if not hasattr(value, "ds_tensor"):
-            whole: Tensor = value.detach()
-            return whole
+            unsharded: Tensor = value.detach()
+            return unsharded
         part, size = local_part(value) if part is None else part, int(value.ds_numel)
-        kind = part.device.type  # a DTensor of a mesh of another kind would be a copy
-        if kind not in self._meshes:
-            self._meshes[kind] = init_device_mesh(kind, (self.world_size,))
+        device = part.device.type  # a DTensor on a mesh of another device type would be a copy
+        if device not in self._meshes:
+            self._meshes[device] = init_device_mesh(device, (self.world_size,))
         rows = max(0, min(part.numel(), size - self.global_rank * part.numel()))
         shape = torch.Size([size])
         return DTensor.from_local(
-            part.detach()[:rows], self._meshes[kind], [Shard(0)], run_check=False, shape=shape, stride=(1,)
+            part.detach()[:rows], self._meshes[device], [Shard(0)], run_check=False, shape=shape, stride=(1,)
         )
 
 
-class _Side:
+class _AuxiliaryOptimizer:
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
         self.engine = engine
         self.optimizer = optimizer
@@ -338,11 +344,16 @@ class _Side:
             raise auxiliary_error()
 
 
-def _refuse_blocks(optimizer: torch.optim.Optimizer | None) -> None:
+def check_no_block_state(optimizer: torch.optim.Optimizer | None) -> None:
+    """Check that an optimizer has no block-wise state, such as that of 8-bit AdamW: ZeRO-3 splits weights within blocks.
+
+    Raises:
+        ConfigurationError: If it has.
+    """
     if optimizer is not None and has_block_state(optimizer):
         raise ConfigurationError(
-            f"model.optimizer is {type(optimizer).__name__}, whose state is in blocks of numbers, and ZeRO-3 cuts its parts "
-            "anywhere; choose trainer.strategy fsdp2, or torch.optim.AdamW"
+            f"model.optimizer is {type(optimizer).__name__}, whose state is block-wise, and deepspeed_stage_3 splits weights "
+            "within blocks; set trainer.strategy to fsdp2, or model.optimizer to torch.optim.AdamW"
         )
 
 
@@ -350,22 +361,22 @@ def _trained(engine: Any) -> list[Any]:
     return [parameter for group in engine.optimizer.fp16_groups for parameter in group]
 
 
-def _make_optimizer_state(engine: Any) -> None:
-    """Let an optimizer make what it keeps, as it does at its first step, which here changes nothing."""
+def _initialize_optimizer_state(engine: Any) -> None:
+    """Let an optimizer initialize its state, by a step with learning rate 0 that changes no weight."""
     zero = engine.optimizer
     for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
         if zero.optimizer.state[flat]:
             continue
         group = zero.optimizer.param_groups[zero.sub_group_to_group_id[i]]
-        kept = group["params"], group["lr"], flat.grad
-        # As DeepSpeed itself steps: the optimizer knows the part that it updates for so long only.
+        original = group["params"], group["lr"], flat.grad
+        # DeepSpeed also sets the updated part only for the time of a step.
         group["params"], group["lr"], flat.grad = [flat], 0.0, torch.zeros_like(flat)
         zero.optimizer.step()
-        group["params"], group["lr"], flat.grad = kept
+        group["params"], group["lr"], flat.grad = original
 
 
 def _optimizer_parts(engine: Any) -> Iterator[tuple[Any, str, Tensor]]:
-    """Of each parameter that trains: the names and this process's parts of what its optimizer keeps."""
+    """Each trained parameter with the names of its optimizer states and this process's parts of them."""
     from deepspeed.utils import safe_get_local_optimizer_state
 
     zero = engine.optimizer
@@ -387,23 +398,23 @@ def _optimizer_scalars(engine: Any) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _without(module: nn.Module, paths: tuple[str, ...]) -> Iterator[None]:
-    """A module without those of its parts that train by themselves, and have hooks of their own."""
-    taken: list[tuple[nn.Module, str, nn.Module]] = []
+def _detached(module: nn.Module, paths: tuple[str, ...]) -> Iterator[None]:
+    """Remove auxiliary networks from a module within the context: their own engines register hooks on them."""
+    detached: list[tuple[nn.Module, str, nn.Module]] = []
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        holder = module.get_submodule(parent)
-        taken.append((holder, name, getattr(holder, name)))
-        delattr(holder, name)
+        parent_path, _, name = path.rpartition(".")
+        parent = module.get_submodule(parent_path)
+        detached.append((parent, name, getattr(parent, name)))
+        delattr(parent, name)
     try:
         yield
     finally:
-        for holder, name, part in taken:
-            setattr(holder, name, part)
+        for parent, name, network in detached:
+            setattr(parent, name, network)
 
 
 def register_hook_jvp(module: nn.Module) -> None:
-    """Let the hooks of ZeRO-3 hand derivatives on: they are views of their inputs."""
+    """Register forward-mode rules for the hooks of ZeRO-3, whose outputs are views of their inputs."""
 
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)

@@ -1,9 +1,6 @@
-"""The configs for FLUX.1-dev, on the embedded teacher, whose networks two processes share: from the start to pictures."""
+"""The FLUX.1-dev configs with sharded networks, on the shipped teacher: training, resuming, export and sampling."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,9 @@ import torch
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.sharding.tiny_runs import SEVERAL_RUNS, run_command_line
+
+pytestmark = SEVERAL_RUNS
 KILLER = """
 import os, signal
 from lightning.pytorch import Callback
@@ -29,7 +28,7 @@ class KillAt(Callback):
 
 
 def settings(strategy: str, base: str) -> dict:
-    kind = "unmerged" if "lora" in base else "merged"
+    lora = "unmerged" if "lora" in base else "merged"
     return {
         "base": base,
         "model": {
@@ -45,7 +44,7 @@ def settings(strategy: str, base: str) -> dict:
                 "validation": {"nfe": [1, 2], "teacher_nfe": 2, "height": 32, "width": 32, "samples": 2, "solver_steps": 1},
             }
         },
-        "data": {"init_args": {"directory": "pictures", "validation_share": 0.2, "batch_size": 2, "num_workers": 0}},
+        "data": {"init_args": {"directory": "images", "validation_share": 0.2, "batch_size": 2, "num_workers": 0}},
         "trainer": {
             "accelerator": "cpu",
             "devices": 2,
@@ -61,17 +60,11 @@ def settings(strategy: str, base: str) -> dict:
                 {"class_path": "SwitchSolution", "init_args": {"latest_step": 2}},
                 {"class_path": "LogImages", "init_args": {"columns": 1}},
                 {"class_path": "FinalReport", "init_args": {"columns": 1, "diversity_prompts": 0}},
-                {"class_path": "ExportPipeline", "init_args": {"directory": "student", "lora": kind}},
+                {"class_path": "ExportPipeline", "init_args": {"directory": "student", "lora": lora}},
                 {"class_path": "killer.KillAt", "init_args": {"step": 3}},
             ],
         },
     }
-
-
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "lightning_distill", *arguments]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 def losses(folder: Path) -> list[list[str]]:
@@ -90,18 +83,18 @@ def files(folder: Path) -> dict[str, bytes]:
         pytest.param("fsdp2", "flux_meanflow_lora.yaml", marks=pytest.mark.slow),
     ],
 )
-def test_it_trains_switches_is_killed_resumes_exports_and_samples(strategy: str, base: str, tmp_path: Path) -> None:
+def test_run_switches_resumes_after_a_kill_exports_and_samples(strategy: str, base: str, tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text(KILLER)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(strategy, base)))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     captions = ["a red circle", "a green square", "two blue triangles", "a small yellow circle"]
     lines = []
     for i in range(10):
-        Image.new("RGB", (32, 32), (20 * i, 100, 255 - 20 * i)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.new("RGB", (32, 32), (20 * i, 100, 255 - 20 * i)).save(tmp_path / "images" / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": captions[i % 4]}))
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
 
-    assert command(tmp_path, "fit", "--config", "run.yaml").returncode != 0
+    assert run_command_line(tmp_path, "fit", "--config", "run.yaml", check=False).returncode != 0
     killed = losses(tmp_path)
     assert [(step, solution) for step, solution, _ in killed] == [
         ("1", "discrete"),
@@ -110,45 +103,27 @@ def test_it_trains_switches_is_killed_resumes_exports_and_samples(strategy: str,
     ]
     assert not (tmp_path / "student").exists()
     second = (tmp_path / "losses1.txt").read_text().splitlines()
-    assert [line.split()[2] for line in second] != [loss for _, _, loss in killed]  # processes see data and noise of their own
+    assert [line.split()[2] for line in second] != [loss for _, _, loss in killed]  # processes have different data and noise
 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(strategy, base)).replace("step: 3", "step: -1"))
-    resumed = command(tmp_path, "fit", "--config", "run.yaml", "--ckpt_path", "last")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    again = losses(tmp_path)[3:]
-    assert again[0] == killed[2]  # the step that was lost, to the last digit
-    assert [step for step, _, _ in again] == ["3", "4"]
+    run_command_line(tmp_path, "fit", "--config", "run.yaml", "--ckpt_path", "last")
+    resumed = losses(tmp_path)[3:]
+    assert resumed[0] == killed[2]  # the lost step has exactly the same loss
+    assert [step for step, _, _ in resumed] == ["3", "4"]
     rest = torch.load(tmp_path / "checkpoints" / "last.ckpt" / "rest.pt", weights_only=True)
     assert rest["global_step"] == 4
     assert (tmp_path / "run" / "images.png").is_file()
 
     export = ["--ckpt_path", "checkpoints/last.ckpt", "--directory", "exported"]
-    kind = ["--lora", "unmerged"] if "lora" in base else []
-    exported = command(tmp_path, "export", "--config", "run.yaml", *export, *kind)
-    assert exported.returncode == 0, exported.stderr[-3000:]
+    lora = ["--lora", "unmerged"] if "lora" in base else []
+    run_command_line(tmp_path, "export", "--config", "run.yaml", *export, *lora)
     first, second = files(tmp_path / "student"), files(tmp_path / "exported")
     assert first.keys() == second.keys()
     differing = {name for name in first if first[name] != second[name]}
-    # The card tells of the training's time, and peft lists layers as they come out of a set.
+    # The model card has the training time, and peft lists layers in the order of a set.
     assert differing - {"adapter_config.json"} == {"README.md"}
 
-    drawn = command(
-        tmp_path,
-        *(
-            "sample",
-            "--pipeline",
-            "student",
-            "--prompt",
-            "a red circle",
-            "--nfe",
-            "2",
-            "--height",
-            "32",
-            "--width",
-            "32",
-            "--out",
-            "drawn.png",
-        ),
-    )
-    assert drawn.returncode == 0, drawn.stderr[-3000:]
-    assert Image.open(tmp_path / "drawn.png").size == (32, 32)
+    size = ["--height", "32", "--width", "32"]
+    prompt = ["--prompt", "a red circle", "--nfe", "2", *size, "--out", "sample.png"]
+    run_command_line(tmp_path, "sample", "--pipeline", "student", *prompt)
+    assert Image.open(tmp_path / "sample.png").size == (32, 32)

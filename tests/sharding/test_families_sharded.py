@@ -1,13 +1,15 @@
-"""Every family under every strategy of several processes: two compute what one does."""
+"""Every model family under every distributed strategy: training in two processes equals training in one."""
 
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-from tests.sharding.test_sharded import STRATEGIES, largest_difference, train
+from tests.sharding.tiny_runs import SEVERAL_RUNS, STRATEGIES, largest_difference, train
 from tests.teachers.hunyuan_image3.tiny_pipeline import FORMS
 from tests.teachers.tiny_families import FAMILIES, save_family
+
+pytestmark = SEVERAL_RUNS
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *FORMS])
@@ -22,13 +24,13 @@ def single(directory: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_it_trains_spread_over_two_processes(strategy: str, directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
+def test_sharded_training_equals_one_process(strategy: str, directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
     settings = ["--strategy", strategy, "--devices", "2", "--checkpointing", "--steps", "2"]
     assert largest_difference(single, train(tmp_path / "run", directory, *settings)) < 1e-5
 
 
 @pytest.mark.slow
-def test_ddp_trains_like_one_process(directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
-    """DDP refuses a second step if a weight that trains got no gradient in the first."""
+def test_ddp_equals_one_process(directory: str, single: dict[str, Tensor], tmp_path: Path) -> None:
+    """DDP raises an error at the second step if a trained weight had no gradient in the first one."""
     settings = ["--strategy", "ddp", "--devices", "2", "--checkpointing", "--steps", "2"]
     assert largest_difference(single, train(tmp_path / "run", directory, *settings)) < 1e-5

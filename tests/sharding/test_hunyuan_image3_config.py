@@ -1,4 +1,4 @@
-"""The config for HunyuanImage 3.0, on a stand-in, whose networks two processes share: from the start to pictures."""
+"""The HunyuanImage 3.0 config with sharded networks, on a tiny model: training, export and sampling."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.sharding.test_command_line import command
+from tests.sharding.tiny_runs import SEVERAL_RUNS, run_command_line
 from tests.teachers.hunyuan_image3.tiny_pipeline import save_stand_in
+
+pytestmark = SEVERAL_RUNS
 
 
 def settings(teacher: str, strategy: str) -> dict:
@@ -22,7 +24,7 @@ def settings(teacher: str, strategy: str) -> dict:
                 "validation": {"nfe": [1], "teacher_nfe": 1, "height": 32, "width": 32, "solver_steps": 1},
             }
         },
-        "data": {"init_args": {"directory": "pictures", "validation_share": 0.25, "batch_size": 2, "num_workers": 0}},
+        "data": {"init_args": {"directory": "images", "validation_share": 0.25, "batch_size": 2, "num_workers": 0}},
         "trainer": {
             "accelerator": "cpu",
             "num_nodes": 1,
@@ -42,31 +44,28 @@ def settings(teacher: str, strategy: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
-def test_its_config_trains_switches_exports_and_draws(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16; from a sharded checkpoint comes, file by file, what the processes themselves export."""
+def test_run_switches_exports_and_samples(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, the export from the sharded checkpoint equals that of the training processes, file by file."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     teacher = save_stand_in("newer", tmp_path / "teacher")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings(teacher, strategy)))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     lines = []
     for i in range(8):
-        Image.new("RGB", (32, 32), (20 * i, 100, 255 - 20 * i)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.new("RGB", (32, 32), (20 * i, 100, 255 - 20 * i)).save(tmp_path / "images" / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": ["a red circle", "a green square"][i % 2]}))
-    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
-    trained = command(tmp_path, "fit", "--config", "run.yaml")
-    assert trained.returncode == 0, trained.stderr[-3000:]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    run_command_line(tmp_path, "fit", "--config", "run.yaml")
 
-    place = ["--ckpt_path", "checkpoints/last.ckpt", "--directory", "exported"]
-    exported = command(tmp_path, "export", "--config", "run.yaml", *place)
-    assert exported.returncode == 0, exported.stderr[-3000:]
+    export = ["--ckpt_path", "checkpoints/last.ckpt", "--directory", "exported"]
+    run_command_line(tmp_path, "export", "--config", "run.yaml", *export)
     names = {path.name for path in (tmp_path / "student").iterdir()}
     assert names == {path.name for path in (tmp_path / "exported").iterdir()}
     differing = [
         name for name in names if (tmp_path / "student" / name).read_bytes() != (tmp_path / "exported" / name).read_bytes()
     ]
-    assert differing == ["README.md"]  # which tells of the training's time
+    assert differing == ["README.md"]  # it has the training time
 
-    picture = ["--nfe", "2", "--height", "32", "--width", "32", "--out", "drawn.png", "--trust_remote_code"]
-    drawn = command(tmp_path, "sample", "--pipeline", "exported", "--prompt", "a red circle", *picture)
-    assert drawn.returncode == 0, drawn.stderr[-3000:]
-    assert Image.open(tmp_path / "drawn.png").size == (32, 32)
+    options = ["--nfe", "2", "--height", "32", "--width", "32", "--out", "sample.png", "--trust_remote_code"]
+    run_command_line(tmp_path, "sample", "--pipeline", "exported", "--prompt", "a red circle", *options)
+    assert Image.open(tmp_path / "sample.png").size == (32, 32)

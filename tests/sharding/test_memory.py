@@ -1,9 +1,6 @@
-"""No process holds a whole network while networks are loaded: the peak memory of one of two."""
+"""Peak memory of a process while sharded networks are loaded: below that of an unsharded network."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,29 +8,28 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
+from tests.processes import clean_environment, run_isolated
+from tests.sharding.tiny_runs import SEVERAL_RUNS
 from tests.tiny import tiny_pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = SEVERAL_RUNS
 STRATEGIES = ["fsdp2", pytest.param("deepspeed_stage_3", marks=pytest.mark.slow)]
 SCRIPT = """
 import json, sys, threading, time
 from lightning import Trainer, seed_everything
-from tests.sharding.train_tiny import Repeatable, data, method
+from tests.sharding.train_tiny import RepeatableMeanFlow, build_method, training_data
 from torch.utils.data import DataLoader
 
-def anonymous():
+def anonymous_memory():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
 
-class Stop(Exception):
-    pass
-
-class Measured(Repeatable):
+class Measured(RepeatableMeanFlow):
     def configure_model(self):
-        before, peak, done = anonymous(), [0.0], threading.Event()
+        before, peak, done = anonymous_memory(), [0.0], threading.Event()
         def watch():
             while not done.is_set():
-                peak[0] = max(peak[0], anonymous())
+                peak[0] = max(peak[0], anonymous_memory())
                 time.sleep(0.002)
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -45,17 +41,17 @@ class Measured(Repeatable):
 
 pretrained, strategy, devices = sys.argv[1:]
 seed_everything(0)
-module = method(pretrained, "discrete", True, False, False)
+module = build_method(pretrained, "discrete", True, False, False)
 module.__class__ = Measured
 trainer = Trainer(max_steps=1, accelerator="cpu", devices=int(devices), strategy=strategy, logger=False,
                   enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(module, DataLoader(data(), batch_size=4))
+trainer.fit(module, DataLoader(training_data(), batch_size=4))
 """
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
-    """A pipeline with a transformer of some 240 MiB, and that size."""
+    """A pipeline with a transformer of about 240 MiB, and the exact size in MiB."""
     torch.manual_seed(0)
     pipeline = tiny_pipeline()
     config = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
@@ -68,7 +64,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
 
 @pytest.fixture(scope="module")
 def with_large_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float]:
-    """A pipeline with a T5 of some 190 MiB, and that size."""
+    """A pipeline with a T5 encoder of about 190 MiB, and the exact size in MiB."""
     torch.manual_seed(0)
     pipeline = tiny_pipeline()
     config = pipeline.text_encoder_2.config.to_dict() | {"d_ff": 2**17, "num_layers": 8}
@@ -79,27 +75,25 @@ def with_large_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, f
 
 
 def peak(strategy: str, directory: str, folder: Path) -> float:
-    """MiB that the larger of two processes takes while networks are loaded."""
+    """Peak memory in MiB of loading the networks, the larger of two processes."""
     (folder / "run.py").write_text(SCRIPT)
-    # Freed memory goes back at once, so that the peak is of what is in use.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "run.py", directory, strategy, "2"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
+    # malloc returns freed memory to the system at once, so that the peak is that of memory in use.
+    environment = clean_environment(MALLOC_MMAP_THRESHOLD_="65536")
+    run_isolated(["run.py", directory, strategy, "2"], folder, environment=environment)
     return max(json.loads((folder / f"peak{rank}.json").read_text()) for rank in (0, 1))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_process_never_holds_a_whole_transformer(strategy: str, pretrained: tuple[str, float], tmp_path: Path) -> None:
+def test_no_process_holds_an_unsharded_transformer(strategy: str, pretrained: tuple[str, float], tmp_path: Path) -> None:
     directory, size = pretrained
-    # Half of the teacher and half of the student, with what is in passing.
+    # Half of the teacher and half of the student, and temporary memory.
     assert 0.9 * size < peak(strategy, directory, tmp_path) < 1.6 * size
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_process_never_holds_a_whole_text_encoder(
+def test_no_process_holds_an_unsharded_text_encoder(
     strategy: str, with_large_encoder: tuple[str, float], tmp_path: Path
 ) -> None:
     directory, size = with_large_encoder
-    # Half of it, with what is in passing.
+    # Half of the encoder, and temporary memory.
     assert 0.4 * size < peak(strategy, directory, tmp_path) < 0.8 * size

@@ -1,9 +1,6 @@
-"""Two processes that share every network compute what one computes, and go on from what any number of them has saved."""
+"""Training with sharded networks equals training in one process, and resumes from checkpoints of any number of processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,81 +9,56 @@ from torch import Tensor
 
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.student_options import StudentOptions
-from tests.tiny import save_tiny_pipeline
+from tests.sharding.tiny_runs import ALL_NETWORKS, SEVERAL_RUNS, STRATEGIES, largest_difference, train
 
-ROOT = Path(__file__).resolve().parents[2]
-STRATEGIES = ["fsdp2", "deepspeed_stage_3"]
-EVERYTHING = ["--aligned", "--ema", "--checkpointing"]
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    return save_tiny_pipeline(tmp_path_factory.mktemp("teacher"))
-
-
-def train(out: Path, pretrained: str, *arguments: str) -> dict[str, Tensor]:
-    """The weights that a run ends with."""
-    out.mkdir(parents=True)
-    script = ROOT / "tests" / "strategies" / "train_tiny.py"
-    command = [sys.executable, str(script), str(out), "--pretrained", pretrained, *arguments]
-    modules = str(out.parent / "modules")  # where transformers copies the code of checkpoints that bring some
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": modules}
-    done = subprocess.run(command, cwd=out, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out / "weights.pt")
-
-
-def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
+pytestmark = SEVERAL_RUNS
 
 
 @pytest.fixture(scope="module")
 def single(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    return train(tmp_path_factory.mktemp("single") / "run", pretrained, *EVERYTHING)
+    return train(tmp_path_factory.mktemp("single") / "run", pretrained, *ALL_NETWORKS)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_equal_one_and_resume_exactly(
     strategy: str, pretrained: str, single: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Derivative, fused pass, checkpointed blocks, critic and average: all three networks, after three steps."""
-    sharded = ["--strategy", strategy, "--devices", "2", *EVERYTHING]
-    whole = train(tmp_path / "whole", pretrained, *sharded)
-    assert {name.partition(".")[0] for name in whole} == {"student", "critic", "ema"}
-    assert largest_difference(single, whole) < 1e-5
-    facts = json.loads((tmp_path / "whole" / "facts.json").read_text())
-    assert facts["teacher"] < 0.51 * facts["teacher_of_all"]
-    assert facts.get("bucket") == facts.get("trained")  # of ZeRO-3: its buffer is no larger than the gradients
+    """Student, critic and EMA agree after three steps with a derivative, a joint pass and checkpointed blocks."""
+    options = ["--strategy", strategy, "--devices", "2", *ALL_NETWORKS]
+    sharded = train(tmp_path / "sharded", pretrained, *options)
+    assert {name.partition(".")[0] for name in sharded} == {"student", "critic", "ema"}
+    assert largest_difference(single, sharded) < 1e-5
+    facts = json.loads((tmp_path / "sharded" / "facts.json").read_text())
+    assert facts["teacher_local"] < 0.51 * facts["teacher_total"]
+    assert facts.get("bucket") == facts.get("trained")  # ZeRO-3 bounds its buffer by the size of all gradients
 
-    checkpoint = str(tmp_path / "whole" / "last.ckpt")  # of the second step
-    resumed = train(tmp_path / "resumed", pretrained, *sharded, "--resume", checkpoint)
-    assert largest_difference(whole, resumed) == 0
+    checkpoint = str(tmp_path / "sharded" / "last.ckpt")  # saved at the second step
+    resumed = train(tmp_path / "resumed", pretrained, *options, "--resume", checkpoint)
+    assert largest_difference(sharded, resumed) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("devices", ["1", "3"])
-def test_another_number_of_processes_goes_on(
+def test_another_number_of_processes_resumes(
     devices: str, strategy: str, pretrained: str, single: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    train(tmp_path / "two", pretrained, "--strategy", strategy, "--devices", "2", *EVERYTHING)
+    train(tmp_path / "two", pretrained, "--strategy", strategy, "--devices", "2", *ALL_NETWORKS)
     checkpoint = str(tmp_path / "two" / "last.ckpt")
-    sharded = ["--strategy", strategy, "--devices", devices, *EVERYTHING]
-    assert largest_difference(single, train(tmp_path / "on", pretrained, *sharded, "--resume", checkpoint)) < 1e-5
+    options = ["--strategy", strategy, "--devices", devices, *ALL_NETWORKS]
+    assert largest_difference(single, train(tmp_path / "resumed", pretrained, *options, "--resume", checkpoint)) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2_offload", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_optimizer"])
-def test_what_is_kept_on_the_cpu_computes_the_same(
+def test_cpu_offload_equals_one_process_and_resumes_exactly(
     strategy: str, pretrained: str, single: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    sharded = ["--strategy", strategy, "--devices", "2", *EVERYTHING]
-    whole = train(tmp_path / "whole", pretrained, *sharded)
-    assert largest_difference(single, whole) < 1e-5
-    resumed = train(tmp_path / "resumed", pretrained, *sharded, "--resume", str(tmp_path / "whole" / "last.ckpt"))
-    assert largest_difference(whole, resumed) == 0
+    options = ["--strategy", strategy, "--devices", "2", *ALL_NETWORKS]
+    sharded = train(tmp_path / "sharded", pretrained, *options)
+    assert largest_difference(single, sharded) < 1e-5
+    resumed = train(tmp_path / "resumed", pretrained, *options, "--resume", str(tmp_path / "sharded" / "last.ckpt"))
+    assert largest_difference(sharded, resumed) == 0
 
 
 @pytest.mark.slow
@@ -104,7 +76,7 @@ def test_other_settings_equal_one_process(settings: list[str], strategy: str, pr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_students_that_start_from_another_equal_one_process(strategy: str, pretrained: str, tmp_path: Path) -> None:
+def test_pretrained_students_equal_one_process(strategy: str, pretrained: str, tmp_path: Path) -> None:
     adapter = DiffusersAdapter(pretrained)
     adapter.check()
     adapter.load()
@@ -117,8 +89,8 @@ def test_students_that_start_from_another_equal_one_process(strategy: str, pretr
     one = train(tmp_path / "one", pretrained, *settings)
     two = train(tmp_path / "two", pretrained, "--strategy", strategy, "--devices", "2", *settings)
     assert largest_difference(one, two) < 1e-5
-    moved = max((one[f"student.{name}"] - parameter).abs().max().item() for name, parameter in student.named_parameters())
-    assert moved < 0.01  # three steps of at most 0.001 each away from where it started
+    change = max((one[f"student.{name}"] - parameter).abs().max().item() for name, parameter in student.named_parameters())
+    assert change < 0.01  # three steps change a weight by at most 0.001 each
 
 
 @pytest.mark.slow
@@ -127,19 +99,19 @@ def test_students_that_start_from_another_equal_one_process(strategy: str, pretr
 def test_methods_with_a_critic_equal_one_process(method: str, strategy: str, pretrained: str, tmp_path: Path) -> None:
     settings = ["--method", method, "--checkpointing", "--ema"]
     one = train(tmp_path / "one", pretrained, *settings)
-    sharded = ["--strategy", strategy, "--devices", "2", *settings]
-    two = train(tmp_path / "two", pretrained, *sharded)
+    options = ["--strategy", strategy, "--devices", "2", *settings]
+    two = train(tmp_path / "two", pretrained, *options)
     assert {name.partition(".")[0] for name in two} == {"student", "critic", "ema"}
-    assert largest_difference(one, two) < 5e-5  # of learning rates of 1e-3; differences of predictions round more
-    resumed = train(tmp_path / "resumed", pretrained, *sharded, "--resume", str(tmp_path / "two" / "last.ckpt"))
+    assert largest_difference(one, two) < 5e-5  # learning rates are 1e-3; differences of predictions round more
+    resumed = train(tmp_path / "resumed", pretrained, *options, "--resume", str(tmp_path / "two" / "last.ckpt"))
     assert largest_difference(two, resumed) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_mixed_precision_trains_like_one_process(strategy: str, pretrained: str, tmp_path: Path) -> None:
+def test_mixed_precision_equals_one_process(strategy: str, pretrained: str, tmp_path: Path) -> None:
     settings = ["--precision", "bf16-mixed", "--checkpointing", "--ema"]
     one = train(tmp_path / "one", pretrained, *settings)
     two = train(tmp_path / "two", pretrained, "--strategy", strategy, "--devices", "2", *settings)
-    apart = train(tmp_path / "float32", pretrained, "--checkpointing", "--ema")
-    assert largest_difference(one, two) < 0.5 * largest_difference(one, apart)
+    float32 = train(tmp_path / "float32", pretrained, "--checkpointing", "--ema")
+    assert largest_difference(one, two) < 0.5 * largest_difference(one, float32)

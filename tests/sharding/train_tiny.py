@@ -1,4 +1,4 @@
-"""Trains a tiny model for a few steps under a strategy, to be started as a user starts a script; writes what came of it."""
+"""Script that trains a tiny model for a few steps under a strategy, and writes its weights and further facts to files."""
 
 import argparse
 import json
@@ -12,9 +12,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader, Sampler
 
-import lightning_distill.sharding  # noqa: F401  # makes their names known
+import lightning_distill.sharding.strategies  # noqa: F401  # registers the names of the strategies
 from lightning_distill.callbacks import AtomicCheckpoint, SwitchSolution
-from lightning_distill.methods import DMD2, TDM, MeanFlow, Objective, TeacherStudentBase, TrajectoryAlignment
+from lightning_distill.methods import DMD2, TDM, MeanFlow, Objective, ObjectiveSteps, TeacherStudentBase, TrajectoryAlignment
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.sharding.base_weights import BaseUnit
@@ -25,23 +25,24 @@ from tests.teachers.tiny_families import make_adapter
 from tests.tiny import PROMPTS
 
 
-class SameDraws(TeacherStudentBase):
-    """The same draws in every process and in every run, so that two processes compute what one does."""
+class SameRandomNumbers(TeacherStudentBase):
+    """Samples the same random numbers in every process and run, so that several processes compute what one computes."""
 
     errors: ClassVar[dict[str, float]] = {}
-    """What validation says after a step, where it has been told."""
+    """Validation error by step, in place of the measured one; empty for none."""
 
-    def _log_average_velocity_error(self, batch: dict[str, Any]) -> None:
-        if (error := self.errors.get(str(self.global_step))) is not None:
-            self.log("val/average_velocity_error", error)
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.errors:
+            self.evaluator.average_velocity_error = lambda batch: torch.tensor(self.errors[str(self.global_step)])
 
-    def objective(self, x0: torch.Tensor, condition: Condition) -> Objective:
+    def objective(self, x0: torch.Tensor, condition: Condition) -> Objective | ObjectiveSteps:
         torch.manual_seed(100 + self.global_step)
         return super().objective(x0, condition)
 
 
 def eight_bit(groups: Any) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW8bit  # type: ignore[import-untyped]  # takes a second, which others need not spend
+    from torchao.optim import AdamW8bit  # type: ignore[import-untyped]  # its import takes a second
 
     return AdamW8bit(groups, lr=1e-3)
 
@@ -53,19 +54,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-class Repeatable(SameDraws, MeanFlow):
+class RepeatableMeanFlow(SameRandomNumbers, MeanFlow):
     pass
 
 
-class RepeatableDMD2(SameDraws, DMD2):
+class RepeatableDMD2(SameRandomNumbers, DMD2):
     pass
 
 
-class RepeatableTDM(SameDraws, TDM):
+class RepeatableTDM(SameRandomNumbers, TDM):
     pass
 
 
-def method(
+def build_method(
     pretrained: str,
     solution: str,
     checkpointing: bool,
@@ -84,7 +85,7 @@ def method(
     shared: dict[str, Any] = {
         "guidance": Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
         "student": StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=low_rank, pretrained=student),
-        "validation": ValidationOptions(nfe=(1,), average_velocity=bool(SameDraws.errors)),
+        "validation": ValidationOptions(nfe=(1,), average_velocity=bool(SameRandomNumbers.errors)),
         "ema_decay": 0.9 if ema else None,
         "optimizer": OPTIMIZERS[optimizer],
     }
@@ -93,71 +94,72 @@ def method(
         return kind(adapter, nfe=(1, 2), critic_updates=2, critic_lr=1e-3, **shared)
     critic: Any = LoraOptions(critic_lora) if critic_lora else "student"
     alignment = TrajectoryAlignment(nfe=(2,), critic_lr=1e-3, critic_lora=critic) if aligned else None
-    return Repeatable(adapter, solution=solution, alignment=alignment, **shared)
+    return RepeatableMeanFlow(adapter, solution=solution, alignment=alignment, **shared)
 
 
-def data(count: int = 4) -> list[dict[str, Any]]:
+def training_data(count: int = 4) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
     return [{"image": image, "prompt": PROMPTS[i % 3], "index": i} for i, image in enumerate(images)] * 8
 
 
-class Apart(Sampler[int]):
-    """For batches of one sample: each process its own, in the order in which one process takes the batches of all."""
+class OneSamplePerProcess(Sampler[int]):
+    """For batches of one sample: two processes get different samples, and one process the samples of both in turn."""
 
     def __iter__(self) -> Iterator[int]:
-        started = torch.distributed.is_initialized()
-        yield from range(torch.distributed.get_rank(), 16, 2) if started else range(16)
+        distributed = torch.distributed.is_initialized()
+        yield from range(torch.distributed.get_rank(), 16, 2) if distributed else range(16)
 
     def __len__(self) -> int:
         return 8 if torch.distributed.is_initialized() else 16
 
 
 class CountTokens(Callback):
-    """Writes what the student's experts of the first layer get in the run's first forward."""
+    """Writes the number of tokens of each expert in the student's first layer, in the first forward pass of the run."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found: list[int] = []
+        counts: list[int] = []
         file = self.directory / f"tokens{trainer.global_rank}.json"
 
         def count(expert: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            found.append(len(args[0]))
-            file.write_text(json.dumps(found[: len(experts)]))
+            counts.append(len(args[0]))
+            file.write_text(json.dumps(counts[: len(experts)]))
 
         experts = pl_module.student.blocks[0].mlp.experts
         for expert in experts:
             expert.register_forward_pre_hook(count)
 
 
-class Gathered:
-    """Which units of lent weights are gathered, or being so, at the same time; the largest number is kept."""
+class GatheredUnits:
+    """Records which units of base weights are unsharded, or being prefetched, and the largest such set."""
 
     def __init__(self) -> None:
-        self.now: set[BaseUnit] = set()
-        self.most: list[str] = []
-        for name, change in {"fetch": self.now.add, "open": self.now.add, "close": self.now.discard}.items():
-            setattr(BaseUnit, name, self._watched(getattr(BaseUnit, name), change))
+        self.current: set[BaseUnit] = set()
+        self.largest: list[str] = []
+        changes = {"prefetch": self.current.add, "unshard": self.current.add, "reshard": self.current.discard}
+        for name, change in changes.items():
+            setattr(BaseUnit, name, self._recorded(getattr(BaseUnit, name), change))
 
-    def _watched(self, call: Any, change: Any) -> Any:
-        def watched(unit: BaseUnit) -> None:
-            call(unit)
+    def _recorded(self, method: Any, change: Any) -> Any:
+        def recorded(unit: BaseUnit) -> None:
+            method(unit)
             change(unit)
-            if len(self.now) > len(self.most):
-                self.most = sorted("root" if hasattr(each._lender, "x_embedder") else "block" for each in self.now)
+            if len(self.current) > len(self.largest):
+                self.largest = sorted("root" if hasattr(each.base, "x_embedder") else "block" for each in self.current)
 
-        return watched
+        return recorded
 
 
 def run(arguments: argparse.Namespace) -> None:
     seed_everything(0)
-    gathered = Gathered()
+    gathered = GatheredUnits()
     parts = arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
     low_rank = arguments.lora, arguments.critic_lora, arguments.dtype, arguments.method, arguments.student
-    SameDraws.errors = json.loads(arguments.errors)
-    module = method(arguments.pretrained, arguments.solution, *parts, *low_rank)
+    SameRandomNumbers.errors = json.loads(arguments.errors)
+    module = build_method(arguments.pretrained, arguments.solution, *parts, *low_rank)
     switch = SwitchSolution(threshold=0.5, guard_factor=None if arguments.unguarded else 2.0)
     best = AtomicCheckpoint(str(arguments.out), filename="best", monitor="val/average_velocity_error", save_last=False)
     trainer = Trainer(
@@ -176,34 +178,37 @@ def run(arguments: argparse.Namespace) -> None:
         val_check_interval=1,
         callbacks=[
             AtomicCheckpoint(str(arguments.out), every_n_train_steps=arguments.save_every),
-            *([CountTokens(arguments.out)] if arguments.apart else []),
-            *([switch, best] if SameDraws.errors else []),
+            *([CountTokens(arguments.out)] if arguments.one_sample_per_process else []),
+            *([switch, best] if SameRandomNumbers.errors else []),
         ],
     )
-    loader = DataLoader(data(2), sampler=Apart()) if arguments.apart else DataLoader(data(), batch_size=4)
-    validation = [DataLoader(data()[:4], batch_size=4)] if SameDraws.errors else []
+    if arguments.one_sample_per_process:
+        loader = DataLoader(training_data(2), sampler=OneSamplePerProcess())
+    else:
+        loader = DataLoader(training_data(), batch_size=4)
+    validation = [DataLoader(training_data()[:4], batch_size=4)] if SameRandomNumbers.errors else []
     trainer.fit(module, loader, *validation, ckpt_path=arguments.resume)
-    found = {}
+    weights = {}
     matching = module.alignment if isinstance(module, MeanFlow) else module.matching
     networks = {"student": module.student, "critic": getattr(matching, "critic", None), "ema": module.ema}
     for name, network in networks.items():
         if network is not None:
-            gather = dict(network.named_parameters()) if module.sharding is None else module.sharding.gather(network)
-            found |= {f"{name}.{key}": value.detach().clone() for key, value in gather.items()}
-    whole = module.adapter.unsharded_copy(module.student)
+            gathered_weights = dict(network.named_parameters()) if module.sharding is None else module.sharding.gather(network)
+            weights |= {f"{name}.{key}": value.detach().clone() for key, value in gathered_weights.items()}
+    unsharded = module.adapter.unsharded_copy(module.student)
     if trainer.is_global_zero:
-        torch.save(module.adapter.merge_lora(whole).state_dict(), arguments.out / "merged.pt")
-        torch.save(found, arguments.out / "weights.pt")
-        here = sum(local_part(parameter).numel() for parameter in module.teacher.parameters())
-        all_of_it = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.teacher.parameters())
-        facts = {"teacher": here, "teacher_of_all": all_of_it, "steps": trainer.global_step}
+        torch.save(module.adapter.merge_lora(unsharded).state_dict(), arguments.out / "merged.pt")
+        torch.save(weights, arguments.out / "weights.pt")
+        local = sum(local_part(parameter).numel() for parameter in module.teacher.parameters())
+        total = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.teacher.parameters())
+        facts = {"teacher_local": local, "teacher_total": total, "steps": trainer.global_step}
         if (engine := getattr(trainer.strategy, "deepspeed_engine", None)) is not None:
             (bucket,) = engine.optimizer.ipg_buckets.values()
             facts["bucket"] = bucket.buffer.numel()
             facts["trained"] = sum(p.ds_numel for p in module.student.parameters() if p.requires_grad)
         states = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
         facts["states"] = sorted({type(local_part(state)).__name__ for state in states})
-        facts |= {"gathered": gathered.most, "still_gathered": len(gathered.now)}
+        facts |= {"gathered": gathered.largest, "still_gathered": len(gathered.current)}
         facts |= {"switched": switch.state.step, "returned": switch.state.returned_at}
         facts["solution"] = getattr(module, "solution", None)
         (arguments.out / "facts.json").write_text(json.dumps(facts))
@@ -224,7 +229,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--aligned", action="store_true")
     parser.add_argument("--ema", action="store_true")
-    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--one-sample-per-process", action="store_true")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--critic-lora", type=int, default=0)
