@@ -1,4 +1,4 @@
-"""A whole MeanFlow run, killed in the middle of an epoch and resumed, repeats the uninterrupted one loss for loss."""
+"""A MeanFlow run that is killed within an epoch and resumed has the losses of the uninterrupted run."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ class KillAt(Callback):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 """
-STEPS, KILL = 14, 8  # 5 batches an epoch; the switch comes at step 6
+STEPS, KILL = 14, 8  # 5 batches per epoch; the switch is at step 6
 
 
 def settings(directory: Path) -> dict:
@@ -81,16 +81,16 @@ def losses(folder: Path) -> dict[int, str]:
 
 
 @pytest.mark.timeout(600)
-def test_killed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_resumed_run_has_the_losses_of_the_uninterrupted_run(tmp_path: Path) -> None:
     save_tiny_pipeline(tmp_path / "teacher")
     config = settings(tmp_path)
-    assert run(tmp_path / "whole", config) == 0
+    assert run(tmp_path / "uninterrupted", config) == 0
 
     config["trainer"]["callbacks"][-1]["init_args"]["step"] = KILL
     assert run(tmp_path / "killed", config) == -signal.SIGKILL
     config["trainer"]["callbacks"][-1]["init_args"]["step"] = -1
     assert run(tmp_path / "killed", config, "--ckpt_path", "last") == 0
 
-    whole, killed = losses(tmp_path / "whole"), losses(tmp_path / "killed")
-    assert len(whole) == STEPS
-    assert killed == whole
+    uninterrupted, killed = losses(tmp_path / "uninterrupted"), losses(tmp_path / "killed")
+    assert len(uninterrupted) == STEPS
+    assert killed == uninterrupted

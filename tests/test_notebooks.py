@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, do what their text says, and lie in git without what they have printed."""
+"""Notebooks run from top to bottom, agree with their text, and have no outputs in git."""
 
 import json
 import re
@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 STUDENT, TEACHER = {"1", "2", "4", "8"}, {"1", "2", "4", "8", "32"}
-"""Numbers of steps at which runs on the embedded teacher measure each."""
+"""Numbers of steps at which runs on the embedded teacher measure the two networks."""
 
 
 def cells(name: str, kind: str = "code") -> list[dict[str, Any]]:
@@ -31,16 +31,16 @@ def cells(name: str, kind: str = "code") -> list[dict[str, Any]]:
 
 
 def text(name: str, kind: str) -> str:
-    """What a notebook says, of kind "markdown", or does, of kind "code"."""
+    """Text of all cells of a kind, "markdown" or "code"."""
     return "\n".join("".join(cell["source"]) for cell in cells(name, kind))
 
 
 def run(name: str, **settings: int) -> dict[str, Any]:
-    """Names and values at the end of a notebook, whose cells are plain Python.
+    """Run a notebook, whose cells are plain Python, and return its variables.
 
     Args:
         name: File of the notebook.
-        **settings: Other values of numbers that it sets in a line of their own.
+        **settings: New values of numbers that the notebook assigns, each in a separate line.
     """
     sources = ["".join(cell["source"]) for cell in cells(name)]
     for setting, value in settings.items():
@@ -55,29 +55,29 @@ def run(name: str, **settings: int) -> dict[str, Any]:
 
 
 def falls(curve: tuple[list[int], list[float]], since: int = 0) -> bool:
-    """Whether the last third of a curve lies below its first, from a step on."""
+    """Whether the mean of the last third of a curve is below that of the first third, from a step on."""
     values = [value for step, value in zip(*curve, strict=True) if step >= since]
     third = len(values) // 3
-    assert third, "too few values to tell"
+    assert third, "too few values"
     return mean(values[-third:]) < mean(values[:third])
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory from which modules are imported, as a notebook's is."""
+    """An empty working directory from which Python imports modules, as in a notebook."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")))
-def test_outputs_are_stripped(name: str) -> None:
+def test_outputs_are_empty(name: str) -> None:
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells(name))
 
 
 @pytest.mark.slow
-def test_two_dimensions() -> None:
-    """What its text says of its pictures: the identity holds, and students that know it land near the data in one step."""
+def test_meanflow_in_two_dimensions() -> None:
+    """The identity holds, and students of average velocities reach the data in one step, as the text says."""
     values = run("meanflow_in_two_dimensions.ipynb")
     assert values["error"] < 1e-3
     assert values["without"] > 0.5
@@ -88,7 +88,7 @@ def test_two_dimensions() -> None:
 
 @pytest.mark.slow
 def test_distil_and_compare(elsewhere: Path) -> None:
-    """It trains, measures both at the same steps, leaves other runs alone, and one noise gives both the same scene."""
+    """Student and teacher are measured at the same steps, and the same noise gives the same scene."""
     values = run("distil_and_compare.ipynb", STEPS=30, PROMPTS_PER_CATEGORY=1)
     directory = elsewhere / values["RUN"]
     assert [path.name for path in elsewhere.iterdir()] == ["runs"]
@@ -102,29 +102,29 @@ def test_distil_and_compare(elsewhere: Path) -> None:
     assert falls(values["curve"]("train/loss"), since=20)
     assert falls(values["curve"]("val/average_velocity_error"))
 
-    drawn = {name: pictures for name, (pictures, _) in values["rows"].items()}
-    assert {tuple(pictures.shape) for pictures in drawn.values()} == {(len(values["PROMPTS"]), 3, 32, 32)}
-    students, teachers = drawn["student, 4"], drawn["teacher, 32"]
+    rows = {name: images for name, (images, _) in values["rows"].items()}
+    assert {tuple(images.shape) for images in rows.values()} == {(len(values["PROMPTS"]), 3, 32, 32)}
+    students, teachers = rows["student, 4"], rows["teacher, 32"]
     assert (students - teachers).square().mean() < 0.5 * (students - teachers.roll(1, dims=0)).square().mean()
     assert values["rows"]["student, 4"][1] < values["rows"]["teacher, 32"][1]
 
 
-def test_distil_and_compare_tells_of_the_demo() -> None:
-    """The phases that it says it leaves out, and the guidance by which it asks the teacher, are those of the configs."""
-    said, code = (text("distil_and_compare.ipynb", kind) for kind in ("markdown", "code"))
-    said = " ".join(said.split())
+def test_distil_and_compare_agrees_with_the_configs() -> None:
+    """The phases that the text describes, and the guidance of the teacher, are those of the configs."""
+    prose, code = (text("distil_and_compare.ipynb", kind) for kind in ("markdown", "code"))
+    prose = " ".join(prose.split())
     demo = yaml.safe_load((config_directory() / "shapes_meanflow.yaml").read_text())
     shared = yaml.safe_load((config_directory() / "shapes_student.yaml").read_text())
     start = demo["model"]["init_args"]["alignment"]["init_args"]["start_step"]
-    assert f"from step {start} on, distributions are matched" in said
-    assert f"`STEPS = {demo['trainer']['max_steps']}` is the demo's number" in said
+    assert f"From step {start} on, distribution matching is added" in prose
+    assert f"The demo has `STEPS = {demo['trainer']['max_steps']}`" in prose
     assert int(re.findall(r"^STEPS = (\d+)", code, flags=re.MULTILINE)[0]) < start
     assert f'"true_cfg_scale": {shared["model"]["init_args"]["guidance"]["scale"]}' in code
 
 
 @pytest.mark.slow
 def test_a_method_of_your_own(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its method trains from its config, by the losses that its text describes, and its student draws without it."""
+    """The method trains from its config, logs the curves of the text, and exports a student that samples without it."""
     values = run("a_method_of_your_own.ipynb", STEPS=30, PROMPTS_PER_CATEGORY=1)
     try:
         t, loss = values["first"].t, values["first"].loss.detach()
@@ -135,33 +135,34 @@ def test_a_method_of_your_own(elsewhere: Path, capsys: pytest.CaptureFixture[str
         assert values["summary"]["student"].keys() == STUDENT
         assert values["summary"]["teacher"].keys() == TEACHER
         assert falls(values["curve"]("train/loss"))
-        assert falls(values["curve"]("train/landing_error"))
+        assert falls(values["curve"]("train/x0_error"))
         assert falls(values["curve"]("val/average_velocity_error"))
-        assert {name.split(".")[0] for name in values["checkpoint"]["state_dict"]} == {"student", "ema"}
+        weights = values["checkpoint"]["state_dict"]
+        assert {".".join(name.split(".")[:2]) for name in weights} == {"networks.student", "networks.ema"}
         assert values["student"].scheduler.config.stochastic_sampling
-        assert {tuple(pictures.shape) for pictures in values["drawn"].values()} == {(len(values["PROMPTS"]), 3, 32, 32)}
+        assert {tuple(images.shape) for images in values["images"].values()} == {(len(values["PROMPTS"]), 3, 32, 32)}
 
-        check_settings(values["LandingRegression"], values["CONFIG"], capsys)
+        check_settings(values["OneStepRegression"], values["CONFIG"], capsys)
     finally:
-        sys.modules.pop("landing", None)
+        sys.modules.pop("one_step", None)
 
 
 def check_settings(method: Any, config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the text says of the method's settings: they are on the command line, checked, and go with FLUX.1-dev."""
-    capsys.readouterr()  # what training has printed
+    """Settings of the method are on the command line with type checks, and combine with a config of FLUX.1-dev."""
+    capsys.readouterr()  # discards the output of training
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "landing.yaml", "--model.teacher_steps=5", "--print_config"])
+        main(["fit", "--config", "one_step.yaml", "--model.teacher_steps=5", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["teacher_steps"] == 5
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "landing.yaml", "--model.teacher_steps=many", "--print_config"])
+        main(["fit", "--config", "one_step.yaml", "--model.teacher_steps=many", "--print_config"])
     assert "teacher_steps" in capsys.readouterr().err
-    with pytest.raises(ConfigurationError, match="LandingRegression does not train it"):
+    with pytest.raises(ConfigurationError, match="OneStepRegression does not train it"):
         method(DiffusersAdapter("shapes-teacher"), guidance=Guidance(kind="improved"), caption_dropout=0.1)
 
     settings = yaml.safe_load(config)
-    Path("flux_landing.yaml").write_text(yaml.safe_dump({"base": "flux_student.yaml", "model": settings["model"]}))
+    Path("flux_one_step.yaml").write_text(yaml.safe_dump({"base": "flux_student.yaml", "model": settings["model"]}))
     with pytest.raises(SystemExit):
-        main(["fit", "--config", "flux_landing.yaml", "--print_config"])
+        main(["fit", "--config", "flux_one_step.yaml", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["class_path"] == "landing.LandingRegression"
+    assert printed["model"]["class_path"] == "one_step.OneStepRegression"
     assert printed["model"]["init_args"]["adapter"]["init_args"]["pretrained"] == "black-forest-labs/FLUX.1-dev"

@@ -1,4 +1,4 @@
-"""A resumed run repeats the interrupted one, loss for loss."""
+"""A resumed run has the losses of the uninterrupted run."""
 
 import contextlib
 import json
@@ -35,8 +35,11 @@ def fit(
     module: type[ToyModule] = ToyModule,
     **kwargs: Any,
 ) -> list[tuple[int, float, list[int]]]:
-    """Train three epochs of five steps with a checkpoint after `every` step, or epoch, and return what each step saw."""
-    seed_everything(1 if ckpt_path else 0)  # another seed on resume: what is equal afterwards was restored
+    """Train three epochs of five steps, and return step, loss and batch indices of each step.
+
+    Checkpoints are saved after `every` steps, or after every epoch if it is None.
+    """
+    seed_everything(1 if ckpt_path else 0)  # another seed on resume, so that only restored states can give equal losses
     losses = directory / f"{name}.jsonl"
     checkpoint = AtomicCheckpoint(str(directory / name), filename="{step}", save_top_k=-1, every_n_train_steps=every)
     settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False} | kwargs
@@ -47,69 +50,70 @@ def fit(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("whole")
-    return directory, fit(directory, "whole", val_check_interval=2)
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return directory, fit(directory, "uninterrupted", val_check_interval=2)
 
 
-def test_every_epoch_has_an_order_of_its_own(whole):
-    _, seen = whole
-    assert [step for step, _, _ in seen] == list(range(3 * STEPS_PER_EPOCH))
-    epochs = [[i for _, _, indices in seen[k : k + STEPS_PER_EPOCH] for i in indices] for k in (0, 5, 10)]
+def test_every_epoch_has_a_different_order(uninterrupted):
+    _, expected = uninterrupted
+    assert [step for step, _, _ in expected] == list(range(3 * STEPS_PER_EPOCH))
+    epochs = [[i for _, _, indices in expected[k : k + STEPS_PER_EPOCH] for i in indices] for k in (0, 5, 10)]
     assert all(len(set(epoch)) == 40 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 @pytest.mark.parametrize("step", range(1, 3 * STEPS_PER_EPOCH))
-def test_resume_is_exact_after_every_step(whole, tmp_path, step):
-    directory, seen = whole
-    resumed = fit(tmp_path, "resumed", str(directory / "whole" / f"step={step}.ckpt"), val_check_interval=2)
-    assert resumed == seen[step:]
+def test_resume_is_exact_after_every_step(uninterrupted, tmp_path, step):
+    directory, expected = uninterrupted
+    resumed = fit(tmp_path, "resumed", str(directory / "uninterrupted" / f"step={step}.ckpt"), val_check_interval=2)
+    assert resumed == expected[step:]
 
 
 @pytest.mark.parametrize("step", [3, 5, 8])
-def test_resume_is_exact_with_workers_and_by_steps(tmp_path, step):
+def test_resume_is_exact_with_workers_and_max_steps(tmp_path, step):
     settings = {"num_workers": 2, "max_epochs": -1, "max_steps": 12}
-    seen = fit(tmp_path, "whole", **settings)
-    resumed = fit(tmp_path, "resumed", str(tmp_path / "whole" / f"step={step}.ckpt"), **settings)
-    assert len(seen) == 12
-    assert resumed == seen[step:]
+    expected = fit(tmp_path, "uninterrupted", **settings)
+    resumed = fit(tmp_path, "resumed", str(tmp_path / "uninterrupted" / f"step={step}.ckpt"), **settings)
+    assert len(expected) == 12
+    assert resumed == expected[step:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_resume_is_exact_from_the_end_of_an_epoch(tmp_path, num_workers):
-    seen = fit(tmp_path, "whole", every=None, num_workers=num_workers)
-    resumed = fit(tmp_path, "resumed", str(tmp_path / "whole" / "step=5.ckpt"), every=None, num_workers=num_workers)
-    assert resumed == seen[STEPS_PER_EPOCH:]
+    expected = fit(tmp_path, "uninterrupted", every=None, num_workers=num_workers)
+    checkpoint = str(tmp_path / "uninterrupted" / "step=5.ckpt")
+    resumed = fit(tmp_path, "resumed", checkpoint, every=None, num_workers=num_workers)
+    assert resumed == expected[STEPS_PER_EPOCH:]
 
 
-def test_resume_is_exact_under_accumulation(tmp_path):
-    seen = fit(tmp_path, "whole", accumulate_grad_batches=2)
-    resumed = fit(tmp_path, "resumed", str(tmp_path / "whole" / "step=4.ckpt"), accumulate_grad_batches=2)
-    assert resumed == seen[7:]  # steps of batches 2, 2, 1, 2 and so on: an epoch's last step takes what is left
+def test_resume_is_exact_with_gradient_accumulation(tmp_path):
+    expected = fit(tmp_path, "uninterrupted", accumulate_grad_batches=2)
+    resumed = fit(tmp_path, "resumed", str(tmp_path / "uninterrupted" / "step=4.ckpt"), accumulate_grad_batches=2)
+    assert resumed == expected[7:]  # batches per step are 2, 2, 1, 2, ...: the last step of an epoch has the remainder
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
-def test_resume_is_exact_under_manual_optimization(tmp_path):
-    seen = fit(tmp_path, "whole", module=ManualToyModule)
-    resumed = fit(tmp_path, "resumed", str(tmp_path / "whole" / "step=7.ckpt"), module=ManualToyModule)
-    assert resumed == seen[7:]
+def test_resume_is_exact_with_manual_optimization(tmp_path):
+    expected = fit(tmp_path, "uninterrupted", module=ManualToyModule)
+    resumed = fit(tmp_path, "resumed", str(tmp_path / "uninterrupted" / "step=7.ckpt"), module=ManualToyModule)
+    assert resumed == expected[7:]
 
 
-def test_without_the_callback_the_losses_differ(whole, tmp_path):
-    directory, seen = whole
-    resumed = fit(tmp_path, "resumed", str(directory / "whole" / "step=7.ckpt"), callbacks=())
-    assert [indices for _, _, indices in resumed] == [indices for _, _, indices in seen[7:]]
-    assert all(loss != expected for (_, loss, _), (_, expected, _) in zip(resumed, seen[7:], strict=True))
+def test_losses_differ_without_the_callback(uninterrupted, tmp_path):
+    directory, expected = uninterrupted
+    resumed = fit(tmp_path, "resumed", str(directory / "uninterrupted" / "step=7.ckpt"), callbacks=())
+    assert [indices for _, _, indices in resumed] == [indices for _, _, indices in expected[7:]]
+    assert all(loss != other for (_, loss, _), (_, other, _) in zip(resumed, expected[7:], strict=True))
 
 
-def test_how_often_validation_runs_changes_nothing(whole, tmp_path):
-    _, seen = whole
-    assert fit(tmp_path, "rare", limit_val_batches=0) == seen
+def test_losses_do_not_depend_on_validation(uninterrupted, tmp_path):
+    _, expected = uninterrupted
+    assert fit(tmp_path, "without_validation", limit_val_batches=0) == expected
 
 
-def command(directory: Path, *further: str) -> list[str]:
-    """Arguments of a run of 15 steps that saves every second one."""
+def command(directory: Path, *options: str) -> list[str]:
+    """Arguments of a run of 15 steps with a checkpoint every two steps."""
     return [
         *("fit", "--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--trainer.logger=false"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.val_check_interval=3"),
@@ -117,19 +121,19 @@ def command(directory: Path, *further: str) -> list[str]:
         f"--trainer.callbacks.dirpath={directory}",
         *("--model=tests.toy.ToyModule", f"--model.losses={directory / 'losses.jsonl'}"),
         *("--data=ShapesData", "--data.size=44", "--data.batch_size=8", "--data.prompts_per_category=1"),
-        *further,
+        *options,
     ]
 
 
-def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signals, whole_group: bool = False) -> int:
-    """Run a command in a process of its own, send it a signal once it has trained some steps, and return its exit code.
+def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signals, process_group: bool = False) -> int:
+    """Run a command in a subprocess, send it a signal after some steps, and return its exit code.
 
     Args:
-        arguments: Of the command.
-        losses: File of a line a step and process.
-        after: How many lines to wait for.
+        arguments: Arguments of the command.
+        losses: File with a line per step and process.
+        after: Number of lines before the signal.
         sent: The signal.
-        whole_group: Whether processes that the command has started get it too.
+        process_group: Whether the processes that the command started receive the signal as well.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "lightning_distill", *arguments],
@@ -144,7 +148,7 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
             assert process.poll() is None, "the run ended before it was interrupted"
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.02)
-        if whole_group:
+        if process_group:
             os.killpg(process.pid, sent)
         else:
             process.send_signal(sent)
@@ -157,33 +161,33 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*has other model settings")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_resume_is_exact_after_a_signal(tmp_path, sent, code):
-    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    for directory in (whole, interrupted):
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    for directory in (uninterrupted, interrupted):
         directory.mkdir()
-    main(command(whole))
-    seen = read_losses(whole / "losses.jsonl")
+    main(command(uninterrupted))
+    expected = read_losses(uninterrupted / "losses.jsonl")
     assert interrupt(command(interrupted, "--model.pause=0.3"), interrupted / "losses.jsonl", 8, sent) == code
     before = read_losses(interrupted / "losses.jsonl")
     assert 8 <= len(before) < 15
-    assert before == seen[: len(before)]
+    assert before == expected[: len(before)]
     (interrupted / "losses.jsonl").unlink()
     main(command(interrupted, "--ckpt_path=last", "--seed_everything=5"))
     after = read_losses(interrupted / "losses.jsonl")
-    assert after == seen[-len(after) :]
-    if sent == signal.SIGTERM:  # saved at the signal, not at the last multiple of two
+    assert after == expected[-len(after) :]
+    if sent == signal.SIGTERM:  # the checkpoint is from the signal, not from the last multiple of two
         assert len(before) + len(after) == 15
     else:
         assert 15 <= len(before) + len(after) <= 17
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_group", [False, True], ids=["first process", "all processes"])
-def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, whole_group):
-    """A scheduler signals every process of a job, `kill` the first alone."""
+@pytest.mark.parametrize("process_group", [False, True], ids=["first process", "all processes"])
+def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, process_group):
+    """A cluster's scheduler signals every process of a job; `kill` signals only the first process."""
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
-    arguments = command(tmp_path, *ddp, "--trainer.callbacks.every_n_train_steps=100")  # nothing but the signal saves
+    arguments = command(tmp_path, *ddp, "--trainer.callbacks.every_n_train_steps=100")  # so that only the signal saves
     losses = tmp_path / "losses.jsonl"
-    assert interrupt([*arguments, "--model.pause=0.2"], losses, 8, signal.SIGTERM, whole_group) == 143
+    assert interrupt([*arguments, "--model.pause=0.2"], losses, 8, signal.SIGTERM, process_group) == 143
     before = len(losses.read_text().splitlines())
     assert 8 <= before < 30
     losses.unlink()
@@ -194,18 +198,19 @@ def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, whole_group)
 
 @pytest.mark.slow
 def test_resume_is_exact_on_two_processes(tmp_path):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4"]
-    for directory, further in ((whole, []), (resumed, [f"--ckpt_path={whole / 'epoch=1-step=8.ckpt'}", "--seed_everything=5"])):
+    resume = [f"--ckpt_path={uninterrupted / 'epoch=1-step=8.ckpt'}", "--seed_everything=5"]
+    for directory, options in ((uninterrupted, []), (resumed, resume)):
         directory.mkdir()
-        arguments = command(directory, *ddp, "--trainer.callbacks.save_top_k=-1", *further)
+        arguments = command(directory, *ddp, "--trainer.callbacks.save_top_k=-1", *options)
         subprocess.run([sys.executable, "-m", "lightning_distill", *arguments], cwd=ROOT, check=True, capture_output=True)
-    lines = [json.loads(line) for line in (whole / "losses.jsonl").read_text().splitlines()]
-    again = [json.loads(line) for line in (resumed / "losses.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (uninterrupted / "losses.jsonl").read_text().splitlines()]
+    resumed_lines = [json.loads(line) for line in (resumed / "losses.jsonl").read_text().splitlines()]
     for epoch in range(3):
         indices = [i for line in lines if line["step"] // 5 == epoch for i in line["index"]]
         assert len(indices) == len(set(indices)) == 40
     for rank in (0, 1):
         expected = [line for line in lines if line["rank"] == rank and line["step"] >= 8]
-        assert [line for line in again if line["rank"] == rank] == expected
+        assert [line for line in resumed_lines if line["rank"] == rank] == expected
         assert len(expected) == 7
