@@ -121,7 +121,7 @@ def test_prompts_without_images(tmp_path: Path) -> None:
         assert batch["condition"]["image"].flatten().tolist() == [len(prompt) for prompt in batch["prompt"]]
         assert "latents" not in batch
     module = PixelDistillation()
-    with pytest.raises(ConfigurationError, match="data is Precomputed, which has no pictures"):
+    with pytest.raises(ConfigurationError, match="data is Precomputed, which has no images"):
         Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(module, data)
 
 
@@ -195,18 +195,19 @@ def test_another_teacher_raises(directory: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tests.callbacks.distillation.PixelAdapter.encoding_settings", lambda self: settings)
     monkeypatch.setattr(PixelDistillation, "configure_model", lambda self: pytest.fail("loaded"))
     with pytest.raises(
-        ConfigurationError, match=r"was precomputed with another teacher \(adapter\.family was 'pictures', and is now 'photog"
+        ConfigurationError, match=r"was precomputed with another teacher \(adapter\.family was 'pixels', and is now 'photog"
     ):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
             PixelDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
         )
 
 
-def test_trainable_text_encoders_raise(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PixelDistillation, "train_text_encoders", True)
+def test_trainable_text_encoders_raise(directory: Path) -> None:
+    module = PixelDistillation()
+    module.encoder.trains_text_encoders = True
     with pytest.raises(ConfigurationError, match=r"model\.train_text_encoders is true, and precomputed data"):
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit(
-            PixelDistillation(), Precomputed(str(directory), batch_size=4, num_workers=0)
+            module, Precomputed(str(directory), batch_size=4, num_workers=0)
         )
 
 
