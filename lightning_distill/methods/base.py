@@ -185,6 +185,15 @@ class TeacherStudentBase(LightningModule, ABC):
         """The student's EMA, or None."""
         return self.networks.ema
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Replace a network in `networks`: torch would register a second one beside it."""
+        if name == "adapter":
+            raise AttributeError("the adapter of a method cannot be replaced: encoder and evaluator use it as well")
+        if name in ("teacher", "student", "ema"):
+            setattr(self.networks, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def sharding(self) -> Sharding | None:
         """The trainer's strategy, if it shards networks."""

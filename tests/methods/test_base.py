@@ -88,3 +88,13 @@ def test_empty_prompt_is_encoded_once_outside_inference_mode(monkeypatch: pytest
     module.encoder.trains_text_encoders = True
     module.encoder.null_condition(3)
     assert len(encoded) == 2
+
+
+def test_networks_are_replaced_in_one_place() -> None:
+    module = meanflow()
+    student = torch.nn.Linear(1, 1)
+    module.student = student
+    assert module.student is module.networks.student is student
+    assert "student" not in module._modules
+    with pytest.raises(AttributeError, match="cannot be replaced"):
+        module.adapter = module.adapter
