@@ -1,11 +1,14 @@
-"""What single settings of MeanFlow are worth on the embedded teacher: each variant differs from the same short recipe in one.
+"""Ablations of single MeanFlow settings on the embedded teacher: each variant differs from one short recipe in one setting.
 
-`python benchmarks/ablations.py` trains every variant through the command line, for equally many steps over seeds, and writes
-`benchmarks/results/ablations.json` and a table, anew after every run. The recipe is the demo's without alignment, with
-`SwitchSolution` at a fixed step and no way back, so that a collapse is to be seen. Time embedders are compared where they
-matter: by the differential solution from the start. The rescaled one is taught first, by `TimestepRescaling`, for as many steps
-again. A run has one core and the demo's batch of two; `--workers` run at a time. Those on record
-(`benchmarks/results/ablations/`) are not repeated; remove the records after a change to the recipe.
+`python benchmarks/ablations.py` trains every variant through the command line, with equal numbers of optimizer steps and one or
+more seeds. After each run it rewrites `benchmarks/results/ablations.json` and a table.
+
+The recipe is the demo without alignment. `SwitchSolution` switches at a fixed step without rollback, so that a collapse is
+visible. Time embedders are compared where they matter: with the differential solution from the start. The rescaled embedder is
+trained first, by `TimestepRescaling`, for the same number of steps.
+
+A run uses one core and the batch size of the demo's two processes together. `--workers` runs execute in parallel. Recorded runs
+in `benchmarks/results/ablations/` are not repeated; remove the records after a change to the recipe.
 """
 
 import argparse
@@ -21,18 +24,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from training_runs import events, full_config, on_one_core, run_config, stretched, train
+from training_runs import events, full_config, run_config, scale_steps, single_process, train
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDS = RESULTS / "ablations"
 STEPS = ("1", "2", "4", "8")
 SWITCH_AT = 0.7
-"""Where the differential solution takes over, as a share of the run."""
+"""Step of the switch to the differential solution, as a share of the run."""
 RESCALED = "rescaled"
 
 GAMMA = "lightning_distill.flow.losses.PowerLoss"
 FROM_THE_START = {"switch": 1.0, "solution": "differential", "optimizer.init_args.lr": 2.5e-4, "loss.init_args.p": 1.0}
-"""Higher rates make the smooth embedder's runs collapse when they are differential from the start."""
+"""Settings for the differential solution from the start: at higher rates, runs with the smooth embedder collapse."""
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {"as it is": {}},
     "loss": {
@@ -48,9 +51,9 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         for kappa in (0.0, 0.5, 0.9)
     },
     "training states": {
-        "noised pictures": {"trajectory_fraction": 0.0},
-        "the student's own": {"trajectory_fraction": 1.0},
-        "half the teacher's": {"trajectory_source": "teacher"},
+        "noised images": {"trajectory_fraction": 0.0},
+        "student trajectories": {"trajectory_fraction": 1.0},
+        "half teacher trajectories": {"trajectory_source": "teacher"},
     },
     "interval input": {"a clone": {"student.interval_embedding": "clone"}},
     "discrete sub-steps": {
@@ -66,11 +69,15 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         RESCALED: {**FROM_THE_START, "student.time_embedding": "rescaled"},
     },
 }
-"""Variants by what they are about: settings of the model by their paths, and `switch`, a share of the run."""
+"""Variants by group: model settings by dotted path, and `switch`, the step of the switch as a share of the run."""
 
 
 def assign(settings: dict[str, Any], path: str, value: Any) -> None:
-    """Set what a dotted path leads to; all but its end must be there."""
+    """Set the setting at a dotted path.
+
+    Raises:
+        KeyError: If there is no such setting.
+    """
     *parents, name = path.split(".")
     for parent in parents:
         settings = settings[parent]
@@ -82,19 +89,19 @@ def assign(settings: dict[str, Any], path: str, value: Any) -> None:
 def variant_config(
     demo: dict[str, Any], changes: Mapping[str, Any], steps: int, seed: int, directory: Path, pretrained: str | None = None
 ) -> dict[str, Any]:
-    """The recipe's settings with those of a variant.
+    """Settings of a variant of the recipe.
 
     Args:
-        demo: Every setting of the demo.
-        changes: Of `GROUPS`.
-        steps: Optimizer steps.
-        seed: Of the run.
-        directory: Of the run.
-        pretrained: A student to start from.
+        demo: All settings of the demo.
+        changes: Changed settings, from `GROUPS`.
+        steps: Number of optimizer steps.
+        seed: Seed of the run.
+        directory: Output directory of the run.
+        pretrained: Exported student to start from, or None.
     """
     at = round(changes.get("switch", SWITCH_AT) * steps)
     kept = ("LearningRateMonitor", "FinalReport", *(("SwitchSolution",) if at < steps else ()))
-    settings = stretched(demo, steps / demo["trainer"]["max_steps"])
+    settings = scale_steps(demo, steps / demo["trainer"]["max_steps"])
     settings = run_config(settings, seed, directory, keep=lambda name: name in kept)
     model = settings["model"]["init_args"]
     model |= {"alignment": None}
@@ -108,25 +115,25 @@ def variant_config(
         if name == "SwitchSolution":
             callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
         elif name == "FinalReport":
-            callback["init_args"] |= {"diversity_seeds": 4, "teacher": not changes}  # who is the same in all of them
-    return on_one_core(settings)
+            callback["init_args"] |= {"diversity_seeds": 4, "teacher": not changes}  # the teacher is the same in all variants
+    return single_process(settings)
 
 
 def rescaled_student(steps: int, seed: int, directory: Path) -> str:
-    """Teach a student rescaled times, and return where its export is."""
+    """Train a student with rescaled times, and return the directory of its export."""
     if not (directory / "student").is_dir():
         config = full_config("shapes_timestep_rescaling.yaml")
-        settings = stretched(config, steps / config["trainer"]["max_steps"])
-        settings = on_one_core(run_config(settings, seed, directory, keep=lambda name: name == "ExportPipeline"))
+        settings = scale_steps(config, steps / config["trainer"]["max_steps"])
+        settings = single_process(run_config(settings, seed, directory, keep=lambda name: name == "ExportPipeline"))
         train(settings, directory, threads=1)
     return str(directory / "student")
 
 
 def measure(demo: dict[str, Any], name: str, changes: Mapping[str, Any], steps: int, seed: int, runs: Path) -> dict[str, Any]:
-    """Train a variant, unless the run is on record, and return what is recorded.
+    """Train a variant, unless the run is recorded, and return the record.
 
     Raises:
-        SystemExit: If the run on record had another number of steps.
+        SystemExit: If the recorded run had another number of steps.
     """
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
     record, directory = RECORDS / f"{file}-{seed}.json", runs / file / str(seed)
@@ -148,12 +155,14 @@ def measure(demo: dict[str, Any], name: str, changes: Mapping[str, Any], steps: 
         record.write_text(json.dumps(found, indent=1) + "\n")
     recorded: dict[str, Any] = json.loads(record.read_text())
     if recorded["steps"] != steps:
-        raise SystemExit(f"{record} is of {recorded['steps']} steps, and --steps is {steps}; give the record's, or remove it")
+        raise SystemExit(
+            f"{record} has {recorded['steps']} steps, and --steps is {steps}; set --steps to the record's, or remove the record"
+        )
     return recorded
 
 
 def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over a variant's seeds, and the spread of accuracy; that of one seed is 0."""
+    """Means over the seeds of a variant, and the standard deviation of accuracy, which is 0 for one seed."""
     accuracy = {n: [record["accuracy"][n] for record in records] for n in STEPS}
     return {
         "accuracy": {n: statistics.mean(values) for n, values in accuracy.items()},
@@ -169,15 +178,17 @@ def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(groups: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
-    """Markdown: a row a variant, accuracies in percent."""
+    """Markdown table with a row per variant; accuracy in percent."""
     rows = [
         "| | variant | 1 step | 2 steps | 4 steps | 8 steps | diversity at 1 | error of u | gradient norm, median | largest |",
         "|---|---|" + "---:|" * 8,
     ]
     for group, variants in groups.items():
         for name, found in variants.items():
-            spread = found["seeds"] > 1
-            cells = [f"{100 * found['accuracy'][n]:.1f}" + (f" ± {100 * found['std'][n]:.1f}" if spread else "") for n in STEPS]
+            several = found["seeds"] > 1
+            cells = [
+                f"{100 * found['accuracy'][n]:.1f}" + (f" ± {100 * found['std'][n]:.1f}" if several else "") for n in STEPS
+            ]
             norm = found["gradient_norm"]
             cells += [f"{found['diversity']:.3f}", f"{found['error']:.3f}", f"{norm['median']:.2f}", f"{norm['largest']:.1f}"]
             rows.append(f"| {group} | {name} | {' | '.join(cells)} |")
@@ -186,7 +197,7 @@ def table(groups: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
 
 
 def write(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], machine: str, steps: int) -> None:
-    """Write what the runs have come to."""
+    """Write the results of all runs so far."""
     groups = {
         group: {name: merge(records) for name, records in variants.items() if records} for group, variants in found.items()
     }
@@ -203,14 +214,16 @@ def write(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], machine: str,
 
 
 def main() -> None:
-    """Run what is missing, and write the results."""
+    """Execute the missing runs, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each run")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of each variant")
-    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), help="what to compare")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where runs go")
-    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps per run")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds per variant")
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), help="groups of variants to run")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of parallel runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="output directory of the runs")
+    parser.add_argument(
+        "--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="machine name in the results"
+    )
     arguments = parser.parse_args()
     demo = full_config("shapes_meanflow.yaml")
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
@@ -221,7 +234,7 @@ def main() -> None:
         return group, name, measure(demo, name, GROUPS[group][name], arguments.steps, seed, arguments.runs)
 
     with ThreadPoolExecutor(arguments.workers) as pool:
-        # Seeds outside, so that an interrupted comparison has all variants.
+        # The outer loop is over seeds, so that an interrupted comparison has all variants.
         tasks = [(seed, group, name) for seed in range(arguments.seeds) for group, names in found.items() for name in names]
         for done in as_completed([pool.submit(run, *task) for task in tasks]):
             group, name, record = done.result()

@@ -1,11 +1,13 @@
-"""Every method on the embedded teacher, with the same data, minutes and measures: which one for how many steps.
+"""Comparison of all methods on the embedded teacher with equal data, training time and metrics.
 
-`python benchmarks/compare_methods.py` trains each method from its shipped config through the command line, for as many steps as
-`--minutes` hold, over seeds, and writes `benchmarks/results/compare_methods.json`, a table and plots, anew after every run. A
-run has one core and the batch that its config gives to two; `--workers` run at a time, which is faster than one on all cores.
-What a step costs is found first, of all methods, by a miniature of the whole run, with all its phases, so that methods whose
-later steps cost more have their due. These costs are of one machine, otherwise idle, and go on record, as the runs do, in
-`benchmarks/results/compare_methods/`; nothing on record is repeated, so runs may be made at other times, on other machines.
+`python benchmarks/compare_methods.py` trains each method from its shipped config through the command line, with several seeds
+and as many steps as take `--minutes`. After each run it rewrites `benchmarks/results/compare_methods.json`, a table and plots.
+A run uses one core and the batch size of its config's two processes together. `--workers` runs execute in parallel, which is
+faster than one run on all cores.
+
+The time of a step is measured first, for all methods, in a short version of each run. It includes all phases, because later
+steps of some methods take longer. These times are those of one machine without other load. Times and runs are recorded in
+`benchmarks/results/compare_methods/`. Recorded runs are not repeated, so runs can be added later and on other machines.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import matplotlib
 import torch
 from diffusers import AutoencoderKL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import events, full_config, on_one_core, run_config, stretched, train
+from training_runs import events, full_config, run_config, scale_steps, single_process, train
 
 from lightning_distill.commands.sample import load_pipeline
 from lightning_distill.data.shapes import CATEGORIES, render, sample_scene
@@ -52,18 +54,21 @@ METHODS = {
     "knowledge_distillation": "shapes_knowledge_distillation.yaml",
 }
 STEPS = ("1", "2", "4", "8")
-MINIATURE = 0.06
-FRECHET_PICTURES = 2560
+SHORT_RUN = 0.06
+"""Steps of the run that measures the time of a step, as a share of the full run."""
+FRECHET_IMAGES = 2560
 BATCH = 64
 SHARE_OF_TEACHER = 0.9
 
 
 def seconds_per_step(config: dict[str, Any], directory: Path) -> float:
-    """Mean time of an optimizer step of a miniature of the run, without validations."""
-    settings = on_one_core(run_config(stretched(config, MINIATURE), 0, directory, keep=lambda name: name == "SwitchSolution"))
+    """Mean time of an optimizer step in a short version of the run, without validations."""
+    settings = single_process(
+        run_config(scale_steps(config, SHORT_RUN), 0, directory, keep=lambda name: name == "SwitchSolution")
+    )
     trainer = settings["trainer"]
     trainer |= {"log_every_n_steps": 1, "limit_val_batches": 0}
-    for callback in trainer["callbacks"]:  # which has nothing to go by, so that it moves at its latest step
+    for callback in trainer["callbacks"]:  # without validations, the switch comes at its latest step
         callback["init_args"] |= {
             "threshold": None,
             "earliest_step": callback["init_args"]["latest_step"],
@@ -72,11 +77,11 @@ def seconds_per_step(config: dict[str, Any], directory: Path) -> float:
     train(settings, directory, threads=1)
     rates = [event.value for event in events(directory).Scalars("perf/samples_per_second")]
     batch = settings["data"]["init_args"]["batch_size"]
-    return statistics.mean(batch / rate for rate in rates[1:])  # the first one is slow
+    return statistics.mean(batch / rate for rate in rates[1:])  # the first value is slow
 
 
 def costs(configs: Mapping[str, dict[str, Any]], machine: str, directory: Path, pool: Executor) -> dict[str, float]:
-    """Seconds of a step of each method; measured in one go, as the runs go side by side, unless they are on record.
+    """Seconds per step of each method: recorded, or measured in parallel, as the runs are executed.
 
     Raises:
         SystemExit: If the record lacks a method.
@@ -89,22 +94,22 @@ def costs(configs: Mapping[str, dict[str, Any]], machine: str, directory: Path, 
         COSTS.write_text(json.dumps({"date": date, "machine": machine, "seconds_per_step": found}, indent=1) + "\n")
     recorded: dict[str, float] = json.loads(COSTS.read_text())["seconds_per_step"]
     if missing := sorted(configs.keys() - recorded.keys()):
-        raise SystemExit(f"{COSTS} has no cost of {', '.join(missing)}; remove it, and all costs are measured anew")
+        raise SystemExit(f"{COSTS} has no cost of {', '.join(missing)}; remove the file to measure all costs again")
     return recorded
 
 
 def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: str, directory: Path) -> dict[str, Any]:
-    """Train for so many steps, unless the run is on record, and return what is recorded.
+    """Train a method for some steps, unless the run is recorded, and return the record.
 
     Raises:
-        SystemExit: If the run on record had another number of steps.
+        SystemExit: If the recorded run had another number of steps.
     """
     record = RECORDS / f"{name}-{seed}.json"
     if not record.is_file():
         factor = steps / config["trainer"]["max_steps"]
         unwanted = ("AtomicCheckpoint", "LogImages", "DistillProgressBar")
-        settings = stretched(config, factor)
-        settings = on_one_core(run_config(settings, seed, directory, keep=lambda callback: callback not in unwanted))
+        settings = scale_steps(config, factor)
+        settings = single_process(run_config(settings, seed, directory, keep=lambda callback: callback not in unwanted))
         settings["model"]["init_args"]["validation"] |= {"nfe": [int(n) for n in STEPS]}
         train(settings, directory, threads=1)
         summary = json.loads((directory / "summary.json").read_text())
@@ -122,18 +127,21 @@ def measure(name: str, config: dict[str, Any], seed: int, steps: int, machine: s
     recorded: dict[str, Any] = json.loads(record.read_text())
     if recorded["steps"] != steps:
         raise SystemExit(
-            f"{record} is of {recorded['steps']} steps, and --minutes makes {steps}; give the record's minutes, or remove it"
+            f"{record} has {recorded['steps']} steps, and --minutes gives {steps}; set --minutes to the record's, or remove it"
         )
     return recorded
 
 
 def accuracy_over_run(curves: EventAccumulator) -> dict[str, list[tuple[float, float]]]:
-    """Share of the run's time from its first logged step to its last validation, and accuracy there, by number of steps."""
+    """Curves of (share of the training time, accuracy) by number of student steps.
+
+    Time runs from the first logged step to the last validation.
+    """
     start = curves.Scalars("perf/samples_per_second")[0].wall_time
-    whole = max(curves.Scalars(f"val/prompt_accuracy/nfe_{n}")[-1].wall_time for n in STEPS) - start
+    duration = max(curves.Scalars(f"val/prompt_accuracy/nfe_{n}")[-1].wall_time for n in STEPS) - start
     return {
         n: [
-            (round((event.wall_time - start) / whole, 4), round(event.value, 4))
+            (round((event.wall_time - start) / duration, 4), round(event.value, 4))
             for event in curves.Scalars(f"val/prompt_accuracy/nfe_{n}")
         ]
         for n in STEPS
@@ -141,24 +149,24 @@ def accuracy_over_run(curves: EventAccumulator) -> dict[str, list[tuple[float, f
 
 
 @torch.no_grad()
-def frechet(pipeline: str | Path, pictures: int = FRECHET_PICTURES) -> dict[str, float]:
-    """Distance of an exported student's pictures from renderings of the same captions, by number of steps.
+def frechet(pipeline: str | Path, count: int = FRECHET_IMAGES) -> dict[str, float]:
+    """Fréchet distance between images of an exported student and renderings of the same captions, by number of steps.
 
     Args:
-        pipeline: Directory.
-        pictures: Of each; only distances of equally many compare.
+        pipeline: Directory of the export.
+        count: Number of images of each kind; only distances of equal counts are comparable.
     """
     student = load_pipeline(str(pipeline), trust_remote_code=True)
     student.set_progress_bar_config(disable=True)
     autoencoder = AutoencoderKL.from_pretrained(Path(resolve_pretrained("shapes-teacher")) / "vae")
     metric = FrechetDistance(AutoencoderFeatures(autoencoder), reset_real_features=False)
-    prompts = list(evaluation_prompts(math.ceil(pictures / len(CATEGORIES)), held_out=False))[:pictures]
+    prompts = list(evaluation_prompts(math.ceil(count / len(CATEGORIES)), held_out=False))[:count]
     scenes = [sample_scene(prompt, random.Random(f"frechet/{i}")) for i, prompt in enumerate(prompts)]
-    for start in range(0, pictures, BATCH):
+    for start in range(0, count, BATCH):
         metric.update(render(scenes[start : start + BATCH]).float() / 255, real=True)
     found = {}
     for n in STEPS:
-        for start in range(0, pictures, BATCH):
+        for start in range(0, count, BATCH):
             texts = [prompt.text for prompt in prompts[start : start + BATCH]]
             generators = [torch.Generator().manual_seed(3_000_000 + start + i) for i in range(len(texts))]
             size = {"height": 32, "width": 32, "output_type": "pt"}
@@ -169,18 +177,18 @@ def frechet(pipeline: str | Path, pictures: int = FRECHET_PICTURES) -> dict[str,
 
 
 def share_to(curve: list[tuple[float, float]], accuracy: float) -> float | None:
-    """When a curve of (share of the run, accuracy) has first reached an accuracy, if it has."""
+    """Share of the run at which a curve of (share, accuracy) first reaches an accuracy, or None."""
     return next((share for share, value in curve if value >= accuracy), None)
 
 
 def merge(records: list[dict[str, Any]], teacher: float, cost: float, minutes: float) -> dict[str, dict[str, Any]]:
-    """A method's figures over its seeds, by number of steps; the spread of one seed is 0.
+    """Metrics of a method over its seeds, by number of steps; the standard deviation of one seed is 0.
 
     Args:
-        records: Of the seeds.
-        teacher: The teacher's accuracy at its full number of steps.
-        cost: Seconds a training step.
-        minutes: Of a run.
+        records: Records of the seeds.
+        teacher: Accuracy of the teacher at its full number of steps.
+        cost: Seconds per training step.
+        minutes: Training time of a run.
     """
     merged = {}
     for n in STEPS:
@@ -202,7 +210,7 @@ def merge(records: list[dict[str, Any]], teacher: float, cost: float, minutes: f
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: a row for each method and number of steps, in percent."""
+    """Markdown table with a row per method and number of steps; accuracy in percent."""
     head = ["method", "steps", *CATEGORIES, "overall", "diversity", "Frechet", "s a step", "min. to 0.9 of teacher"]
     rows = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for name in METHODS:
@@ -218,13 +226,13 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def plot_steps(result: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against steps, a line a method."""
+    """Plot accuracy against the number of steps, with a line per method."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     x = [int(n) for n in STEPS]
     for name in METHODS:
         if name in result:
-            values, spread = ([result[name][n][key] for n in STEPS] for key in ("mean", "std"))
-            axes.errorbar(x, values, spread, marker="o", capsize=3, label=name.replace("_", " "))
+            values, deviation = ([result[name][n][key] for n in STEPS] for key in ("mean", "std"))
+            axes.errorbar(x, values, deviation, marker="o", capsize=3, label=name.replace("_", " "))
     teacher = result["run"]["teacher"]
     axes.plot(x, [teacher[n] for n in STEPS], "k--", marker="s", label="teacher")
     axes.axhline(max(teacher.values()), color="k", linewidth=0.8, linestyle=":")
@@ -237,7 +245,7 @@ def plot_steps(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_minutes(records: Mapping[str, list[dict[str, Any]]], minutes: float, path: Path) -> None:
-    """Validation accuracy over training time at one, two and four steps, of each method's first seed."""
+    """Plot validation accuracy at one, two and four steps over training time, for the first seed of each method."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     for axes, n in zip(panels, ("1", "2", "4"), strict=True):
         for name, found in records.items():
@@ -252,7 +260,7 @@ def plot_minutes(records: Mapping[str, list[dict[str, Any]]], minutes: float, pa
 
 
 def write(minutes: float) -> None:
-    """Write what the runs on record have come to."""
+    """Write the results of all recorded runs."""
     cost = json.loads(COSTS.read_text())
     records: dict[str, list[dict[str, Any]]] = {}
     for name in METHODS:
@@ -288,14 +296,16 @@ def write(minutes: float) -> None:
 
 
 def main() -> None:
-    """Run what is missing, and write the results."""
+    """Execute the missing runs, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training for each run, at the costs on record")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each method")
+    parser.add_argument("--minutes", type=float, default=6.0, help="training time per run, at the recorded costs")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds per method")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to run")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="where runs go")
-    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of parallel runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_methods"), help="output directory of the runs")
+    parser.add_argument(
+        "--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="machine name in the results"
+    )
     arguments = parser.parse_args()
     configs = {name: full_config(config) for name, config in METHODS.items()}
     torch.set_num_threads(1)
@@ -307,7 +317,7 @@ def main() -> None:
             found = measure(name, configs[name], seed, steps, arguments.machine, arguments.runs / name / str(seed))
             return seed, name, found["summary"]["student"]
 
-        # Seeds outside, so that an interrupted comparison has all methods.
+        # The outer loop is over seeds, so that an interrupted comparison has all methods.
         runs = [pool.submit(run, seed, name) for seed in range(arguments.seeds) for name in arguments.methods]
         for done in as_completed(runs):
             print(*done.result(), flush=True)

@@ -1,9 +1,9 @@
-"""What the parts of the MeanFlow recipe are worth: five variants at the demo's budget, over seeds, and the long one.
+"""Study of the parts of the MeanFlow recipe: five variants with the demo's budget and several seeds, and the long runs.
 
-`python benchmarks/meanflow_study.py` trains every variant through the command line, from the demo's config with a few settings
-changed, records each run's figures and curves in `benchmarks/results/meanflow_study/`, and writes `meanflow_study.json`, a
-table and plots beside that folder, anew after every run. Runs on record are not repeated, so an interrupted study goes on where
-it stopped; remove the records after a change to the recipe. "Discrete" is the demo's bootstrapped discrete solution throughout.
+`python benchmarks/meanflow_study.py` trains every variant through the command line, from the demo's config with a few changed
+settings. It records the metrics and curves of each run in `benchmarks/results/meanflow_study/`. After each run it rewrites
+`meanflow_study.json`, a table and plots beside that folder. Recorded runs are not repeated, so an interrupted study can
+continue; remove the records after a change to the recipe. "Discrete" is always the bootstrapped discrete solution of the demo.
 """
 
 import argparse
@@ -36,21 +36,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "switched": {"switch_at": None, "time_embedding": "smooth", "aligned": False, "steps": 1.8},
     "switched_aligned": {"switch_at": None, "time_embedding": "smooth", "aligned": True, "steps": 1.0},
 }
-"""Of each variant: the step of the switch (None is the demo's own rule), the time embedder, the alignment, and the number of
-steps in units of the demo's: those without alignment are cheaper, and all variants are to have the same minutes."""
+"""Settings of each variant: step of the switch (None is the demo's rule), time embedding, alignment, and number of steps.
+
+Numbers of steps are multiples of the demo's. Steps without alignment take less time, and all variants have equal training time.
+"""
 LONG = {
     "full": "shapes_meanflow_full.yaml",
     "second_stage": "shapes_dmd2_second_stage.yaml",
     "one_step": "shapes_dmd2_one_step.yaml",
 }
-"""Configs of the long runs by the names of their records; each goes on from what the one before has exported."""
+"""Configs of the long runs by the names of their records. Each continues from the export of the previous run."""
 FROM_THE_START = {"lr": 2.5e-4, "p": 1.0}
-"""Of the runs that are differential from the start: with the refitted time embedder they collapsed at the demo's learning rate
-of 2e-3, with its p of 0.5, and at 5e-4 after some 800 steps, where the original embedder, which learns more slowly, held."""
+"""Settings for the differential solution from the start. With the demo's learning rate of 2e-3 and p of 0.5, runs with the
+refitted time embedder collapsed. At 5e-4 they collapsed after some 800 steps. The original embedder, which learns more slowly,
+was stable there."""
 
 
 def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Path) -> dict[str, Any]:
-    """The demo's settings with those of a variant."""
+    """Settings of a variant of the demo."""
     settings, choice = copy.deepcopy(demo), VARIANTS[variant]
     settings["seed_everything"] = seed
     settings["data"]["init_args"]["seed"] = seed
@@ -70,9 +73,9 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     for callback in trainer["callbacks"]:
         name = callback["class_path"].rsplit(".", 1)[-1]
         if name in ("ExportPipeline", "AtomicCheckpoint", "LogImages", "DistillProgressBar"):
-            continue  # of no use to the study
+            continue  # not needed by the study
         if name == "SwitchSolution" and choice["switch_at"] is not None:
-            # The ablations have no way back: a collapse is to be seen.
+            # Without rollback, so that a collapse is visible.
             at = choice["switch_at"]
             callback["init_args"] |= {"threshold": None, "earliest_step": at, "latest_step": at, "guard_factor": None}
         elif name == "SwitchSolution":
@@ -84,7 +87,7 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
 
 
 def run(settings: dict[str, Any], name: str, directory: Path) -> dict[str, Any]:
-    """Train, unless the run is on record, and return its summary."""
+    """Train, unless the run is recorded, and return its summary."""
     record = RECORDS / f"{name}.json"
     if not record.is_file():
         train(settings, directory)
@@ -101,12 +104,12 @@ def read_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
     """Steps and values of the curves in the newest version of a TensorBoard directory."""
     newest = max(logs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     events = EventAccumulator(str(newest)).Reload()
-    logged = [tag for tag in CURVES if tag in events.Tags()["scalars"]]  # the second stage follows no velocity
+    logged = [tag for tag in CURVES if tag in events.Tags()["scalars"]]  # the second stage logs no velocity error
     return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in logged}
 
 
 def merge(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread of the student's figures over seeds; the spread of one seed is 0."""
+    """Means of the student's metrics over seeds, and the standard deviation of accuracy, which is 0 for one seed."""
     accuracy = {n: [summary["student"][n] for summary in summaries] for n in STEPS}
     diversity = {n: [summary["diversity"]["student"][n] for summary in summaries] for n in STEPS}
     return {
@@ -127,13 +130,13 @@ def _with_long_runs(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures in Markdown: accuracy in percent, with the standard deviation over seeds."""
+    """Markdown table: accuracy in percent, with the standard deviation over seeds."""
     rows = [
         "| variant | 1 step | 2 steps | 4 steps | 8 steps | diversity at 1 | minutes |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, figures in _with_long_runs(result).items():
-        several = len(result["each_seed"].get(name, ())) > 1  # one run has no spread
+        several = len(result["each_seed"].get(name, ())) > 1  # one run has no deviation
         cells = [
             f"{100 * figures['accuracy'][n]:.1f}" + (f" ± {100 * figures['std'][n]:.1f}" if several else "") for n in STEPS
         ]
@@ -147,12 +150,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against steps, a line a variant."""
+    """Plot accuracy against the number of steps, with a line per variant."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     x = [int(n) for n in STEPS]
     for name, figures in _with_long_runs(result).items():
-        values, spread = ([figures[key][n] for n in STEPS] for key in ("accuracy", "std"))
-        axes.errorbar(x, values, spread, marker="o", capsize=3, label=name.replace("_", " "))
+        values, deviation = ([figures[key][n] for n in STEPS] for key in ("accuracy", "std"))
+        axes.errorbar(x, values, deviation, marker="o", capsize=3, label=name.replace("_", " "))
     axes.plot(x, [result["teacher"][n] for n in STEPS], "k--", marker="s", label="teacher")
     axes.axhline(result["teacher"]["32"], color="k", linewidth=0.8, linestyle=":", label="teacher, 32 steps")
     axes.set(xscale="log", xlabel="steps", ylabel="prompt accuracy", ylim=(0, 1), xticks=x, xticklabels=STEPS)
@@ -164,7 +167,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def plot_curves(variants: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Validation accuracy at one step and average velocity error over training, averaged over each variant's seeds."""
+    """Plot validation accuracy at one step and the average velocity error over training, averaged over the seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, (tag, label) in zip(panels, CURVES.items(), strict=True):
         for variant, records in variants.items():
@@ -184,18 +187,20 @@ def plot_curves(variants: Mapping[str, list[dict[str, Any]]], path: Path) -> Non
 
 
 def main() -> None:
-    """Run what is missing, and write the results."""
+    """Execute the missing runs, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds per variant")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="variants to run")
-    parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="where runs go")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
-    parser.add_argument("--no-full", action="store_true", help="leave the full recipe and its later stages out")
+    parser.add_argument("--runs", type=Path, default=Path("runs/meanflow_study"), help="output directory of the runs")
+    parser.add_argument("--first-seed", type=int, default=0, help="first seed")
+    parser.add_argument(
+        "--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="machine name in the results"
+    )
+    parser.add_argument("--no-full", action="store_true", help="skip the full recipe and its later stages")
     arguments = parser.parse_args()
     demo, runs = full_config("shapes_meanflow.yaml"), arguments.runs
     seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
-    for seed in seeds:  # seeds outside, so that an interrupted study compares all variants
+    for seed in seeds:  # the outer loop, so that an interrupted study compares all variants
         for variant in arguments.variants:
             directory = runs / variant / str(seed)
             settings = variant_config(demo, variant, seed, directory)
@@ -213,7 +218,7 @@ def _long_run(record: Path) -> dict[str, Any]:
 
 
 def write(machine: str) -> None:
-    """Write what the runs on record have come to."""
+    """Write the results of all recorded runs."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for variant in VARIANTS:
         for path in sorted(RECORDS.glob(f"{variant}-*.json")):

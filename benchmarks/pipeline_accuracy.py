@@ -1,10 +1,10 @@
-"""How many pictures of a Shapes pipeline show their prompts, by number of steps and category, and how diverse they are.
+"""Prompt accuracy and diversity of the images of a Shapes pipeline, by number of steps and category.
 
-`python benchmarks/pipeline_accuracy.py` draws with the shipped teacher, by diffusers' own pipeline, and writes
-`benchmarks/results/shapes-teacher.json` and `.md`. The guidance scale is chosen on the first noise; the figures are of the
-others, on which nothing was chosen. `--pipeline shapes-student --guidance 1` measures a student.
+`python benchmarks/pipeline_accuracy.py` generates images with the shipped teacher, by diffusers' stock pipeline, and writes
+`benchmarks/results/shapes-teacher.json` and `.md`. The first noise selects the guidance scale. The results are those of the
+other noises, which had no part in the selection. `--pipeline shapes-student --guidance 1` measures a student.
 
-The backgrounds of a prompt's pictures differ more than all else. Layouts are therefore measured for themselves: by the
+Images of a prompt differ most in their backgrounds. A separate metric therefore measures the diversity of layouts. It is the
 diversity of the chroma (max - min over RGB), which is 0 on every background and 1 on every object.
 """
 
@@ -28,11 +28,11 @@ from lightning_distill.metrics import PromptAccuracy, prompt_diversity
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCH = 60
 DIVERSITY = (60, 8)
-"""Prompts, and pictures of each."""
+"""Number of prompts, and of images per prompt."""
 
 
-def draw(pipeline: FluxPipeline, prompts: list[str], seeds: list[int], nfe: int, guidance: float) -> torch.Tensor:
-    """Pictures (B, 3, 32, 32) in [0, 1], each from the noise of its own seed."""
+def generate(pipeline: FluxPipeline, prompts: list[str], seeds: list[int], nfe: int, guidance: float) -> torch.Tensor:
+    """Images (B, 3, 32, 32) in [0, 1] of B prompts, each from the noise of its seed."""
     images = []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
@@ -52,25 +52,25 @@ def draw(pipeline: FluxPipeline, prompts: list[str], seeds: list[int], nfe: int,
 
 
 def accuracy(pipeline: FluxPipeline, prompts: list[str], noise: int, nfe: int, guidance: float) -> dict[str, float]:
-    """Of one set of noises, by category and overall."""
+    """Prompt accuracy with one noise per prompt, by category and overall."""
     metric = PromptAccuracy()
     seeds = [10**7 * (noise + 1) + i for i in range(len(prompts))]
-    metric.update(draw(pipeline, prompts, seeds, nfe, guidance), prompts)
+    metric.update(generate(pipeline, prompts, seeds, nfe, guidance), prompts)
     return {name: value.item() for name, value in metric.compute().items()}
 
 
 def diversity(pipeline: FluxPipeline, prompts: list[str], nfe: int, guidance: float) -> tuple[float, float]:
-    """Of several pictures of each of some prompts, and of their layouts."""
-    count, pictures = DIVERSITY
+    """Diversity of the images of some prompts, and diversity of their layouts."""
+    count, images_per_prompt = DIVERSITY
     chosen = [prompt for prompt in dict.fromkeys(prompts)][:count]
-    repeated = [prompt for prompt in chosen for _ in range(pictures)]
-    images = draw(pipeline, repeated, [10**9 + i for i in range(len(repeated))], nfe, guidance)
+    repeated = [prompt for prompt in chosen for _ in range(images_per_prompt)]
+    images = generate(pipeline, repeated, [10**9 + i for i in range(len(repeated))], nfe, guidance)
     chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
     return prompt_diversity(images, repeated).item(), prompt_diversity(chroma, repeated).item()
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a row for each number of steps."""
+    """Markdown table with a row per number of steps."""
     names = ("overall", *CATEGORIES)
     rows = [f"| steps | {' | '.join(names)} | diversity | of layouts |", "|---:|" + "---:|" * (len(names) + 2)]
     for nfe, found in result["accuracy"].items():
@@ -80,15 +80,19 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and write the results."""
+    """Measure the pipeline, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", default="shapes-teacher", help="shipped name or directory")
-    parser.add_argument("--name", help="of the result files; the pipeline's by default")
+    parser.add_argument("--name", help="name of the result files; by default that of the pipeline")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of steps")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, 3.0, 4.0, 5.0], help="scales to choose from")
-    parser.add_argument("--per-category", type=int, default=100, help="prompts of each category")
-    parser.add_argument("--noises", type=int, default=3, help="noises of each prompt that are measured")
-    parser.add_argument("--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="what the results say")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[2.0, 3.0, 4.0, 5.0], help="guidance scales to select from"
+    )
+    parser.add_argument("--per-category", type=int, default=100, help="number of prompts per category")
+    parser.add_argument("--noises", type=int, default=3, help="number of measured noises per prompt")
+    parser.add_argument(
+        "--machine", default=f"{platform.machine()}, {os.cpu_count()} cores", help="machine name in the results"
+    )
     arguments = parser.parse_args()
     pipeline = load_pipeline(arguments.pipeline, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)

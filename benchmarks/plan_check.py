@@ -1,9 +1,10 @@
-"""Whether `plan` tells the memory that a training step takes: peaks of real steps of small FLUX networks against it.
+"""Accuracy of `plan`: its estimates against measured peaks of real training steps of small FLUX networks.
 
-`python benchmarks/plan_check.py` trains a few steps of each case in processes of their own on the CPU and writes
-`benchmarks/results/plan_check_<machine>.json` and a table. What is measured is the most that a process takes above what it took
-before any network was loaded, in the last step, as Linux reports it; teacher, student, gradients, optimizer, activations
-and what strategies gather are all in it. `--cases` names some of them.
+`python benchmarks/plan_check.py` trains a few steps of each case in subprocesses on the CPU. It writes
+`benchmarks/results/plan_check_<machine>.json` and a table. `--cases` selects cases.
+
+The measured value is the peak memory of a process in the last step, as Linux reports it. Its memory before it loaded a network
+is subtracted. The value includes teacher, student, gradients, optimizer, activations and the gathered weights of strategies.
 """
 
 import argparse
@@ -23,28 +24,28 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-import lightning_distill.sharding  # noqa: F401  # makes their names known
+import lightning_distill.sharding.strategies  # noqa: F401  # registers the names of the strategies
 from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.planning.machine import STRATEGIES, plan_for
-from lightning_distill.planning.step import Batch, measure_step
+from lightning_distill.planning.step import BatchShape, measure_step
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.embedded import build_flux_pipeline
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BOUND = 0.15
-"""Largest relative error that is asked for."""
+"""Maximum accepted relative error."""
 SIZE = 64
-"""Pixels of a side; an image token is 4 x 4 of them."""
+"""Height and width of an image in pixels; an image token covers 4 x 4 pixels."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training.
+    """A training run.
 
-    ZeRO-3 fetches weights ahead once it has seen a whole step, so it takes some more.
+    ZeRO-3 prefetches weights only after a complete step, so its cases need more steps.
     """
 
     name: str
@@ -80,7 +81,7 @@ CASES = {
 
 
 def save_pipeline(case: Case, directory: Path) -> None:
-    """The case's teacher, with random weights."""
+    """Save the teacher of a case, with random weights."""
     from tests.tiny import WORDS, tiny_vae
 
     torch.manual_seed(0)
@@ -91,7 +92,7 @@ def save_pipeline(case: Case, directory: Path) -> None:
 
 
 def method(case: Case, directory: Path) -> MeanFlow:
-    """The case's method."""
+    """The method of a case."""
     return MeanFlow(
         DiffusersAdapter(str(directory)),
         guidance=Guidance("two_branch", 2.0),
@@ -107,34 +108,34 @@ def method(case: Case, directory: Path) -> MeanFlow:
 
 
 def predicted(case: Case, directory: Path) -> float:
-    """MiB of a process."""
+    """Estimated peak memory of a process in MiB."""
     module = method(case, directory)
     module.adapter.check()
-    cost = measure_step(module, directory, Batch(case.samples, (SIZE, SIZE)), [case.solution], case.precision, gpu=False)
+    cost = measure_step(module, directory, BatchShape(case.samples, (SIZE, SIZE)), [case.solution], case.precision, gpu=False)
     return plan_for(cost, STRATEGIES[case.strategy], case.processes).peak / 2**20
 
 
 class Peak(Callback):
-    """Notes what the process takes in its last step at the most: in the first, libraries set themselves up."""
+    """Records the peak memory of the process in the last step, because libraries initialize in the first."""
 
     def __init__(self) -> None:
         self.peak = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the step, and forget it."""
+        """Record the peak of the step, and reset it."""
         self.peak = in_use("VmHWM")
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # what Linux calls resetting the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak on Linux
 
 
-def in_use(what: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at the most."""
+def in_use(field: str) -> float:
+    """Memory of this process in MiB: `VmRSS` is the current value, `VmHWM` the peak."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[what].split()[0]) / 2**10
+    return int(status[field].split()[0]) / 2**10
 
 
 def train(case: Case, directory: Path) -> float:
-    """MiB that a process takes above what it takes after a training of a tiny network, for what libraries set up."""
+    """Peak memory of a process in MiB, above its memory after training a tiny network, which initializes libraries."""
     base = 0.0
     for small in (True, False):
         seed_everything(0)
@@ -165,10 +166,10 @@ def train(case: Case, directory: Path) -> float:
 
 
 def measured(case: Case, directory: Path) -> float:
-    """MiB of a process, measured in processes of its own."""
+    """Measured peak memory of a process in MiB, from a subprocess."""
     save_pipeline(case, directory / "large")
     save_pipeline(Case("small", heads=2, layers=1), directory / "small")
-    # Freed memory goes back at once, so that the peak is of what is in use.
+    # Freed memory returns to the system at once, so that the peak is that of live memory.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     root = str(RESULTS.parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -182,15 +183,16 @@ def measured(case: Case, directory: Path) -> float:
 
 
 def check(case: Case) -> dict[str, Any]:
-    """A row of the results."""
+    """Row of the results for a case."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(case, Path(folder))
-        told = predicted(case, Path(folder) / "large")
-    return {**asdict(case), "measured_mib": round(found, 1), "predicted_mib": round(told, 1), "ratio": round(told / found, 3)}
+        actual = measured(case, Path(folder))
+        estimate = predicted(case, Path(folder) / "large")
+    ratio = round(estimate / actual, 3)
+    return {**asdict(case), "measured_mib": round(actual, 1), "predicted_mib": round(estimate, 1), "ratio": ratio}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Markdown table of the rows."""
     lines = ["| case | measured MiB | predicted MiB | predicted / measured | within 15 % |", "|---|---:|---:|---:|---|"]
     for row in rows:
         within = "yes" if abs(row["ratio"] - 1) <= BOUND else "no"
@@ -200,10 +202,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure the cases, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="what the results say")
+    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="machine name in the results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

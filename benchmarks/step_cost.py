@@ -1,19 +1,20 @@
-"""What a MeanFlow training step costs: the differential solution in one pass against the usual two, and against other steps.
+"""Cost of a MeanFlow training step: the differential solution in one pass against the usual two passes and other steps.
 
 `python benchmarks/step_cost.py` trains a small and a medium FLUX with random weights for a few steps at several sequence
-lengths, and writes `benchmarks/results/step_cost_<machine>.json`, a table and a plot. Variants:
+lengths. It writes `benchmarks/results/step_cost_<machine>.json`, a table and a plot. Variants:
 
 - A: a derivative by `torch.func.jvp` on the math attention, without gradients, then a forward pass with gradients;
-- B: A, with the forward pass checkpointed;
+- B: A, with a checkpointed forward pass;
 - C: `value_and_time_derivative`, with and without checkpointing;
 - D: flow matching;
 - E: the discrete solution, four Euler steps of the teacher.
 
-"forwards" counts the multiplications of linear layers, in units of one forward pass. Times are medians over rounds in which all
-variants take turns; the peak memory is what a step takes beside weights and gradients, on a CPU as Linux reports it. "rate" is
-the rate of those multiplications over the whole step, as a share of that of one large matrix product. `--device cuda` measures
-in bfloat16, by default at the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` ends within a minute. What the file of a machine
-has of other models and lengths stays there.
+"forwards" counts the multiplications of linear layers, in units of one forward pass. "rate" is the rate of these
+multiplications over the full step, relative to one large matrix product. Times are medians over rounds, in which the variants
+alternate. The peak memory is that of a step beside weights and gradients, on a CPU as Linux reports it.
+
+`--device cuda` measures in bfloat16, by default with the shapes of FLUX.1-lite and FLUX.1-dev. `--quick` takes less than a
+minute. Rows of other models and lengths in the file of a machine are preserved.
 """
 
 import argparse
@@ -58,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "flux-dev": {"num_layers": 19, "num_single_layers": 38},
 }
 VARIANTS = [("A", False), ("B", True), ("C", False), ("C", True), ("D", False), ("D", True), ("E", False)]
-"""Each with whether it is checkpointed."""
+"""Variants, each with whether its forward pass is checkpointed."""
 LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm)
 LABELS = {"A": "two passes", "B": "two passes, checkpointed", "C": "one pass", "D": "flow matching", "E": "discrete"}
 
@@ -75,13 +76,13 @@ class Setting:
     t: Tensor
 
     def __call__(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        """The average velocity."""
+        """Average velocity (1, L, C) of a state x (1, L, C)."""
         (u,) = self.network(hidden_states=x, timestep=t, timestep_r=r, return_dict=False, **self.inputs)
         return u
 
 
 def build(model: str, tokens: int, device: str) -> Setting:
-    """A sequence of `tokens`, an eighth of them text."""
+    """Build a model and a sequence of `tokens`, an eighth of them text."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
@@ -104,7 +105,7 @@ def build(model: str, tokens: int, device: str) -> Setting:
 
 
 def loss(setting: Setting, variant: str) -> Tensor:
-    """Of one training step."""
+    """Loss of one training step."""
     x, v, r, t = setting.x, setting.v, setting.r, setting.t
     if variant in ("A", "B"):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -126,7 +127,7 @@ def loss(setting: Setting, variant: str) -> Tensor:
 
 
 def step(setting: Setting, variant: str) -> None:
-    """Forward and backward pass of one training step."""
+    """Execute the forward and backward pass of one training step."""
     loss(setting, variant).backward()
     setting.network.zero_grad(set_to_none=False)
 
@@ -137,7 +138,7 @@ def prepare(setting: Setting, checkpointing: bool) -> None:
 
 
 def products(run: Callable[[], object]) -> int:
-    """Multiplications and additions of the linear layers in a run."""
+    """Number of multiplications and additions of linear layers in a call."""
     with FlopCounterMode(display=False) as counter:
         run()
     counts = counter.get_flop_counts()["Global"]
@@ -145,18 +146,18 @@ def products(run: Callable[[], object]) -> int:
 
 
 def one_forward(setting: Setting) -> int:
-    """Those of one forward pass."""
+    """Number of multiplications and additions of linear layers in one forward pass."""
     with torch.no_grad():
         return products(lambda: setting(setting.x, setting.r, setting.t))
 
 
 def forwards(setting: Setting, variant: str) -> float:
-    """Those of a step, in units of one forward pass."""
+    """Multiplications of linear layers in a step, in units of one forward pass."""
     return products(lambda: step(setting, variant)) / one_forward(setting)
 
 
 def matrix_rate(device: str, rounds: int = 5) -> float:
-    """Multiplications and additions a second of one large matrix product, in the precision of the device's steps."""
+    """Multiplications and additions per second of one large matrix product, in the dtype of the device's steps."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     times = []
@@ -170,18 +171,18 @@ def matrix_rate(device: str, rounds: int = 5) -> float:
 
 
 def peaks(model: str, tokens: int, device: str) -> dict[tuple[str, bool], float]:
-    """MiB that one step of each variant takes beside weights and gradients; on a CPU measured in a process of its own."""
+    """Peak memory in MiB of one step of each variant beside weights and gradients; on a CPU, measured in a subprocess."""
     if device == "cuda":
         return dict(zip(VARIANTS, measured_peaks(model, tokens, device), strict=True))
     command = [sys.executable, __file__, "--peaks", model, str(tokens)]
-    # Freed memory goes back at once, so that the peak is of what is in use.
+    # Freed memory returns to the system at once, so that the peak is that of live memory.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     return dict(zip(VARIANTS, json.loads(printed.splitlines()[-1]), strict=True))
 
 
 def measured_peaks(model: str, tokens: int, device: str) -> list[float]:
-    """Of all variants, in MiB; a step of each at the shortest sequence comes before, for what libraries set up."""
+    """Peak memory in MiB of all variants. Steps at the shortest sequence come first, because they initialize libraries."""
     for short, length in ((True, 64), (False, tokens)):
         setting = build("small" if short else model, length, device)
         for parameter in setting.network.parameters():
@@ -197,20 +198,20 @@ def measured_peaks(model: str, tokens: int, device: str) -> list[float]:
 
 
 def in_use(device: str, *, peak: bool = False, reset: bool = False) -> float:
-    """MiB in use: now, or at the most since the last reset."""
+    """Memory in use in MiB: the current value, or the peak since the last reset."""
     if device == "cuda":
         torch.cuda.synchronize()
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")  # what Linux calls resetting the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak on Linux
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM" if peak else "VmRSS"].split()[0]) / 2**10
 
 
 def seconds(setting: Setting, rounds: int, variants: list[tuple[str, bool]]) -> dict[tuple[str, bool], list[float]]:
-    """Times of all variants, which take turns, so that a slow moment of the machine meets them alike."""
+    """Times of all variants, which alternate, so that fluctuations of the machine affect them equally."""
     times: dict[tuple[str, bool], list[float]] = {variant: [] for variant in variants}
     for i in range(rounds + 1):
         for variant, checkpointing in variants:
@@ -225,7 +226,7 @@ def seconds(setting: Setting, rounds: int, variants: list[tuple[str, bool]]) -> 
 
 
 def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> list[dict[str, Any]]:
-    """The rows of one model at one sequence length."""
+    """Rows of the results for one model at one sequence length."""
     setting = build(model, tokens, device)
     times = seconds(setting, rounds, VARIANTS)
     counts, one, rate = {}, one_forward(setting), matrix_rate(device)
@@ -259,7 +260,7 @@ def measure(model: str, tokens: int, rounds: int, device: str, machine: str) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Markdown table of the rows."""
     lines = [
         "| model | tokens | step | forwards | seconds | of A's | rate | peak MiB | of A's |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -276,7 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory, relative to A, against the sequence length."""
+    """Plot time and memory relative to A against the sequence length."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, (key, label) in zip(
         panels, {"seconds_over_A": "time / A's", "memory_over_A": "peak memory / A's"}.items(), strict=True
@@ -298,14 +299,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure the variants, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="shapes; by default those that suit the device")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), help="models; by default those for the device")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096, 4608], help="sequence lengths")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps per variant")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="the small model at 256 and 1,024 tokens, three rounds")
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="what the results say")
+    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="machine name in the results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--peaks", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -323,7 +324,9 @@ def main() -> None:
         for tokens in lengths:
             measured = measure(model, tokens, rounds, arguments.device, arguments.machine)
             rows = [row for row in rows if (row["model"], row["tokens"]) != (model, tokens)] + measured
-            rows.sort(key=lambda row: (list(MODELS).index(row["model"]), row["tokens"]))  # variants stay in their order
+            rows.sort(
+                key=lambda row: (list(MODELS).index(row["model"]), row["tokens"])
+            )  # a stable sort preserves the order of variants
             path.write_text(json.dumps(rows, indent=1) + "\n")
             path.with_suffix(".md").write_text(table(rows))
             plot(rows, path.with_suffix(".png"))

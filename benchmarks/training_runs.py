@@ -1,4 +1,4 @@
-"""Runs of `fit` by the scripts beside this file: settings of shipped configs with some of them changed, and curves."""
+"""Training runs of the benchmarks: modified settings of shipped configs, `fit` in a subprocess, and logged curves."""
 
 import copy
 import os
@@ -23,33 +23,40 @@ STEP_SETTINGS = {
     "critic_warmup_steps",
     "tangent_warmup_steps",
 }
-"""Settings that are numbers of optimizer steps, which a longer or shorter run stretches."""
+"""Names of settings that are numbers of optimizer steps; a longer or shorter run scales them."""
 
 
 def full_config(name: str) -> dict[str, Any]:
-    """Every setting of a shipped config, as the command line prints it."""
+    """All settings of a shipped config, as the command line prints them."""
     command = [sys.executable, "-m", "lightning_distill", "fit", "--config", name, "--print_config"]
     settings: dict[str, Any] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return settings
 
 
-def stretched(value: Any, factor: float) -> Any:
-    """Settings with all numbers of steps times a factor, at least 1 where they were."""
+def scale_steps(value: Any, factor: float) -> Any:
+    """Settings with all numbers of optimizer steps multiplied by a factor. Positive numbers remain at least 1."""
     if isinstance(value, list):
-        return [stretched(each, factor) for each in value]
+        return [scale_steps(each, factor) for each in value]
     if not isinstance(value, dict):
         return value
 
     def new(name: str, each: Any) -> Any:
         if name in STEP_SETTINGS and isinstance(each, int) and not isinstance(each, bool):
             return max(1, round(factor * each)) if each else each
-        return stretched(each, factor)
+        return scale_steps(each, factor)
 
     return {name: new(name, each) for name, each in value.items()}
 
 
 def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Callable[[str], bool]) -> dict[str, Any]:
-    """Settings of a run: its seed, its directory, and of the callbacks those that are wanted."""
+    """Settings of a run.
+
+    Args:
+        settings: Settings of a config.
+        seed: Seed of the run.
+        directory: Output directory of the run.
+        keep: Function from the class name of a callback to whether the run has it.
+    """
     settings = copy.deepcopy(settings)
     settings["seed_everything"] = settings["data"]["init_args"]["seed"] = seed
     trainer = settings["trainer"]
@@ -63,8 +70,8 @@ def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Calla
     return settings
 
 
-def on_one_core(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the same run in one process, whose batch is that of all processes together."""
+def single_process(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the same run in one process, with the batch of all processes."""
     settings = copy.deepcopy(settings)
     settings["data"]["init_args"]["batch_size"] *= int(settings["trainer"]["devices"])
     settings["trainer"] |= {"devices": 1, "strategy": "auto"}
@@ -72,12 +79,12 @@ def on_one_core(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(settings: dict[str, Any], directory: Path, threads: int | None = None) -> None:
-    """Run `fit` in a process of its own.
+    """Run `fit` in a subprocess.
 
     Args:
-        settings: Of the run.
-        directory: Of its config and log.
-        threads: Of the process; None leaves them to the environment.
+        settings: Settings of the run.
+        directory: Directory of its config and log.
+        threads: Number of threads. None: as in the environment.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -88,6 +95,6 @@ def train(settings: dict[str, Any], directory: Path, threads: int | None = None)
 
 
 def events(directory: Path) -> EventAccumulator:
-    """TensorBoard's data of the newest version in a directory."""
+    """TensorBoard data of the newest version in the logs of a run."""
     newest = max((directory / "logs").glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     return EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()

@@ -1,7 +1,8 @@
-"""A whole MeanFlow training step (teacher, guidance, derivative, loss, backward pass) in units of a flow-matching step.
+"""Cost of a full MeanFlow training step (teacher, guidance, derivative, loss, backward pass) relative to flow matching.
 
-`python benchmarks/training_step.py` takes steps of both methods on one FLUX with random weights, in turns, and writes
-`benchmarks/results/training_step_<machine>.json`: guidance of two branches, embedded guidance, and the bootstrapped solution.
+`python benchmarks/training_step.py` executes alternating steps of both methods on a FLUX with random weights. It writes
+`benchmarks/results/training_step_<machine>.json`. Variants are two-branch guidance, embedded guidance, and the bootstrapped
+solution.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TEXT_TOKENS = 64
 
 
 def save_pipeline(directory: Path, guidance_embeds: bool) -> str:
-    """A FLUX pipeline with random weights, whose autoencoder and text encoders are of no size."""
+    """Save a FLUX pipeline with random weights and a tiny autoencoder and tiny text encoders; returns its directory."""
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -47,7 +48,7 @@ def save_pipeline(directory: Path, guidance_embeds: bool) -> str:
 
 
 def methods(directory: Path) -> dict[str, TeacherStudentBase]:
-    """The yardstick, and what is measured by it; each with networks of its own."""
+    """Flow matching, the reference, and the measured methods, each with separate networks."""
     plain, embedded = (save_pipeline(directory / str(embeds), embeds) for embeds in (False, True))
     validation = ValidationOptions(nfe=(1,))
     two_branch, one_input = Guidance(scale=2.0), Guidance(kind="embedded", scale=3.5)
@@ -70,24 +71,24 @@ def methods(directory: Path) -> dict[str, TeacherStudentBase]:
 
 
 def stepper(method: TeacherStudentBase, side: int, batch: int) -> Callable[[], None]:
-    """A training step of a method, without the optimizer's, which is the same for all."""
+    """Function that executes a training step of a method, without the optimizer step, which is the same for all methods."""
     x0 = torch.randn(batch, 16, side, side)
-    condition = method.encode_prompt(["a circle"] * batch)
+    condition = method.encoder.encode_prompt(["a circle"] * batch)
 
     def step() -> None:
-        method.objective(x0, condition).loss.mean().backward()
+        method.evaluate_objective(x0, condition).loss.mean().backward()
         method.zero_grad(set_to_none=True)
 
     return step
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure the steps, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024], help="image tokens, squares of even numbers")
-    parser.add_argument("--batch", type=int, default=4, help="samples a step; a quarter of them have r = t")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each method")
-    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="what the results say")
+    parser.add_argument("--batch", type=int, default=4, help="samples per step; a quarter of them have r = t")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps per method")
+    parser.add_argument("--machine", default=f"{platform.machine()}-{os.cpu_count()}-cores", help="machine name in the results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     arguments = parser.parse_args()
     torch.manual_seed(0)

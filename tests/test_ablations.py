@@ -1,4 +1,4 @@
-"""The settings of the ablations' runs, and what becomes of their figures; the runs themselves take hours."""
+"""Ablations benchmark: settings of the runs, and the merged results. The runs themselves take hours."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("group", "name"), VARIANTS)
-def test_a_variant_is_the_recipe_but_for_its_setting(group, name, demo, tmp_path, capsys) -> None:
+def test_variant_differs_from_the_recipe_in_its_setting_only(group, name, demo, tmp_path, capsys) -> None:
     changes = ablations.GROUPS[group][name]
     recipe = ablations.variant_config(demo, {}, 600, 1, tmp_path)
     settings = ablations.variant_config(demo, changes, 600, 1, tmp_path)
@@ -50,12 +50,12 @@ def test_a_variant_is_the_recipe_but_for_its_setting(group, name, demo, tmp_path
     assert [switch["latest_step"] for switch in switches] == ([at] if at < 600 else [])
 
 
-def test_a_setting_that_is_not_there_is_an_error(demo, tmp_path) -> None:
+def test_unknown_setting_raises(demo, tmp_path) -> None:
     with pytest.raises(KeyError, match=r"no setting 'loss\.q'"):
         ablations.variant_config(demo, {"loss.q": 1}, 600, 1, tmp_path)
 
 
-def test_results_are_those_of_the_runs_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_merged_from_recorded_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablations, "RESULTS", tmp_path)
     monkeypatch.setattr(ablations, "RECORDS", tmp_path / "ablations")
     (tmp_path / "ablations").mkdir()
@@ -71,7 +71,7 @@ def test_results_are_those_of_the_runs_on_record(tmp_path: Path, monkeypatch: py
         }
         (tmp_path / "ablations" / f"gamma_1-{seed}.json").write_text(json.dumps(record))
     records = [ablations.measure({}, "gamma 1", {}, 9, seed, tmp_path) for seed in (0, 1)]
-    with pytest.raises(SystemExit, match="of 9 steps, and --steps is 10"):
+    with pytest.raises(SystemExit, match="has 9 steps, and --steps is 10"):
         ablations.measure({}, "gamma 1", {}, 10, 0, tmp_path)
     ablations.write({"recipe": {"as it is": []}, "loss": {"gamma 1": records}}, "a machine", 9)
     result = json.loads((tmp_path / "ablations.json").read_text())

@@ -1,4 +1,4 @@
-"""The settings of the comparison's runs, and what becomes of their figures; the runs themselves take hours."""
+"""Comparison of methods: settings of the runs, and the merged results. The runs themselves take hours."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from lightning_distill.commands.config_files import shipped_configs
 from lightning_distill.data.shapes import CATEGORIES
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compare_methods.py"
-NO_METHODS = (
+OTHER_CONFIGS = (
     *("student", "two_cores", "teacher", "vae", "timestep_rescaling"),
     *("meanflow_full", "dmd2_second_stage", "dmd2_one_step"),
 )
@@ -46,14 +46,14 @@ def record(one_step: float, reached: float) -> dict[str, Any]:
     }
 
 
-def test_every_method_with_a_config_is_compared(script) -> None:
+def test_comparison_includes_every_method_with_a_config(script) -> None:
     shapes = {name for name in shipped_configs() if name.startswith("shapes_")}
-    assert set(script.METHODS.values()) == shapes - {f"shapes_{name}.yaml" for name in NO_METHODS}
+    assert set(script.METHODS.values()) == shapes - {f"shapes_{name}.yaml" for name in OTHER_CONFIGS}
 
 
-def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
+def test_numbers_of_steps_are_scaled_together(script, tmp_path) -> None:
     demo = script.full_config("shapes_meanflow.yaml")
-    half = script.run_config(script.stretched(demo, 0.5), 3, tmp_path, keep=lambda name: name == "SwitchSolution")
+    half = script.run_config(script.scale_steps(demo, 0.5), 3, tmp_path, keep=lambda name: name == "SwitchSolution")
     model = half["model"]["init_args"]
     assert half["trainer"]["max_steps"] == 750
     assert model["lr_scheduler"]["init_args"] == {"total_steps": 750, "warmup_steps": 10, "last_fraction": 0.0, "hold_steps": 0}
@@ -63,7 +63,7 @@ def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
     assert switch["init_args"]["earliest_step"] == 625
     assert half["seed_everything"] == half["data"]["init_args"]["seed"] == 3
     assert demo["trainer"]["max_steps"] == 1500
-    alone = script.on_one_core(half)
+    alone = script.single_process(half)
     assert (alone["trainer"]["devices"], alone["trainer"]["strategy"], alone["data"]["init_args"]["batch_size"]) == (
         1,
         "auto",
@@ -72,7 +72,7 @@ def test_all_phases_of_a_run_are_stretched(script, tmp_path) -> None:
     assert half["data"]["init_args"]["batch_size"] == 16
 
 
-def test_figures_of_seeds_are_merged_and_shown(script) -> None:
+def test_seeds_are_merged_and_tabulated(script) -> None:
     merged = script.merge([record(0.4, 0.25), record(0.6, 0.5)], teacher=0.9, cost=0.5, minutes=8)
     assert merged["1"]["mean"] == pytest.approx(0.5)
     assert merged["1"]["std"] == pytest.approx(0.1414, abs=1e-4)
@@ -85,7 +85,7 @@ def test_figures_of_seeds_are_merged_and_shown(script) -> None:
     assert "| 50.0 ± 14.1 | 0.300 | 2.00 | 0.500 | 3.0 |" in text
 
 
-def test_runs_on_record_make_the_results_at_the_costs_on_record(script, tmp_path, monkeypatch) -> None:
+def test_results_use_recorded_runs_and_recorded_costs(script, tmp_path, monkeypatch) -> None:
     records = tmp_path / "compare_methods"
     for name, value in (("RESULTS", tmp_path), ("RECORDS", records), ("COSTS", records / "costs.json")):
         monkeypatch.setattr(script, name, value)
@@ -110,5 +110,5 @@ def test_runs_on_record_make_the_results_at_the_costs_on_record(script, tmp_path
     with pytest.raises(SystemExit, match="no cost of ladd"):
         script.costs({"imm": {}, "ladd": {}}, "another", tmp_path, pool)
     assert script.measure("imm", {}, 0, 100, "another", tmp_path)["machine"] == "one"
-    with pytest.raises(SystemExit, match="of 100 steps, and --minutes makes 200"):
+    with pytest.raises(SystemExit, match="has 100 steps, and --minutes gives 200"):
         script.measure("imm", {}, 0, 200, "another", tmp_path)

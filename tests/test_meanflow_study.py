@@ -1,4 +1,4 @@
-"""The settings of the study's runs; the runs themselves take hours."""
+"""MeanFlow study: settings of the runs, and the merged results. The runs themselves take hours."""
 
 import importlib.util
 import json
@@ -48,35 +48,35 @@ def parsed(settings: dict[str, Any], path: Path, capsys: pytest.CaptureFixture[s
         ("switched_aligned", "smooth", None, True),
     ],
 )
-def test_variants_differ_as_they_say(study, demo, tmp_path, capsys, variant, time_embedding, latest_step, aligned) -> None:
+def test_variant_settings(study, demo, tmp_path, capsys, variant, time_embedding, latest_step, aligned) -> None:
     settings = parsed(study.variant_config(demo, variant, 2, tmp_path), tmp_path / "config.yaml", capsys)
     model = settings["model"]["init_args"]
     (switch,) = [c["init_args"] for c in settings["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
-    (asked,) = [c["init_args"] for c in demo["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
+    (demo_switch,) = [c["init_args"] for c in demo["trainer"]["callbacks"] if c["class_path"].endswith("SwitchSolution")]
     assert settings["seed_everything"] == settings["data"]["init_args"]["seed"] == 2
     share = study.VARIANTS[variant]["steps"]
-    assert (share == 1) == aligned  # the demo is aligned, and other steps are cheaper
+    assert (share == 1) == aligned  # the demo is aligned; steps without alignment take less time
     assert settings["trainer"]["max_steps"] == round(share * demo["trainer"]["max_steps"])
     assert model["lr_scheduler"]["init_args"]["total_steps"] == settings["trainer"]["max_steps"]
     assert model["student"]["time_embedding"] == time_embedding
-    own = {
+    demo_rates = {
         "lr": demo["model"]["init_args"]["optimizer"]["init_args"]["lr"],
         "p": demo["model"]["init_args"]["loss"]["init_args"]["p"],
     }
-    expected = study.FROM_THE_START if variant.startswith("differential") else own
+    expected = study.FROM_THE_START if variant.startswith("differential") else demo_rates
     assert {"lr": model["optimizer"]["init_args"]["lr"], "p": model["loss"]["init_args"]["p"]} == expected
     assert model["alignment"] == (demo["model"]["init_args"]["alignment"] if aligned else None)
     if latest_step is None:
-        assert switch == asked | {key: round(share * asked[key]) for key in ("earliest_step", "latest_step")}
+        assert switch == demo_switch | {key: round(share * demo_switch[key]) for key in ("earliest_step", "latest_step")}
     else:
         assert (switch["latest_step"], switch["threshold"], switch["guard_factor"]) == (latest_step, None, None)
 
 
-def test_all_variants_are_tested(study: ModuleType) -> None:
+def test_every_variant_is_tested(study: ModuleType) -> None:
     assert list(study.VARIANTS) == ["differential_original_time", "differential", "discrete", "switched", "switched_aligned"]
 
 
-def test_results_are_those_of_the_runs_on_record(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_merged_from_recorded_runs(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "RECORDS", tmp_path / "meanflow_study")
     (tmp_path / "meanflow_study").mkdir()
@@ -88,7 +88,7 @@ def test_results_are_those_of_the_runs_on_record(study: ModuleType, tmp_path: Pa
         summary["diversity"] = {"student": dict.fromkeys(study.STEPS, 0.3), "teacher": {"32": 0.4}}
         record = {"summary": summary, "curves": {tag: [[9, 0.5], [19, accuracy]] for tag in study.CURVES}}
         (tmp_path / "meanflow_study" / f"{name}.json").write_text(json.dumps(record))
-        assert study.run({}, name, tmp_path) == summary  # on record, so it is not repeated
+        assert study.run({}, name, tmp_path) == summary  # recorded, so not repeated
     study.write("a machine")
     result = json.loads((tmp_path / "meanflow_study.json").read_text())
     assert (result["machine"], result["seeds"], result["teacher"]) == ("a machine", [0, 1], teacher)

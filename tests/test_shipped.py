@@ -1,4 +1,4 @@
-"""The pipelines that ship with the package, and the shapes configs that use and make them."""
+"""Shipped pipelines, and the shapes configs that use them and train them."""
 
 import json
 import re
@@ -49,8 +49,8 @@ def test_teacher_has_flux_geometry() -> None:
     assert len(pipeline.transformer.single_transformer_blocks) > 0
 
 
-def test_teacher_draws_what_its_card_says() -> None:
-    """By the stock pipeline, with guidance: within sampling error of the accuracy in the model card."""
+def test_teacher_accuracy_matches_its_model_card() -> None:
+    """With the stock pipeline and guidance, within the sampling error."""
     card = (TEACHER / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if line.startswith("| val/prompt_accuracy/nfe_32 |")]
     stated = float(line.split("|")[2])
@@ -70,8 +70,8 @@ def test_teacher_draws_what_its_card_says() -> None:
     ).images
     measured = prompt_accuracy(images, prompts)
     assert set(CATEGORIES) < set(measured)
-    spread = (stated * (1 - stated) / len(prompts)) ** 0.5
-    assert measured["overall"].item() == pytest.approx(stated, abs=4 * spread + 0.02)
+    deviation = (stated * (1 - stated) / len(prompts)) ** 0.5
+    assert measured["overall"].item() == pytest.approx(stated, abs=4 * deviation + 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_student_accuracy_matches_its_model_card(saved_student: Path) -> None:
     for nfe in (1, 4):
         noise = torch.Generator().manual_seed(0)
         images = pipeline(prompts, num_inference_steps=nfe, height=32, width=32, generator=noise, output_type="pt").images
-        spread = (stated[nfe] * (1 - stated[nfe]) / len(prompts)) ** 0.5
-        assert prompt_accuracy(images, prompts)["overall"].item() == pytest.approx(stated[nfe], abs=4 * spread + 0.02)
+        deviation = (stated[nfe] * (1 - stated[nfe]) / len(prompts)) ** 0.5
+        assert prompt_accuracy(images, prompts)["overall"].item() == pytest.approx(stated[nfe], abs=4 * deviation + 0.02)
 
 
 def test_student_directory_holds_its_own_weights_only() -> None:
@@ -137,7 +137,7 @@ def test_shipped_student_loads_in_lower_precision() -> None:
 
 
 @pytest.mark.parametrize("name", ["shapes_meanflow.yaml", "shapes_meanflow_full.yaml"])
-def test_students_train(name: str) -> None:
+def test_meanflow_configs_train(name: str) -> None:
     run = ["--trainer.default_root_dir=run", "--trainer.logger.init_args.save_dir=run"]
     aligned = [f"--model.init_args.alignment.init_args.{setting}=0" for setting in ("start_step", "critic_warmup_steps")]
     main(["fit", "--config", name, *FEW, *ONE_PROCESS, *run, *aligned])
@@ -148,7 +148,7 @@ def test_students_train(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LATER_STAGES)
-def test_a_later_stage_goes_on_from_the_shipped_student(name: str) -> None:
+def test_later_stage_starts_from_the_shipped_student(name: str) -> None:
     start = ["--model.student.pretrained=shapes-student", "--model.init_args.optimizer.init_args.lr=0"]
     main(["fit", "--config", f"shapes_dmd2_{name}.yaml", *FEW, *ONE_PROCESS, *start])
     stage = Path("runs") / name
@@ -170,7 +170,7 @@ METHODS = sorted(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_other_methods_train(name: str) -> None:
+def test_configs_of_other_methods_train(name: str) -> None:
     run = f"runs/{name}"
     main(["fit", "--config", f"shapes_{name}.yaml", *FEW, *ONE_PROCESS, "--model.init_args.validation.nfe=[1,2]"])
     assert set(yaml.safe_load(Path(f"{run}/summary.json").read_text())["student"]) == {"1", "2"}
@@ -178,7 +178,7 @@ def test_the_other_methods_train(name: str) -> None:
     assert scheduler["stochastic_sampling"] == (name in ("consistency_distillation", "dmd2", "ladd", "scm"))
 
 
-def test_a_teacher_is_made_from_nothing() -> None:
+def test_teacher_trains_from_random_weights() -> None:
     small = ["--model.init_args.block_out_channels=[4,4,4]", "--model.init_args.norm_num_groups=2"]
     main(["fit", "--config", "shapes_vae.yaml", *FEW, *small])
     assert AutoencoderKL.from_pretrained("runs/shapes_vae/vae").config.scaling_factor != 0.18215

@@ -1,4 +1,4 @@
-"""The benchmarks of the training step: what they compare is the same step, and they run as a user runs them."""
+"""Benchmarks of the training step: equal gradients of the compared steps, and runs of the scripts."""
 
 import importlib.util
 import json
@@ -20,17 +20,17 @@ def step_cost() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["step_cost"] = module  # its dataclass looks itself up
+    sys.modules["step_cost"] = module  # its dataclass looks up its module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_pass_gives_the_gradients_of_two_for_fewer_products(step_cost: ModuleType, checkpointing: bool) -> None:
+def test_one_pass_has_the_gradients_of_two_with_fewer_multiplications(step_cost: ModuleType, checkpointing: bool) -> None:
     setting = step_cost.build("small", 64, "cpu")
     with torch.no_grad():
         for parameter in setting.network.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)  # the interval must matter, which starts at zero
+            parameter += 0.02 * torch.randn_like(parameter)  # the interval input has no effect at its initialisation
 
     def gradient(variant: str) -> Tensor:
         setting.network.zero_grad()
@@ -50,7 +50,7 @@ def run(script: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(BENCHMARKS / script), "--rounds", "1", *arguments], check=True, timeout=250)
 
 
-def test_step_cost_writes_a_row_for_each_variant(tmp_path: Path) -> None:
+def test_step_cost_writes_a_row_per_variant(tmp_path: Path) -> None:
     run("step_cost.py", "--models", "small", "--tokens", "64", "--machine", "here", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "step_cost_here.json").read_text())
     assert [row["variant"] for row in rows] == ["A", "B", "C", "C", "D", "D", "E"]
@@ -61,7 +61,7 @@ def test_step_cost_writes_a_row_for_each_variant(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_step_writes_its_ratios(tmp_path: Path) -> None:
+def test_training_step_writes_ratios_to_flow_matching(tmp_path: Path) -> None:
     run("training_step.py", "--tokens", "16", "--batch", "4", "--machine", "here", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "training_step_here.json").read_text())["rows"]
     assert rows[0]["over_flow_matching"] == 1

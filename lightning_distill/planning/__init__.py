@@ -1,4 +1,4 @@
-"""What a training would take of a machine, before anything loads."""
+"""Estimates of the memory and communication of a training run, from its settings alone."""
 
 from lightning_distill.planning.machine import Machine, Plan, Strategy
 from lightning_distill.planning.plan import PlanOptions, plan

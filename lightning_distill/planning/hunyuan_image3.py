@@ -1,4 +1,4 @@
-"""HunyuanImage 3.0 without memory: its networks, its autoencoder and its sequences, from the settings of a checkpoint."""
+"""HunyuanImage 3.0 on fake tensors: networks, autoencoder and token layout, from the `config.json` of a checkpoint."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.planning import description
-from lightning_distill.planning.hunyuan_image3_network import DescribedHunyuanImage3
-from lightning_distill.planning.networks import set_networks
+from lightning_distill.planning.fake_pipeline import to_fake
+from lightning_distill.planning.hunyuan_image3_network import HunyuanImage3Model
+from lightning_distill.planning.networks import MEASURED_BLOCKS, set_networks
 from lightning_distill.students import expert_routing
 from lightning_distill.students.hunyuan_image3_layout import ImageTokens, TokenLayout
 from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
@@ -29,28 +29,28 @@ from lightning_distill.teachers.hunyuan_image3.directory import read_config, two
 from lightning_distill.teachers.hunyuan_image3.networks import build_on_meta_device, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 
-SHIPPED = Path(__file__).resolve().parent / "pipelines" / "HunyuanImage-3.0"
-"""The published sizes, as public reimplementations of the model state them; the published file itself was not at hand."""
+SHIPPED_CONFIG = Path(__file__).resolve().parent / "pipelines" / "HunyuanImage-3.0"
+"""Directory with the published sizes, as public reimplementations state them; the published file itself was not at hand."""
 HUB_ID = "tencent/HunyuanImage-3.0"
 FLOW_SHIFT = 3.0
 
 
-def settings_directory(adapter: HunyuanImage3Adapter, given: str | None) -> Path:
-    """Where the `config.json` of a checkpoint is; weights and code may be missing there.
+def checkpoint_config_directory(adapter: HunyuanImage3Adapter, model_config: str | None) -> Path:
+    """Directory with the `config.json` of a checkpoint; weights and code may be missing there.
 
     Args:
-        adapter: Of the checkpoint.
-        given: A directory in the place of it.
+        adapter: Adapter of the checkpoint.
+        model_config: Directory to use in place of `adapter.pretrained`.
 
     Raises:
-        ConfigurationError: If there is none.
+        ConfigurationError: If there is no such directory on this machine.
     """
-    directory = Path(given or adapter.pretrained)
+    directory = Path(model_config or adapter.pretrained)
     if read_config(directory).get("model_type") == "hunyuan_image_3_moe":
         return directory
-    if given is not None:
+    if model_config is not None:
         raise ConfigurationError(
-            f"model_config is {given!r}, which has no config.json of HunyuanImage 3.0; give a directory that has it"
+            f"model_config is {model_config!r}, which has no config.json of HunyuanImage 3.0; set it to a directory with one"
         )
     cached = None
     if adapter.pretrained.count("/") == 1 and not directory.is_dir():
@@ -58,30 +58,35 @@ def settings_directory(adapter: HunyuanImage3Adapter, given: str | None) -> Path
     if isinstance(cached, str):
         return Path(cached).parent
     if adapter.pretrained == HUB_ID:
-        return SHIPPED
+        return SHIPPED_CONFIG
     raise ConfigurationError(
-        f"adapter.pretrained is {adapter.pretrained!r}, whose config.json is not on this machine; give the directory of one as "
-        f"--model_config, or plan for {HUB_ID}"
+        f"adapter.pretrained is {adapter.pretrained!r}, whose config.json is not on this machine; set --model_config to a "
+        f"directory that has it, or plan for {HUB_ID}"
     )
 
 
-class SettingsLayout(TokenLayout):
-    """Sequences of the longest prompts, whose tokens do not matter."""
+class FixedLengthLayout(TokenLayout):
+    """Token layout in which every prompt has the maximum length; the tokens are all zero.
+
+    Args:
+        config: Configuration of the checkpoint.
+        max_sequence_length: Number of tokens of each prompt.
+    """
 
     def __init__(self, config: Any, max_sequence_length: int) -> None:
         super().__init__(SimpleNamespace(pad_token_id=0), None, config, "pretrain", None, max_sequence_length)
 
     def condition(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
-        """Of B prompts."""
+        """Token ids (B, L) of B prompts and of the empty prompt, and prompt lengths (B,)."""
         ids = torch.zeros(len(prompts), self.max_sequence_length, dtype=torch.long)
         return {"prompt_ids": ids, "null_ids": ids, "prompt_length": torch.full((len(prompts),), self.max_sequence_length)}
 
     def image_tokens(self, height: int, width: int) -> ImageTokens:
-        """Of a picture of height x width pixels, which is not looked up among the checkpoint's sizes."""
+        """Tokens of an image of height x width pixels, which need not be one of the checkpoint's sizes."""
         vertical, horizontal = (factor * self.config.patch_size for factor in self.config.vae_downsample_factor)
         rows, columns = height // vertical, width // horizontal
         guided, two_times = (bool(getattr(self.config, flag, False)) for flag in ("cfg_distilled", "use_meanflow"))
-        start = 4 + guided + two_times  # behind <boi> <size> <ratio> <timestep>
+        start = 4 + guided + two_times  # after <boi> <size> <ratio> <timestep>
         return ImageTokens(
             ids=torch.zeros(start + rows * columns + 1, dtype=torch.long),
             image=slice(start, start + rows * columns),
@@ -92,28 +97,31 @@ class SettingsLayout(TokenLayout):
         )
 
 
-class DescribedAutoencoder(AutoencoderKLHunyuanVideo15):
-    """That of HunyuanVideo 1.5, whose sizes are those of this model's; a picture is as many frames as it takes in one piece."""
+class ImageAutoencoder(AutoencoderKLHunyuanVideo15):
+    """Autoencoder of HunyuanVideo 1.5, which has the sizes of this model's, for images.
+
+    An image is encoded as a clip of equal frames, as many as the autoencoder processes at once.
+    """
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Of pictures (B, 3, H, W), side by side: its attention in diffusers 0.42 fails for more than one sample."""
+        """Encode images (B, 3, H, W) side by side: attention in diffusers 0.42 fails for more than one sample."""
         count, frames = len(x), self.config.temporal_compression_ratio + 1
         wide = torch.cat(x.unbind(), dim=-1)[None, :, None].expand(-1, -1, frames, -1, -1)
         latents = torch.cat(super().encode(wide).latent_dist.mode().chunk(count, dim=-1))
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
 
-def attach(adapter: HunyuanImage3Adapter, directory: Path, mode: FakeTensorMode) -> None:
-    """Give an adapter an autoencoder and a layout without memory, in the place of `check` and `load`."""
+def attach_fake_components(adapter: HunyuanImage3Adapter, directory: Path, mode: FakeTensorMode) -> None:
+    """Attach an autoencoder on fake tensors and a token layout to an adapter, in place of `check` and `load`."""
     config = _config(directory)
     vae_names = {"ffactor_spatial": "spatial_compression_ratio", "ffactor_temporal": "temporal_compression_ratio"}
     vae_names |= {name: name for name in ("latent_channels", "block_out_channels", "layers_per_block")}
-    sizes = {own: config.vae[name] for name, own in vae_names.items() if name in config.vae}
+    vae_config = {diffusers_name: config.vae[name] for name, diffusers_name in vae_names.items() if name in config.vae}
     with torch.device("meta"):
-        vae = DescribedAutoencoder(**sizes)
+        vae = ImageAutoencoder(**vae_config)
     nn.Module.to(vae, DTYPES[adapter.torch_dtype]).requires_grad_(False).eval()
-    description.to_fake(vae, mode)
-    adapter.attach(vae, SettingsLayout(config, adapter.max_sequence_length), SimpleNamespace(flow_shift=FLOW_SHIFT))
+    to_fake(vae, mode)
+    adapter.attach(vae, FixedLengthLayout(config, adapter.max_sequence_length), SimpleNamespace(flow_shift=FLOW_SHIFT))
 
 
 def _config(directory: Path) -> SimpleNamespace:
@@ -121,19 +129,19 @@ def _config(directory: Path) -> SimpleNamespace:
 
 
 @dataclass(frozen=True)
-class HunyuanImage3Stacks:
-    """Networks of a checkpoint, with as many blocks as are asked for.
+class CheckpointNetworks:
+    """Networks of a checkpoint.
 
     Attributes:
-        config: Of the checkpoint.
-        depths: Number of blocks.
+        config: Configuration of the checkpoint.
+        depths: Number of blocks, under `layers`, if there are more than are measured.
     """
 
     config: SimpleNamespace
     depths: dict[str, int]
 
     def build(self, module: TeacherStudentBase, depths: Mapping[str, int], mode: FakeTensorMode) -> None:
-        """Give a method its networks, in the place of `build_networks`, without memory and without an average."""
+        """Build the networks of a method on fake tensors; see `FakeNetworks.build`."""
         adapter = module.adapter
         assert isinstance(adapter, HunyuanImage3Adapter)
         config = copy.deepcopy(self.config)
@@ -142,16 +150,15 @@ class HunyuanImage3Stacks:
         set_networks(module, teacher, lambda options: _student(config, options, mode))
 
 
-def stacks(directory: Path, few: int) -> HunyuanImage3Stacks:
-    """Those of a checkpoint's settings.
+def checkpoint_networks(directory: Path) -> CheckpointNetworks:
+    """The networks of a checkpoint.
 
     Args:
-        directory: Of `settings_directory`.
-        few: Blocks that a step is measured with, if there are more than one more.
+        directory: Directory with its `config.json`.
     """
     config = _config(directory)
     depth = config.num_hidden_layers
-    return HunyuanImage3Stacks(config, {"layers": depth} if depth > few + 1 else {})
+    return CheckpointNetworks(config, {"layers": depth} if depth > MEASURED_BLOCKS + 1 else {})
 
 
 def _student(config: Any, options: StudentOptions, mode: FakeTensorMode) -> TwoTimeHunyuanImage3:
@@ -162,14 +169,14 @@ def _student(config: Any, options: StudentOptions, mode: FakeTensorMode) -> TwoT
 
 
 def _network(config: Any, dtype: torch.dtype, mode: FakeTensorMode) -> TwoTimeHunyuanImage3:
-    network = build_on_meta_device(two_time_class(DescribedHunyuanImage3, TwoTimeHunyuanImage3), config, dtype)
-    description.to_fake(network, mode)
+    network = build_on_meta_device(two_time_class(HunyuanImage3Model, TwoTimeHunyuanImage3), config, dtype)
+    to_fake(network, mode)
     return network
 
 
 @contextmanager
 def even_routing() -> Iterator[None]:
-    """All experts get as many tokens: which they would get is in weights that are not read."""
+    """Route equally many tokens to all experts: the real counts depend on weights, which are not read."""
 
     def even(experts: Tensor, count: int) -> list[int]:
         share, more = divmod(len(experts), count)

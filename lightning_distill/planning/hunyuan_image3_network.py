@@ -1,6 +1,6 @@
-"""The shapes of HunyuanImage 3.0, whose own code comes with its checkpoint and is not run for a plan.
+"""The network of HunyuanImage 3.0 for fake tensors. The published code is in its checkpoint, and a plan does not execute it.
 
-Names, sizes and the order of operations are those of the published `HunyuanImage3ForCausalMM`, in its newer form.
+Names, sizes and the order of operations are those of the newer version of the published `HunyuanImage3ForCausalMM`.
 """
 
 from types import SimpleNamespace
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = 32
-"""Of the channels that are normalised together."""
+"""Number of groups of each group normalisation."""
 
 
 class TimestepEmbedder(nn.Module):
-    """Of which `TwoTimeHunyuanImage3` makes its own."""
+    """Layers of a time embedder, which `TwoTimeHunyuanImage3` replaces by a two-time embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -24,20 +24,20 @@ class TimestepEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32, times its weight."""
+    """RMS normalisation in float32, scaled by a weight."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the last dimension."""
+        """Normalise the last dimension."""
         wide = x.to(torch.float32)
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
 class Expert(nn.Module):
-    """A gated layer, of a token's experts or shared by all tokens."""
+    """A gated feed-forward layer: an expert, or the layer that all tokens share."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of tokens (..., D)."""
+        """Map tokens (..., D) to (..., D)."""
         up, gate = self.gate_and_up_proj(x).chunk(2, dim=-1)
         result: Tensor = self.down_proj(up * F.silu(gate))
         return result
 
 
 class Gate(nn.Module):
-    """The router, float32 in any case."""
+    """The router, always in float32."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -60,21 +60,21 @@ class Gate(nn.Module):
 
 
 class Mixture(nn.Module):
-    """The parts of which `RoutedExperts` is made."""
+    """Submodules that `RoutedExperts` uses: router, experts and shared expert."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        inner = of_layer(config.moe_intermediate_size, layer)
-        self.moe_topk: int = of_layer(config.moe_topk, layer)
-        count = of_layer(config.num_experts, layer)
+        inner = layer_setting(config.moe_intermediate_size, layer)
+        self.moe_topk: int = layer_setting(config.moe_topk, layer)
+        count = layer_setting(config.num_experts, layer)
         if config.use_mixed_mlp_moe:
-            self.shared_mlp = Expert(config.hidden_size, inner * of_layer(config.num_shared_expert, layer))
+            self.shared_mlp = Expert(config.hidden_size, inner * layer_setting(config.num_shared_expert, layer))
         self.gate = Gate(config.hidden_size, count)
         self.experts = nn.ModuleList(Expert(config.hidden_size, inner) for _ in range(count))
 
 
 class Attention(nn.Module):
-    """Of queries in groups, with normalised queries and keys."""
+    """Grouped-query attention with normalised queries and keys."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.query_layernorm, self.key_layernorm = RMSNorm(self.dim), RMSNorm(self.dim)
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Of hidden states (B, S, D)."""
+        """Attention over hidden states (B, S, D)."""
         batch, length, _ = x.shape
         share = self.heads // self.groups
         parts = self.qkv_proj(x).reshape(batch, length, self.groups, share + 2, self.dim).split([share, 1, 1], dim=3)
@@ -102,7 +102,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class HunyuanImage3DecoderLayer(nn.Module):
-    """A block."""
+    """A transformer block."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
@@ -111,13 +111,13 @@ class HunyuanImage3DecoderLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
-        """Of hidden states (B, S, D)."""
+        """Map hidden states (B, S, D) to a tuple of (B, S, D)."""
         x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin)
         return (x + self.mlp(self.post_attention_layernorm(x)),)
 
 
 class ResBlock(nn.Module):
-    """Convolutions, told the time."""
+    """Residual block of convolutions, modulated by a time embedding."""
 
     def __init__(self, channels: int, width: int, out: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Of pictures (B, C, h, w) and embeddings of their times (B, D)."""
+        """Map features (B, C, h, w) and time embeddings (B, D) to (B, C', h, w)."""
         scale, shift = self.emb_layers(time)[:, :, None, None].chunk(2, dim=1)
         norm, *others = self.out_layers
         h = norm(self.in_layers(x)) * (1 + scale) + shift
@@ -139,7 +139,7 @@ class ResBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image tokens of latents."""
+    """Embeds latents as image tokens."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -149,13 +149,13 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, int, int]:
-        """Tokens (B, h w, D), and h and w."""
+        """Map latents (B, C, h, w) and time embeddings (B, D) to tokens (B, h w, D), h and w."""
         x = self.model[1](self.model[0](x), time)
         return x.flatten(2).transpose(1, 2), *x.shape[-2:]
 
 
 class FinalLayer(nn.Module):
-    """Velocities of image tokens."""
+    """Maps image tokens to a velocity."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -166,14 +166,14 @@ class FinalLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor, height: int, width: int) -> Tensor:
-        """(B, C, h, w)."""
+        """Map tokens (B, h w, D) and time embeddings (B, D) to a velocity (B, C, h, w)."""
         x = x.transpose(1, 2).reshape(len(x), -1, height, width)
         result: Tensor = self.model[1](self.model[0](x, time))
         return result
 
 
 class Backbone(nn.Module):
-    """Embeddings of tokens, and blocks."""
+    """Token embedding, blocks and final norm."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -182,11 +182,11 @@ class Backbone(nn.Module):
         self.ln_f = RMSNorm(config.hidden_size)
 
 
-class DescribedHunyuanImage3(nn.Module):
-    """In the place of the published class; its sequences have one length, and their pictures one place.
+class HunyuanImage3Model(nn.Module):
+    """Replaces the published class. All sequences have one length, and their images one position.
 
     Args:
-        config: The published settings.
+        config: Published configuration.
     """
 
     _no_split_modules: ClassVar[list[str]] = ["HunyuanImage3DecoderLayer"]
@@ -194,7 +194,7 @@ class DescribedHunyuanImage3(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config, width = config, config.hidden_size
-        # Parts that do not draw, which are left out in any case.
+        # Modules that do not generate images, which a teacher lacks in any case.
         self.vae, self.vision_model, self.vision_aligner, self.lm_head = (nn.Identity() for _ in range(4))
         self.timestep_emb, self.time_embed, self.time_embed_2 = (TimestepEmbedder(width) for _ in range(3))
         if getattr(config, "cfg_distilled", False):
@@ -217,11 +217,11 @@ class DescribedHunyuanImage3(nn.Module):
         guidance_index: Tensor | None = None,
         **_: Any,
     ) -> Any:
-        """As the published forward in its first step of drawing."""
-        (place, _shape), *_rest = rope_image_info[0]
+        """The published forward pass, in the first step of image generation."""
+        (position, _shape), *_rest = rope_image_info[0]
         x = self.model.wte(input_ids)
         tokens, height, width = self.patch_embed(images, self.time_embed(timesteps))
-        x[:, place] = tokens
+        x[:, position] = tokens
         for embedder, values, index in (
             ("timestep_emb", timesteps, timesteps_index),
             ("guidance_emb", guidance, guidance_index),
@@ -229,14 +229,14 @@ class DescribedHunyuanImage3(nn.Module):
         ):
             if index is not None:
                 x[:, int(index[0, 0])] = self.get_submodule(embedder)(values).to(x.dtype)
-        # The table of positions is of the sequence's length in training, and takes as much whatever is in it.
+        # In training, the table of rotary embeddings has the length of the sequence. Its values do not change its size.
         cos = sin = torch.ones(len(x), 1, x.shape[1], self.config.attention_head_dim)
         for layer in self.model.layers:
             (x,) = layer(x, attention_mask, cos, sin)
-        velocity = self.final_layer(x[:, place], self.time_embed_2(timesteps), height, width)
+        velocity = self.final_layer(x[:, position], self.time_embed_2(timesteps), height, width)
         return SimpleNamespace(diffusion_prediction=velocity)
 
 
-def of_layer(value: Any, layer: int) -> Any:
-    """A setting that is given once, or once for each layer."""
+def layer_setting(value: Any, layer: int) -> Any:
+    """Value of a setting in a layer; the setting is one value, or a list with one per layer."""
     return value[layer] if isinstance(value, list) else value

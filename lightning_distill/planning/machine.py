@@ -1,39 +1,40 @@
-"""What a training step takes of each GPU under a strategy, and which machine is large enough."""
+"""Memory per GPU of a training step under a strategy, and the smallest sufficient machine."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from lightning_distill.planning.step import SHARES, StepCost
+from lightning_distill.planning.step import SHARD_COUNTS, StepCost
 
 FLOAT32 = 4
-COUNTS = (1, 2, 4, 8, 16, 32, 64)
-"""GPUs of the machines that are looked through for the smallest."""
-FROZEN = ("teacher", "text_encoders", "autoencoder")
+"""Bytes of a float32 number."""
+GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+"""GPU counts of the machines in the search for the smallest."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How networks lie on GPUs.
+    """How a strategy places networks on GPUs.
 
     Attributes:
-        name: As of `trainer.strategy`.
+        name: Name in `trainer.strategy`.
         kind: "single", "ddp", "fsdp2" or "zero3".
-        offloads_weights: Whether they stay in the memory of the CPU.
-        offloads_optimizer: Whether its state, and gradients, do.
-        bucket: Numbers in ZeRO-3's buffer of gradients at the most; it has no more than there are gradients.
-        live: Weights that ZeRO-3 keeps gathered at the most.
+        offloads_weights: Whether weights are offloaded to the CPU.
+        offloads_optimizer: Whether optimizer state and gradients are offloaded to the CPU.
+        reduce_bucket_size: ZeRO-3's maximum number of elements in its buffer of gradients. The buffer is never larger than the
+            gradients.
+        max_live_parameters: ZeRO-3's maximum number of gathered parameters.
     """
 
     name: str
     kind: str
     offloads_weights: bool = False
     offloads_optimizer: bool = False
-    bucket: int = 200_000_000
-    live: int = 1_000_000_000
+    reduce_bucket_size: int = 200_000_000
+    max_live_parameters: int = 1_000_000_000
 
     @property
     def shards(self) -> bool:
-        """Whether no GPU has a whole network."""
+        """Whether the strategy shards the networks over the GPUs."""
         return self.kind in ("fsdp2", "zero3")
 
 
@@ -49,18 +50,18 @@ STRATEGIES = {
         Strategy("deepspeed_stage_3_offload", "zero3", offloads_weights=True, offloads_optimizer=True),
     )
 }
-"""Those that training knows by name."""
+"""Supported strategies by name."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs that train together.
+    """GPUs of a training run.
 
     Attributes:
-        gpus: Of a node.
+        gpus: Number of GPUs per node.
         nodes: Number of nodes.
-        gpu_memory: GiB of a GPU.
-        reserve: GiB of it that are left to what no arithmetic knows: CUDA's context, libraries, fragmentation.
+        gpu_memory: Memory of a GPU in GiB.
+        reserve: Memory of a GPU in GiB that is left free for CUDA's context, libraries and fragmentation.
     """
 
     gpus: int = 8
@@ -70,26 +71,26 @@ class Machine:
 
     @property
     def processes(self) -> int:
-        """One a GPU."""
+        """Number of processes, one per GPU."""
         return self.gpus * self.nodes
 
-    def holds(self, needed: float) -> bool:
-        """Whether so many bytes fit on a GPU."""
-        return needed <= (self.gpu_memory - self.reserve) * 2**30
+    def fits(self, size: float) -> bool:
+        """Whether a number of bytes fits on a GPU beside the reserve."""
+        return size <= (self.gpu_memory - self.reserve) * 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes.
+    """Estimated cost of a training run.
 
     Attributes:
         strategy: Name of the strategy.
-        processes: Number of them.
-        parameters: Number of parameters by network, and how many of them train.
-        gpu: Bytes of a GPU, by what they are for; their sum is the peak.
-        cpu: Bytes of the CPU's memory, a process.
-        communication: Bytes that each GPU receives in a step, by phase.
-        calls: Forward and backward passes of networks in a step, by phase.
+        processes: Number of processes.
+        parameters: Numbers of all and of trainable parameters, by network.
+        gpu: Bytes per GPU by purpose; their sum is the peak.
+        cpu: Bytes of CPU memory per process by purpose.
+        communication: Bytes that each GPU receives in an optimizer step, by phase.
+        calls: Numbers of forward and backward passes of networks in a batch, by phase.
     """
 
     strategy: str
@@ -102,59 +103,58 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes of a GPU."""
+        """Peak memory of a GPU in bytes."""
         return sum(self.gpu.values())
 
 
-def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int = 1, guard: bool = False) -> Plan:
-    """What a step takes on each of some GPUs.
+def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int = 1, rollback: bool = False) -> Plan:
+    """Estimate the memory and communication per GPU of a training step.
 
-    Sharded weights are divided among the processes. FSDP2 holds the block that computes whole, the next one that it fetches,
-    and the buffer that it fetches into, and in the backward pass the gradients of a block and the buffer that they leave from;
-    ZeRO-3 holds as much as it may keep gathered, and the buffer that gradients leave from, with a copy of it as they leave.
+    Sharded weights are divided over the processes. FSDP2 has one unsharded block in use, prefetches the next one, and has a
+    buffer for the gather. In the backward pass it also has the gradients of a block and the buffer that reduces them. ZeRO-3
+    has up to its limit of gathered parameters, a buffer that reduces gradients, and a copy of this buffer during the reduction.
 
     Args:
-        cost: Of `measure_step`.
-        strategy: How networks lie on the GPUs.
+        cost: Result of `measure_step`.
+        strategy: Placement of the networks.
         processes: Number of GPUs, one process each.
-        accumulate: Passes a step.
-        guard: Whether a copy of what trains is kept on the CPU after the switch of solutions.
+        accumulate: Number of batches per optimizer step.
+        rollback: Whether the CPU has a snapshot of the trained weights for a rollback after the switch of phases.
     """
-    numbers, share = cost.numbers, processes if strategy.shards else 1
+    numbers, shards = cost.numbers, processes if strategy.shards else 1
     trained = {name: numbers.get(f"trained/{name}", 0) for name in ("student", "critic")}
-    gradients = FLOAT32 * trained["student"] / share
+    gradients = FLOAT32 * trained["student"] / shards
     weights = {
-        name: numbers.get(f"weights/{name}", 0) / (1 if name == "autoencoder" else share)
-        for name in ("teacher", "student", "average", "critic", "text_encoders", "autoencoder")
+        name: numbers.get(f"weights/{name}", 0) / (1 if name == "autoencoder" else shards)
+        for name in ("teacher", "student", "ema", "critic", "text_encoders", "autoencoder")
     }
-    optimizer = {"optimizer": numbers["state/student"] / share, "critic's optimizer": 2 * FLOAT32 * trained["critic"] / share}
+    optimizer = {"optimizer": numbers["state/student"] / shards, "critic optimizer": 2 * FLOAT32 * trained["critic"] / shards}
     if strategy.kind == "zero3":
-        optimizer["float32 copies of ZeRO-3"] = FLOAT32 * sum(trained.values()) / share
-        optimizer["critic's gradients"] = FLOAT32 * trained["critic"] / share
-    exchange = _exchange(cost, strategy, processes)
-    passes = max(numbers[f"pass/{phase}/{_known(share)}"] for phase in cost.phases)
-    # At the end of a step there are no activations, and the optimizer has temporaries.
-    step = gradients + numbers["step"] / share + (gradients if strategy.kind == "zero3" else 0)
+        optimizer["float32 copies of ZeRO-3"] = FLOAT32 * sum(trained.values()) / shards
+        optimizer["critic gradients"] = FLOAT32 * trained["critic"] / shards
+    buffers = _communication_buffers(cost, strategy, processes)
+    passes = max(numbers[f"pass/{phase}/{_measured_shards(shards)}"] for phase in cost.phases)
+    # The optimizer step has temporaries, but no activations.
+    step = gradients + numbers["optimizer_temporaries"] / shards + (gradients if strategy.kind == "zero3" else 0)
     encoding = numbers["encode"] + (numbers["weights/text_encoders"] if strategy.shards else 0)
-    beyond = max(passes + exchange, step, encoding)
-    names = {name: f"weights: {name.replace('_', ' ')}" for name in weights}
-    gpu = {names[name]: value for name, value in weights.items()} | optimizer | {"gradients": gradients}
+    temporary = max(passes + buffers, step, encoding)
+    gpu = {_weights_label(name): value for name, value in weights.items()} | optimizer | {"gradients": gradients}
     cpu: dict[str, float] = {}
     if strategy.offloads_weights:
         cpu |= {name: gpu.pop(name) for name in list(gpu) if name.startswith("weights:") and "autoencoder" not in name}
     if strategy.offloads_optimizer:
         cpu |= {name: gpu.pop(name) for name in (*optimizer, "gradients")}
         if strategy.kind == "zero3":
-            cpu["gradients"] *= 2  # as they arrive, and as the optimizer sees them
-        gpu["activations"] = max(passes - gradients + exchange, encoding)
+            cpu["gradients"] *= 2  # one copy as received, one for the optimizer
+        gpu["activations"] = max(passes - gradients + buffers, encoding)
     else:
-        gpu["activations"] = beyond - gradients
-    if guard:
-        cpu["guard of the switch"] = (FLOAT32 * trained["student"] + numbers["weights/average"]) / share
+        gpu["activations"] = temporary - gradients
+    if rollback:
+        cpu["rollback snapshot"] = (FLOAT32 * trained["student"] + numbers["weights/ema"]) / shards
     if strategy.kind == "ddp":
         gpu["buffers of DDP"] = FLOAT32 * trained["student"]
     if strategy.kind == "zero3":
-        gpu["buffers of ZeRO-3"] = sum(_leaving(strategy, count) for count in trained.values())
+        gpu["buffers of ZeRO-3"] = sum(_reduce_bucket(strategy, count) for count in trained.values())
     return Plan(
         strategy.name,
         processes,
@@ -166,9 +166,13 @@ def plan_for(cost: StepCost, strategy: Strategy, processes: int, accumulate: int
     )
 
 
-def _known(share: int) -> int:
-    """The number of processes, or the nearest below it, that the step was measured for."""
-    return max(known for known in SHARES if known <= share)
+def _weights_label(name: str) -> str:
+    return f"weights: {'EMA' if name == 'ema' else name.replace('_', ' ')}"
+
+
+def _measured_shards(shards: int) -> int:
+    """The number of shards, or the nearest smaller one that `measure_step` covers."""
+    return max(count for count in SHARD_COUNTS if count <= shards)
 
 
 def _parameters(numbers: Mapping[str, float]) -> dict[str, tuple[int, int]]:
@@ -176,8 +180,8 @@ def _parameters(numbers: Mapping[str, float]) -> dict[str, tuple[int, int]]:
     return {name: (round(numbers[f"parameters/{name}"]), round(numbers.get(f"trained/{name}", 0))) for name in names}
 
 
-def _exchange(cost: StepCost, strategy: Strategy, processes: int) -> float:
-    """Bytes of what is gathered at a time, and of buffers that gradients leave from."""
+def _communication_buffers(cost: StepCost, strategy: Strategy, processes: int) -> float:
+    """Bytes of gathered weights and of buffers that reduce gradients, at the peak."""
     numbers = cost.numbers
     if strategy.kind == "fsdp2":
         found = []
@@ -186,37 +190,38 @@ def _exchange(cost: StepCost, strategy: Strategy, processes: int) -> float:
             found.append(rest + 3 * block + backward)
         return max(found)
     if strategy.kind == "zero3":
-        # A critic trains apart from the others. What leaves is put together once more, in another order.
+        # A critic trains in another engine, with a limit of its own. The reduction copies its bucket into another order.
         main = sum(numbers[f"weights/{name}"] for name in cost.blocks if name != "critic")
-        gathered = sum(min(part, FLOAT32 * strategy.live) for part in (main, numbers.get("weights/critic", 0)))
-        return gathered + _leaving(strategy, max(numbers.get(f"trained/{name}", 0) for name in ("student", "critic")))
+        parts = (main, numbers.get("weights/critic", 0))
+        gathered = sum(min(part, FLOAT32 * strategy.max_live_parameters) for part in parts)
+        return gathered + _reduce_bucket(strategy, max(numbers.get(f"trained/{name}", 0) for name in ("student", "critic")))
     if strategy.kind == "ddp" and processes > 1 and "critic" in cost.blocks:
-        return 2 * FLOAT32 * numbers["trained/critic"]  # one message, and its mean
+        return 2 * FLOAT32 * numbers["trained/critic"]  # one message of all gradients, and their mean
     return 0
 
 
-def _leaving(strategy: Strategy, trained: float) -> float:
-    """Bytes of the buffer from which the gradients of so many weights leave under ZeRO-3."""
-    return FLOAT32 * min(strategy.bucket, trained)
+def _reduce_bucket(strategy: Strategy, trained: float) -> float:
+    """Bytes of ZeRO-3's buffer that reduces the gradients of a number of trained weights."""
+    return FLOAT32 * min(strategy.reduce_bucket_size, trained)
 
 
 def _communication(cost: StepCost, phase: str, strategy: Strategy, processes: int, accumulate: int) -> float:
     numbers, calls, others = cost.numbers, cost.calls[phase], (processes - 1) / processes
     trained = {name: FLOAT32 * numbers.get(f"trained/{name}", 0) for name in ("student", "critic")}
     if not strategy.shards:
-        # Rings pass each part around twice. The critic updates at each pass.
+        # A ring all-reduce sends each gradient around twice. The critic is updated in every batch.
         critic = trained["critic"] * calls.get("critic_backward", 0) * accumulate
         return 2 * others * (trained["student"] + critic)
     total = numbers["weights/text_encoders"]
     for name in cost.blocks:
         weights, backward = numbers[f"weights/{name}"], calls.get(f"{name}_backward", 0)
         if 0 < numbers.get(f"trained/{name}", 0) < numbers[f"parameters/{name}"]:
-            weights += numbers["weights/teacher"]  # with LoRA, it computes with these
+            weights += numbers["weights/teacher"]  # LoRA computes with the teacher's weights
         total += weights * (calls.get(name, 0) + backward) + trained.get(name, 0) * backward
         total += numbers.get(f"regathered/{name}", 0) * backward
     return others * total * accumulate
 
 
-def smallest(fits: Callable[[int], bool]) -> int | None:
-    """The smallest number of GPUs that is enough, of those that are looked through."""
-    return next((count for count in COUNTS if fits(count)), None)
+def smallest_gpu_count(fits: Callable[[int], bool]) -> int | None:
+    """The smallest sufficient number of GPUs in `GPU_COUNTS`, or None."""
+    return next((count for count in GPU_COUNTS if fits(count)), None)

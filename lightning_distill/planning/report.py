@@ -1,4 +1,4 @@
-"""A plan, as a table and as numbers for machines."""
+"""A plan as a table, a verdict, and numbers for JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,52 +13,59 @@ GIB = 2**30
 
 
 def plan_table(plan: Plan, title: str) -> Table:
-    """A row for each network and each thing that takes memory."""
+    """Table of the parameters of each network, the memory by purpose, and the communication of each phase."""
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1))
-    for name in ("", "parameters", "that train"):
+    for name in ("", "parameters", "trainable"):
         table.add_column(name, justify="right" if name else "left")
     for name, (count, trained) in plan.parameters.items():
         table.add_row(name.replace("_", " "), f"{count / 1e6:,.1f} M", f"{trained / 1e6:,.1f} M" if trained else "")
     table.add_section()
-    table.add_row("memory of a GPU", "GiB", "")
+    table.add_row("memory per GPU", "GiB", "")
     for name, value in plan.gpu.items():
         table.add_row(f"  {name}", f"{value / GIB:,.2f}", "")
     table.add_row("  peak", f"{plan.peak / GIB:,.2f}", "")
     if plan.cpu:
         table.add_section()
-        table.add_row("memory of the CPU, a process", "GiB", "")
+        table.add_row("CPU memory per process", "GiB", "")
         for name, value in plan.cpu.items():
             table.add_row(f"  {name}", f"{value / GIB:,.2f}", "")
     table.add_section()
-    table.add_row("received by a GPU in a step", "GiB", "")
+    table.add_row("received per GPU and step", "GiB", "")
     for phase, value in plan.communication.items():
         table.add_row(f"  {phase}", f"{value / GIB:,.2f}", "")
     return table
 
 
-def verdict(plan: Plan, machine: Machine, enough: int | None, others: Sequence[str]) -> str:
-    """Whether the machine is large enough, which would be, and what else to do, in a sentence or two."""
-    fits = machine.holds(plan.peak)
-    have = f"{machine.processes} x {machine.gpu_memory:g} GB"
-    first = (
-        f"{plan.strategy} {'fits' if fits else 'does not fit'} on {have}, of which {machine.reserve:g} GB a GPU are left free"
+def verdict(plan: Plan, machine: Machine, smallest: int | None, alternatives: Sequence[str]) -> str:
+    """Text that says whether the machine is sufficient, which machine would be, and what else to do.
+
+    Args:
+        plan: The plan.
+        machine: Its machine.
+        smallest: Smallest sufficient number of GPUs, or None.
+        alternatives: Strategies that fit on the machine.
+    """
+    fits = machine.fits(plan.peak)
+    gpus = f"{machine.processes} x {machine.gpu_memory:g} GB"
+    result = f"{plan.strategy} {'fits' if fits else 'does not fit'} on {gpus}, with {machine.reserve:g} GB per GPU left free"
+    size = (
+        "no machine of up to 64 GPUs is sufficient" if smallest is None else f"the smallest sufficient machine has {smallest}"
     )
-    second = "no machine of up to 64 is large enough" if enough is None else f"the smallest that fits has {enough}"
-    sentence = f"{first}; {second}."
+    text = f"{result}; {size}."
     if fits:
-        return sentence
-    return (
-        f"{sentence} On {have} {', '.join(others)} would fit." if others else f"{sentence} No other strategy would fit either."
-    )
+        return text
+    if alternatives:
+        return f"{text} On {gpus}, {', '.join(alternatives)} would fit."
+    return f"{text} No other strategy would fit either."
 
 
-def plan_numbers(plan: Plan, machine: Machine, enough: int | None, others: Sequence[str]) -> dict[str, Any]:
-    """All of it as plain values, in bytes."""
+def plan_numbers(plan: Plan, machine: Machine, smallest: int | None, alternatives: Sequence[str]) -> dict[str, Any]:
+    """Table and verdict as plain values, in bytes. Arguments as in `verdict`."""
     return {
         **asdict(plan),
         "peak": plan.peak,
         "machine": asdict(machine),
-        "fits": machine.holds(plan.peak),
-        "smallest": enough,
-        "strategies_that_fit": list(others),
+        "fits": machine.fits(plan.peak),
+        "smallest": smallest,
+        "strategies_that_fit": list(alternatives),
     }

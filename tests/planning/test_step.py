@@ -1,4 +1,4 @@
-"""The step that is run without memory: it is the method's own, and few blocks tell what many take."""
+"""Measured training steps on fake tensors: memory, network calls, and extrapolation to all blocks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +25,8 @@ from lightning_distill.methods import (
     TrajectoryAlignment,
 )
 from lightning_distill.methods.guidance import Guidance
-from lightning_distill.planning.ledger import Ledger
-from lightning_distill.planning.step import Batch, StepCost, measure_step
+from lightning_distill.planning.memory_tracker import MemoryTracker
+from lightning_distill.planning.step import BatchShape, StepCost, measure_step
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.embedded import build_flux_pipeline
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
@@ -35,7 +35,7 @@ from tests.tiny import WORDS, tiny_vae
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five joint and four single blocks."""
+    """A FLUX pipeline with five joint and four single blocks."""
     directory = tmp_path_factory.mktemp("teacher")
     build_flux_pipeline(tiny_vae(), WORDS, num_layers=5, num_single_layers=4, num_attention_heads=2).save_pretrained(directory)
     return directory
@@ -55,21 +55,23 @@ def measure(
         ema_decay=0.9,
         optimizer=optimizer,
     )
-    return module, measure_step(module, directory, Batch(2, (32, 32)), phases)
+    return module, measure_step(module, directory, BatchShape(2, (32, 32)), phases)
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_few_blocks_tell_what_all_take(pipeline: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+def test_extrapolation_from_few_blocks_matches_all_blocks(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
     _, few = measure(pipeline, ["differential"], gradient_checkpointing=checkpointing)
-    monkeypatch.setattr(networks, "FEW", 9)  # no list is longer
-    _, whole = measure(pipeline, ["differential"], gradient_checkpointing=checkpointing)
-    assert few.numbers.keys() == whole.numbers.keys()
-    for name, value in whole.numbers.items():
+    monkeypatch.setattr(networks, "MEASURED_BLOCKS", 9)  # no list has more blocks
+    _, full = measure(pipeline, ["differential"], gradient_checkpointing=checkpointing)
+    assert few.numbers.keys() == full.numbers.keys()
+    for name, value in full.numbers.items():
         exact = not name.startswith("pass")
         assert few.numbers[name] == pytest.approx(value, rel=1e-9 if exact else 0.02), name
 
 
-def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
+def test_weights_match_the_networks_of_a_training(pipeline: Path) -> None:
     module, cost = measure(pipeline, ["discrete"], lora=LoraOptions(rank=2))
     adapter = DiffusersAdapter(str(pipeline))
     adapter.load()
@@ -78,11 +80,12 @@ def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     assert cost.numbers["parameters/teacher"] == sum(p.numel() for p in teacher.parameters())
     assert cost.numbers["trained/student"] == trained
-    assert cost.numbers["weights/student"] == 4 * trained  # the rest is the teacher's
+    assert cost.numbers["weights/student"] == 4 * trained  # it shares the others with the teacher
     assert cost.numbers["state/student"] == 8 * trained
     encoders = sum(p.numel() for part in adapter.text_encoders().values() for p in part.parameters())
     assert cost.numbers["parameters/text_encoders"] == encoders
-    # Three of the solution, one where r = t, one of the alignment; trajectories of one and of three jumps have 1.5 in the mean.
+    # Teacher: three steps of the discrete solution, one call where r = t, one of the alignment. Trajectories of one and of
+    # three steps have 1.5 student calls in the mean.
     assert cost.calls["discrete"]["teacher"] == 5
     assert cost.calls["discrete"]["student"] == 1 + 1.5
 
@@ -91,36 +94,68 @@ def test_it_counts_the_weights_that_training_has(pipeline: Path) -> None:
     ("method", "settings", "teacher", "student"),
     [
         (ConsistencyDistillation, {"solver": "heun"}, 2, 2),
+        (ConsistencyDistillation, {"solver": "heun", "target": "ema", "ema_decay": 0.9}, 2, 2),
         (SplitMeanFlow, {"equal_fraction": 0.5}, 1, 3),
+        (SplitMeanFlow, {"guidance": Guidance("improved"), "caption_dropout": 0.1}, 1, 3 + 2),
         (SCM, {}, 1, 1),
+        (SCM, {"derivative": "finite_difference"}, 1, 3),
         (IMM, {"particles": 2}, 1, 2),
         (PiFlow, {"states": 3, "student": StudentOptions(policy_points=4)}, 3, 1),
-        # of two segments in the mean, 3 Euler steps or 2 Heun steps each
+        # two intervals in the mean, with 3 Euler steps or 2 Heun steps each
         (KnowledgeDistillation, {"nfe": (1, 3), "solver": "euler", "solver_steps": 3}, 6, 1),
         (KnowledgeDistillation, {"nfe": (2,), "solver": "heun", "solver_steps": 2}, 8, 1),
     ],
 )
-def test_it_counts_the_calls_of_every_method(
+def test_network_calls_of_each_method(
     pipeline: Path, method: type[TeacherStudentBase], settings: dict[str, object], teacher: int, student: int
 ) -> None:
     adapter = DiffusersAdapter(str(pipeline))
     adapter.check()
-    module = method(adapter, guidance=Guidance("two_branch", 2.0), **settings)
-    cost = measure_step(module, pipeline, Batch(2, (32, 32)), ["training"])
+    module = method(adapter, **{"guidance": Guidance("two_branch", 2.0), **settings})
+    cost = measure_step(module, pipeline, BatchShape(2, (32, 32)), ["training"])
     assert cost.calls["training"] == {"teacher": teacher, "student": student, "student_backward": 1}
 
 
+@pytest.mark.parametrize(
+    ("nfe", "trajectory_steps", "student"),
+    [
+        # A grid of one step has no earlier steps, whatever the largest number of trajectory steps.
+        ((1,), 1, 1),
+        ((1,), 3, 1),
+        ((1,), 9, 1),
+        # Trajectories of PiFlow are the earlier steps of its grid: none or three, 1.5 in the mean.
+        ((1, 4), 3, 1 + 1.5),
+    ],
+)
+def test_student_trajectories_of_pi_flow_follow_its_grid(
+    pipeline: Path, nfe: tuple[int, ...], trajectory_steps: int, student: float
+) -> None:
+    adapter = DiffusersAdapter(str(pipeline))
+    adapter.check()
+    module = PiFlow(
+        adapter,
+        guidance=Guidance("two_branch", 2.0),
+        student=StudentOptions(policy_points=4),
+        nfe=nfe,
+        states=2,
+        trajectory_fraction=0.5,
+        trajectory_steps=trajectory_steps,
+    )
+    cost = measure_step(module, pipeline, BatchShape(2, (32, 32)), ["training"])
+    assert cost.calls["training"] == {"teacher": 2, "student": student, "student_backward": 1}
+
+
 @pytest.mark.parametrize("method", [DMD2, TDM])
-def test_it_counts_the_calls_of_methods_with_a_critic(pipeline: Path, method: type[DMD2 | TDM]) -> None:
+def test_network_calls_of_methods_with_a_critic(pipeline: Path, method: type[DMD2 | TDM]) -> None:
     adapter = DiffusersAdapter(str(pipeline))
     adapter.check()
     module = method(adapter, guidance=Guidance("two_branch", 2.0), nfe=(1, 3), critic_updates=3)
-    cost = measure_step(module, pipeline, Batch(2, (32, 32)), ["training"])
-    # Each update of the critic is on a state of its own, 1.5 jumps from noise in the mean; then the student's own loss.
+    cost = measure_step(module, pipeline, BatchShape(2, (32, 32)), ["training"])
+    # Each critic update samples a new state, after 1.5 student steps from noise in the mean. The student's loss uses the last.
     calls = {"teacher": 1, "student": 3 * 1.5, "student_backward": 1, "critic": 3 + 1, "critic_backward": 3}
     assert cost.calls["training"] == calls
     assert cost.numbers["trained/critic"] == cost.numbers["parameters/critic"] > 0
-    assert cost.numbers["pass/training/1"] > 2 * 4 * cost.numbers["trained/student"]  # gradients of both
+    assert cost.numbers["pass/training/1"] > 2 * 4 * cost.numbers["trained/student"]  # gradients of student and critic
 
 
 def parts(x: Tensor) -> Iterator[Tensor]:
@@ -138,7 +173,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
     return lambda groups: torch.optim.AdamW(groups, fused=True)
 
 
-def test_it_counts_what_an_optimizer_keeps(pipeline: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_state_matches_a_real_step(pipeline: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, cost = measure(pipeline, ["discrete"], optimizer=kind)
     adapter = DiffusersAdapter(str(pipeline))
     adapter.load()
@@ -148,36 +183,36 @@ def test_it_counts_what_an_optimizer_keeps(pipeline: Path, kind: Any, monkeypatc
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    kept = {id(part): part for state in optimizer.state.values() for value in state.values() for part in parts(value)}
-    # But for the counts of steps, a number for each weight.
-    assert cost.numbers["state/student"] == pytest.approx(sum(part.nbytes for part in kept.values()), rel=1e-3)
+    state = {id(part): part for values in optimizer.state.values() for value in values.values() for part in parts(value)}
+    # The estimate lacks the step counts, one number per parameter.
+    assert cost.numbers["state/student"] == pytest.approx(sum(part.nbytes for part in state.values()), rel=1e-3)
 
 
-def test_the_ledger_knows_what_is_alive() -> None:
+def test_tracker_counts_live_storages() -> None:
     with FakeTensorMode():
         x = torch.empty(256, requires_grad=True)
-    ledger = Ledger((1, 2))
-    with ledger:
+    tracker = MemoryTracker((1, 2))
+    with tracker:
         y = x * 2
-        assert ledger.live == 1024
-        z = y.view(16, 16)  # the same memory
+        assert tracker.live == 1024
+        z = y.view(16, 16)  # a view of the same storage
         del y
-        assert ledger.live == 1024
+        assert tracker.live == 1024
         del z
-    assert ledger.live == 0
-    assert ledger.peaks == {1: 1024, 2: 1024}
-    ledger.note(1000, divided=True)
-    assert ledger.peaks == {1: 1024, 2: 1024}
+    assert tracker.live == 0
+    assert tracker.peaks == {1: 1024, 2: 1024}
+    tracker.update_peaks(1000, sharded=True)
+    assert tracker.peaks == {1: 1024, 2: 1024}
 
 
-def test_gradients_are_divided_among_processes() -> None:
+def test_gradients_are_divided_over_shards() -> None:
     with FakeTensorMode():
         weight = torch.nn.Parameter(torch.empty(512))
-    ledger = Ledger((1, 4))
-    ledger.take_gradients([weight])
-    with ledger:
+    tracker = MemoryTracker((1, 4))
+    tracker.track_gradients([weight])
+    with tracker:
         weight.square().sum().backward()
     assert weight.grad is None
-    assert ledger.gradients == 2048
-    ledger.note(10_000)
-    assert ledger.peaks == {1: 12_048, 4: 10_512}
+    assert tracker.gradients == 2048
+    tracker.update_peaks(10_000)
+    assert tracker.peaks == {1: 12_048, 4: 10_512}
