@@ -208,3 +208,26 @@ def test_the_walk_visits_every_file_of_a_step(steps: dict[str, dict[str, set[tup
 
 def test_a_users_method_needs_only_an_objective() -> None:
     assert TeacherStudentBase.__abstractmethods__ == frozenset({"objective"})
+
+
+GLOSSARY = re.compile(
+    r"\b(pictures?|lent|lends|likewise|spread over|side network|side training|goes? to data and back|held routing"
+    r"|is told|are told|is lent|without memory|guard that takes back)\b",
+    re.IGNORECASE,
+)
+"""Words that the field has others for: image, shared, sharded, auxiliary network, re-noise, frozen routing, meta device."""
+
+
+def prose_files() -> list[Path]:
+    return [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "configs").glob("*.yaml")), ROOT / "CONTRIBUTING.md"]
+
+
+def test_code_and_configs_use_the_words_of_the_field() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for path in prose_files()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for match in [GLOSSARY.search(line)]
+        if match
+    ]
+    assert not found

@@ -457,7 +457,7 @@ class TeacherStudentBase(LightningModule, ABC):
         """Measure the student's average velocity on the first batch, and its images on all."""
         if self.has_teacher and batch_idx == 0 and self.validation.average_velocity:
             error = self.evaluator.average_velocity_error(batch)
-            self.log("val/average_velocity_error", error, prog_bar=True, sync_dist=True)
+            self.log("val/average_velocity_error", error, prog_bar=True, sync_dist=True, batch_size=len(batch["prompt"]))
         self.evaluator.update_metrics(batch)
 
     def on_validation_epoch_end(self) -> None:
