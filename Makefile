@@ -29,10 +29,10 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

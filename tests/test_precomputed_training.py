@@ -75,7 +75,7 @@ def test_training_equals_training_from_images(
     assert found.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
     start = load_adapter("shapes-teacher").load_teacher().state_dict()
-    moved = [name for name in start if not torch.equal(found[f"student.{name}"], start[name])]
+    moved = [name for name in start if not torch.equal(found[f"networks.student.{name}"], start[name])]
     assert len(moved) > len(start) / 2, "training changed few weights, so the comparison above proves nothing"
 
 

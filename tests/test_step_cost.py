@@ -50,6 +50,7 @@ def run(script: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(BENCHMARKS / script), "--rounds", "1", *arguments], check=True, timeout=250)
 
 
+@pytest.mark.slow
 def test_step_cost_writes_a_row_per_variant(tmp_path: Path) -> None:
     run("step_cost.py", "--models", "small", "--tokens", "64", "--machine", "here", "--out", str(tmp_path))
     rows = json.loads((tmp_path / "step_cost_here.json").read_text())

@@ -58,7 +58,8 @@ def measure(
     return module, measure_step(module, directory, BatchShape(2, (32, 32)), phases)
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_extrapolation_from_few_blocks_matches_all_blocks(
     pipeline: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:

@@ -78,7 +78,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("strategy", "base"),
     [
-        ("deepspeed_stage_3", "flux_meanflow.yaml"),
+        pytest.param("deepspeed_stage_3", "flux_meanflow.yaml", marks=pytest.mark.slow),
         pytest.param("fsdp2", "flux_meanflow.yaml", marks=pytest.mark.slow),
         pytest.param("fsdp2", "flux_meanflow_lora.yaml", marks=pytest.mark.slow),
     ],

@@ -16,7 +16,7 @@ ERRORS = ["--errors", '{"1": 0.1, "2": 0.15, "3": 9.0, "4": 0.1, "5": 0.1}']
 """Validation errors by step: they switch after the first step, and roll back after the third."""
 TRAINED = ["--solution", "discrete", "--ema", *ERRORS]
 CASES = [
-    pytest.param("fsdp2", ["--lora", "2"], id="fsdp2"),
+    pytest.param("fsdp2", ["--lora", "2"], id="fsdp2", marks=pytest.mark.slow),
     pytest.param("deepspeed_stage_3", [], id="deepspeed_stage_3", marks=pytest.mark.slow),
     pytest.param("fsdp2", [], id="fsdp2-full", marks=pytest.mark.slow),
 ]

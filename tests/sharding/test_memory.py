@@ -90,6 +90,7 @@ def test_no_process_holds_an_unsharded_transformer(strategy: str, pretrained: tu
     assert 0.9 * size < peak(strategy, directory, tmp_path) < 1.6 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_process_holds_an_unsharded_text_encoder(
     strategy: str, with_large_encoder: tuple[str, float], tmp_path: Path
