@@ -19,6 +19,20 @@ from tests.family_table import FamilyTable
 from tests.processes import remove_distributed_variables
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remote_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give each test process a cache of its own for the code of checkpoints.
+
+    diffusers and transformers copy it to one directory of the user and import it from there: of two such directories in
+    `sys.path`, the first would hide the packages of the second.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        directory = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", directory)
+        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", directory)
+        yield
+
+
 @pytest.fixture
 def adamw_8bit() -> Any:
     """The optimizer of torchao, which is not installed for all tests: diffusers then loads it at every start."""

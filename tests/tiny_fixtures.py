@@ -1,6 +1,5 @@
 """Fixtures of tiny FLUX pipelines, written once per session."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,6 @@ import torch
 
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from tests.tiny import FLUX_DEV_SHIFT, load_adapter, save_tiny_pipeline
-
-
-@pytest.fixture(scope="session", autouse=True)
-def remote_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give each test process a separate cache for checkpoint code, which transformers copies to a shared directory."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", directory)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,5 @@ from tests.tiny_fixtures import (  # noqa: F401  # pytest finds fixtures by thei
     adapter,
     guided_adapter,
     guided_directory,
-    remote_code_cache,
     teacher_directory,
 )
