@@ -1,13 +1,11 @@
 """Training in two CPU processes with DDP, launched from a script."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT, run_isolated
 from tests.tiny import save_tiny_pipeline
 
 ALIGNMENT = """
@@ -116,15 +114,8 @@ def test_lora_networks_stay_equal_in_two_processes(tmp_path: Path) -> None:
 def assert_equal_in_two_processes(code: str, argument: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(code)
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, str(script), argument, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, env=_environment(root), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_isolated([script, argument, tmp_path], ROOT)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("next") != second.pop("next")  # times and noise differ between processes
     assert first == pytest.approx(second, abs=1e-9)
     assert first["student"] != first["ema"]
-
-
-def _environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
