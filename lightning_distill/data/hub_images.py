@@ -5,9 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from lightning_distill.data.image_folder import DECODE_ERRORS, displayed_size
+from lightning_distill.data.image_files import ImageDecodeError, read_size
 from lightning_distill.errors import ConfigurationError
 
 
@@ -102,7 +100,7 @@ def _open(image: dict[str, Any]) -> io.BytesIO:
 
 def _read_size(row: dict[str, Any], column: str) -> dict[str, int]:
     try:
-        height, width = displayed_size(Image.open(_open(row[column])))
-    except DECODE_ERRORS:
+        height, width = read_size(_open(row[column]))
+    except ImageDecodeError:
         return {"height": 0, "width": 0}
     return {"height": height, "width": width}

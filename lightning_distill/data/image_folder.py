@@ -5,29 +5,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_distill.data.image_files import ImageDecodeError, UnreadableImageError, read_image
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
 
 METADATA = "metadata.jsonl"
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Exceptions that PIL raises for a file that it cannot decode."""
-_HIGH_BIT_DEPTH_MODES = ("I", "F")  # more than 8 bits a channel, which PIL's conversion to RGB would clip
-
-
-class UnreadableImageError(ConfigurationError):
-    """An image cannot be decoded. For `ImageFolder`, the message names the file and its line of the metadata."""
-
-    def __init__(self, message: str) -> None:
-        # A `DataLoader` worker re-raises the error with its traceback as the message. The original message is at the end.
-        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
             is not None.
 
         Raises:
-            UnreadableImageError: If an image is missing, is broken, has more than 8 bits a channel or has an unknown format.
+            UnreadableImageError: If an image is cannot be decoded.
         """
         samples = [self.samples[i] for i in indices]
         batch: dict[str, Any] = {
@@ -89,10 +77,9 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
         path = self.directory / sample.file_name
         try:
             return read_image(path, height, width)
-        except DECODE_ERRORS as error:
-            reason = " ".join(str(error).split())
+        except ImageDecodeError as error:
             raise UnreadableImageError(
-                f"{path} of line {sample.line} of {self.directory / METADATA} cannot be decoded as an image ({reason}); "
+                f"{path} of line {sample.line} of {self.directory / METADATA} cannot be decoded as an image ({error}); "
                 "replace the file or remove the line"
             ) from error
 
@@ -174,36 +161,6 @@ class ImageFolder(ResumableData):
         """Batches of the validation captions without images: `prompt` and `index`."""
         validation = self.require_setup(self._validation)
         return self.evaluation_loader(ImageFolderDataset(validation.directory, validation.samples, size=None))
-
-
-def read_image(source: Path | BinaryIO, height: int, width: int) -> Tensor:
-    """Decode an image, resize it with an antialiased bicubic filter and center-crop it.
-
-    Returns:
-        Image (3, height, width), float in [-1, 1].
-
-    Raises:
-        OSError: If the file is missing, is broken or has an unknown format.
-        ValueError: If the image has more than 8 bits a channel.
-    """
-    with Image.open(source) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-    if image.mode.startswith(_HIGH_BIT_DEPTH_MODES):
-        raise ValueError("it has more than 8 bits a channel")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
-
-
-def displayed_size(file: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels of an image after EXIF rotation, from the file header."""
-    width, height = file.size
-    # PIL would read a PNG to its end to search for EXIF data at the end, where cameras do not write it.
-    has_exif = file.format != "PNG" or "exif" in file.info
-    rotated = has_exif and file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    return (width, height) if rotated else (height, width)
 
 
 def read_metadata(directory: Path, setting: str) -> list[CaptionedImage]:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_distill.data.buckets import aspect_buckets, nearest_bucket
 from lightning_distill.data.hub_images import HubImages
-from lightning_distill.data.image_folder import DECODE_ERRORS, UnreadableImageError, read_image
+from lightning_distill.data.image_files import ImageDecodeError, UnreadableImageError, read_image
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
@@ -75,8 +75,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             source_index = self.source_indices[index]
             try:
                 images.append(read_image(self.source.open_image(source_index), *self.sizes[indices[0]]))
-            except DECODE_ERRORS as error:
-                broken.append(f"{self.source.location(source_index)} ({' '.join(str(error).split())})")
+            except ImageDecodeError as error:
+                broken.append(f"{self.source.location(source_index)} ({error})")
             else:
                 decoded.append(index)
         batch: dict[str, Any] = {

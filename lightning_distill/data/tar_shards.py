@@ -15,9 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
-
-from lightning_distill.data.image_folder import DECODE_ERRORS, displayed_size
+from lightning_distill.data.image_files import ImageDecodeError, read_size
 from lightning_distill.errors import ConfigurationError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -147,8 +145,8 @@ def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
                     continue
                 if suffix in IMAGE_SUFFIXES:
                     try:
-                        size = displayed_size(Image.open(content))  # reads the header only
-                    except DECODE_ERRORS:
+                        size = read_size(content)  # reads the header only
+                    except ImageDecodeError:
                         unreadable += 1
                         continue
                     images[key], sizes[key] = member, size

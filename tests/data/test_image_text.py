@@ -13,7 +13,7 @@ from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText
 from lightning_distill.data.hub_images import HubImages
-from lightning_distill.data.image_folder import UnreadableImageError
+from lightning_distill.data.image_files import UnreadableImageError
 from lightning_distill.data.tar_shards import INDEX, TarShards, scan
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import FlowMatching, MeanFlow
