@@ -22,8 +22,8 @@ class ExportPipeline(Callback):
     checkpoint resumes the run. Under `fast_dev_run` it writes nothing.
 
     Args:
-        directory: Target directory; an earlier export in it is replaced. None is `student` in the run's log directory, or
-            `teacher` after training a teacher.
+        directory: Target directory; an earlier export in it is replaced. None is `student` in the trainer's
+            `default_root_dir`, or `teacher` after training a teacher.
         notes: Further paragraphs of the model card, in Markdown.
         lora: Format of a LoRA student: "merged" for full weights, or "unmerged" for only the trained weights. Those are small
             and load onto the teacher's pipeline.
@@ -46,8 +46,8 @@ class ExportPipeline(Callback):
         """Check before training that the export is possible.
 
         Raises:
-            ConfigurationError: If the module is not a `TeacherStudentBase`, or the directory has files that are not an earlier
-                export. Also if `lora` is "unmerged" and the student has no LoRA.
+            ConfigurationError: If the module is not a `TeacherStudentBase`, or the directory cannot be written, or has files
+                that are not an earlier export. Also if `lora` is "unmerged" and the student has no LoRA.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
             return
@@ -61,9 +61,8 @@ class ExportPipeline(Callback):
                 "ExportPipeline.lora is unmerged, but model.student.lora is null; set ExportPipeline.lora to merged, or "
                 "model.student.lora to LoRA options"
             )
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        default = Path(log_dir) / ("student" if pl_module.has_teacher else "teacher")
-        self._target = check_export_directory(default if self.directory is None else self.directory)
+        default = Path(trainer.default_root_dir) / ("student" if pl_module.has_teacher else "teacher")
+        self._target = check_export_directory(self.directory or default, "ExportPipeline.directory")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the training time in the model card."""

@@ -10,6 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.outputs import atomic_file, check_directory
 
 
 class WritePredictions(Callback):
@@ -23,12 +24,15 @@ class WritePredictions(Callback):
         self.directory = directory
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check before sampling that no file would be overwritten.
+        """Check before sampling that files can be written, and that none would be overwritten.
 
         Raises:
-            ConfigurationError: If the directory has PNG files.
+            ConfigurationError: If the directory cannot be written, or has PNG files.
         """
-        if stage == "predict" and any(self._target(trainer).glob("*.png")):
+        if stage != "predict":
+            return
+        check_directory(self._target(trainer), "WritePredictions.directory")
+        if any(self._target(trainer).glob("*.png")):
             raise ConfigurationError(
                 f"the directory of predictions {str(self._target(trainer))!r} already has PNG files; remove them, or set "
                 "trainer.default_root_dir to another directory"
@@ -41,12 +45,12 @@ class WritePredictions(Callback):
         if not isinstance(outputs, Tensor) or outputs.ndim != 4:
             return
         target = self._target(trainer)
-        target.mkdir(parents=True, exist_ok=True)
         pixels = outputs.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for index, prompt, image in zip(batch["index"].tolist(), batch["prompt"], pixels, strict=True):
             info = PngInfo()
             info.add_itxt("prompt", prompt)
-            Image.fromarray(image).save(target / f"{index:06}.png", pnginfo=info)
+            with atomic_file(target / f"{index:06}.png") as file:
+                Image.fromarray(image).save(file, format="png", pnginfo=info)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the directory of the images."""

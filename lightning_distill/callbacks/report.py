@@ -30,6 +30,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.evaluation import Network, computed_values, metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
+from lightning_distill.outputs import atomic_file, check_directory
 
 PromptBatch = tuple[list[int], list[str]]
 """Indices in the data set, and the captions of these indices."""
@@ -128,12 +129,15 @@ class FinalReport(Callback):
         self._started: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the method samples images.
+        """Check that the method samples images, and that the report can be written.
 
         Raises:
-            ConfigurationError: If it does not.
+            ConfigurationError: If not.
         """
         sampling_method(self, pl_module)
+        is_dry_run = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+        if stage == "fit" and not is_dry_run:
+            check_directory(self.directory or trainer.default_root_dir, "FinalReport.directory")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the training time."""
@@ -157,9 +161,10 @@ class FinalReport(Callback):
             seeds = range(self.seed, self.seed + len(columns))
             rows = student_rows(module, columns, seeds) | teacher_row(module, columns, seeds)
         if trainer.is_global_zero:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-            image_grid(rows, columns).save(directory / "images.png")
+            with atomic_file(directory / "summary.json") as file:
+                file.write((json.dumps(asdict(summary), indent=2) + "\n").encode())
+            with atomic_file(directory / "images.png") as file:
+                image_grid(rows, columns).save(file, format="png")
         if module.metrics:
             self._print(trainer, report_table(summary, _title(module)))
         else:

@@ -21,6 +21,7 @@ from lightning_distill.data.resumable import BatchDataset, ResumableData
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.encoder import EncodedData
+from lightning_distill.outputs import check_directory
 from lightning_distill.teachers.model_adapter import ModelAdapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,6 +70,7 @@ def encode_dataset(model: LightningModule, data: LightningDataModule, options: P
     Raises:
         ConfigurationError: If the data or the encoders do not support precomputation, or `options.out` has other contents.
     """
+    check_directory(options.out, "out")
     adapter, data = _check_inputs(model, data)
     # Checks precede the launch of other processes: each process raises the same errors, and none waits for an ended one.
     data.prepare_data()

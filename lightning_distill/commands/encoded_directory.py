@@ -17,11 +17,11 @@ from lightning_distill.data.encoded_shards import (
     EncodedShard,
     file_digest,
     read_entry,
-    temporary_path,
     write_atomically,
     write_samples,
 )
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.outputs import unfinished_path
 
 ENTRY = ".json"
 """Suffix of the files with the index entries of single shards, until all shards are complete."""
@@ -72,10 +72,8 @@ class EncodedDirectory:
         Raises:
             ConfigurationError: If the directory has other contents, or data of other settings.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigurationError(f"out is {str(self.path)!r}, which is a file; choose a directory")
         if not (self.path / INDEX).is_file():
-            leftover = temporary_path(self.path / INDEX).name
+            leftover = unfinished_path(self.path / INDEX).name
             if self.path.is_dir() and any(path.name != leftover for path in self.path.iterdir()):
                 raise ConfigurationError(
                     f"out is {str(self.path)!r}, which has contents other than precomputed data; choose another directory"

@@ -12,7 +12,8 @@ from typing import NamedTuple, NoReturn
 
 from lightning_distill import __version__
 from lightning_distill.commands import PROGRAM
-from lightning_distill.errors import NonFiniteError, find_configuration_error
+from lightning_distill.errors import NonFiniteError, StorageError, find_configuration_error
+from lightning_distill.outputs import storage_error
 
 
 class Subcommand(NamedTuple):
@@ -46,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments without the program name; None means those of the process.
 
     Raises:
-        SystemExit: With code 2 for a `ConfigurationError`, 1 for a `NonFiniteError`, 143 after SIGTERM, and 0 after `--help`
-            or `--version`. An error is one line on stderr.
+        SystemExit: With code 2 for a `ConfigurationError`, 1 for a `NonFiniteError` or a `StorageError`, 143 after SIGTERM,
+            and 0 after `--help` or `--version`. An error is one line on stderr.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     module = _module(arguments)
@@ -58,8 +59,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if (cause := find_configuration_error(error)) is None:
             raise
         _exit(str(cause), 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, StorageError) as error:
         _exit(str(error), 1)
+    except OSError as error:
+        if (failed := storage_error(error)) is None:
+            raise
+        _exit(str(failed), 1)
 
 
 def _module(arguments: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 import lightning_distill.students
 from lightning_distill.commands import PROGRAM
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.outputs import atomic_file, check_file
 from lightning_distill.students.few_step import FewStepPipeline, unwrap_tokenizer
 from lightning_distill.students.lora_student import SETTINGS, load_lora_student
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
@@ -58,6 +59,7 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         raise ConfigurationError(f"--scale is {arguments.scale}; set it to an integer of at least 1")
     if arguments.out.suffix.lower() != ".png":
         raise ConfigurationError(f"--out is {str(arguments.out)!r}; set it to a file name that ends in .png")
+    check_file(arguments.out, "--out")
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     dtype = DTYPES[arguments.torch_dtype]
@@ -73,7 +75,6 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         width=arguments.width,
         guidance_scale=arguments.guidance_scale,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_grid(images, arguments.out, arguments.scale)
     print(f"wrote {arguments.out}")
 
@@ -376,4 +377,5 @@ def write_grid(images: Tensor, file: Path, scale: int = 1) -> None:
         grid[:, top : top + height, left : left + width] = image
     pixels = (grid.clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file)
+    with atomic_file(file) as output:
+        Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(output, format="png")

@@ -8,7 +8,6 @@ Nothing is pickled.
 
 import hashlib
 import json
-import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.outputs import atomic_file
 from lightning_distill.teachers.model_adapter import Condition
 
 FORMAT = 1
@@ -79,23 +79,10 @@ class EncodedShard:
         return [index for index in range(self.first, self.last + 1) if index not in broken]
 
 
-def temporary_path(path: Path) -> Path:
-    """Temporary path of a file during a write; it is fixed, so that a later write overwrites the file of a killed process."""
-    return path.with_name(f".{path.name}.unfinished")
-
-
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file, flush it to disk, then rename it: a crash leaves the old or the complete new file."""
-    with temporary_path(path).open("wb") as file:
+    """Write a file by `atomic_file`: a crash or an error leaves the old or the complete new file."""
+    with atomic_file(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_path(path), path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself reaches the disk
-    finally:
-        os.close(descriptor)
 
 
 def write_samples(path: Path, samples: Sequence[EncodedSample], dtype: torch.dtype) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_distill import __version__
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard, render_card
+from lightning_distill.outputs import check_directory, sync, writing
 from lightning_distill.students.lora_student import PREFIX, lora_layers, lora_weights, time_weights
 from lightning_distill.teachers.families import two_time
 from lightning_distill.teachers.model_adapter import ModelAdapter
@@ -79,18 +80,23 @@ def export_teacher(adapter: ModelAdapter, network: nn.Module, directory: str | P
     return _export(adapter, directory, "teacher", network.state_dict(), card, lambda path: adapter.save_teacher(network, path))
 
 
-def check_export_directory(directory: str | Path) -> Path:
-    """Check that an export to this directory would destroy no other files.
+def check_export_directory(directory: str | Path, setting: str = "directory") -> Path:
+    """Check that an export to this directory is possible and would destroy no other files.
+
+    Args:
+        directory: Target directory.
+        setting: Name of its setting, for error messages.
 
     Raises:
-        ConfigurationError: If the directory has files that are not an earlier export.
+        ConfigurationError: If the directory cannot be written, or has files that are not an earlier export.
     """
+    check_directory(directory, setting)
     directory = Path(directory)
     occupied = any(directory.iterdir()) if directory.is_dir() else directory.exists()
     if occupied and not (directory / MARK).is_file():
         raise ConfigurationError(
-            f"the export directory {str(directory)!r} has files that are not an earlier export; "
-            "choose another directory, or empty it"
+            f"{setting} is {str(directory)!r}, which has files that are not an earlier export; choose another directory, or "
+            "empty it"
         )
     return directory
 
@@ -108,19 +114,25 @@ def _export(
     unfinished, replaced = (target.with_name(f".{target.name}.{state}") for state in ("unfinished", "replaced"))
     for leftover in (unfinished, replaced):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save(unfinished)
     student_arguments = {"guidance_scale": card.guidance_scale} if adapter.embeds_guidance else {}
     arguments = adapter.stock_arguments(card.guidance_scale) if kind == "teacher" else student_arguments
-    (unfinished / "README.md").write_text(render_card(card, kind, arguments, adapter.export_code))
-    (unfinished / MARK).write_text(json.dumps({"kind": kind, "lightning_distill": __version__, "method": card.method}) + "\n")
+    mark = {"kind": kind, "lightning_distill": __version__, "method": card.method}
+    with writing(target):
+        try:
+            unfinished.mkdir(parents=True)
+            save(unfinished)
+            (unfinished / "README.md").write_text(render_card(card, kind, arguments, adapter.export_code))
+            (unfinished / MARK).write_text(json.dumps(mark) + "\n")
+            for path in (*unfinished.rglob("*"), unfinished):
+                sync(path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)  # it would keep a full disk full
+            raise
     _check_weights(unfinished, weights)
-    for path in (*unfinished.rglob("*"), unfinished):
-        _sync(path)
     if target.exists():
         os.replace(target, replaced)  # a rename cannot replace a directory that is not empty
     os.replace(unfinished, target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return target
 
@@ -141,11 +153,3 @@ def _shapes(files: Iterable[Path]) -> set[tuple[object, ...]]:
         with safe_open(file, framework="pt") as tensors:
             found |= {(name, *tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return found
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # otherwise a power failure could leave the new name with old or empty contents
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.encoder import EncodedData
+from lightning_distill.outputs import check_file, writing
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.fake_pipeline import pipeline_config_directory
 from lightning_distill.planning.machine import STRATEGIES, Machine, Plan, Strategy, plan_for, smallest_gpu_count
@@ -54,8 +55,8 @@ class PlanOptions:
         for name, value in {"gpus": self.gpus, "nodes": self.nodes}.items():
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}; set it to at least 1, or omit it for the trainer's number")
-        if self.json is not None and not Path(self.json).resolve().parent.is_dir():
-            raise ConfigurationError(f"json is {self.json!r}, whose directory does not exist; create it, or set another file")
+        if self.json is not None:
+            check_file(self.json, "json")
         if not 0 <= self.reserve < self.gpu_memory:
             raise ConfigurationError(
                 f"reserve is {self.reserve} and gpu_memory is {self.gpu_memory}; set reserve to at least 0 and below gpu_memory"
@@ -138,7 +139,9 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
     console.print(plan_table(result, f"{_machine_label(machine)}, {result.strategy}, {_batch_label(model, data)}"))
     console.print(verdict(result, machine, smallest, alternatives))
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(plan_numbers(result, machine, smallest, alternatives), indent=2) + "\n")
+        with writing(options.json):
+            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.json).write_text(json.dumps(plan_numbers(result, machine, smallest, alternatives), indent=2) + "\n")
     return result
 
 

@@ -89,7 +89,7 @@ def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.size=2"], "data.batch_size 6 is larger than data.size 2"),
         (["--model.adapter.pretrained=nowhere"], "neither a pipeline directory nor a hub id"),
         (["--model.adapter.torch_dtype=float8"], "adapter.torch_dtype is 'float8'"),
-        (["--out=occupied/notes.txt"], "out is 'occupied/notes.txt', which is a file; choose a directory"),
+        (["--out=occupied/notes.txt"], "out is 'occupied/notes.txt', which cannot be written ("),
         (["--out=occupied"], "out is 'occupied', which has contents other than precomputed data; choose another directory"),
         (["--trainer.accelerator=cuda"], "trainer.accelerator is 'cuda'; set it to 'auto' or 'cpu' to run without a GPU"),
     ],

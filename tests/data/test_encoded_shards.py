@@ -16,7 +16,6 @@ from lightning_distill.data.encoded_shards import (
     EncodedShard,
     ShardReader,
     read_entry,
-    temporary_path,
     write_atomically,
     write_samples,
 )
@@ -95,7 +94,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.undo()
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
-    assert not temporary_path(path).exists()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # The index

@@ -105,7 +105,7 @@ def test_last_weights_in_place_of_the_ema(run: Path, tmp_path: Path) -> None:
     [
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path is 'nowhere.ckpt', which is neither a checkpoint file nor"),
         (["--model.student.interval_embedding=clone", "--model.student.time_embedding=original"], None),
-        (["--directory", "."], "the export directory '.' has files that are not an earlier export"),
+        (["--directory", "."], "directory is '.', which has files that are not an earlier export"),
     ],
 )
 def test_impossible_exports_exit_with_one_message(

@@ -307,8 +307,8 @@ def test_directories_with_other_files_raise_and_are_not_changed(adapter: Diffuse
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.tex").write_text("years of work")
-    for target in (other, other / "chapter.tex"):
-        with pytest.raises(ConfigurationError, match="choose another directory, or empty it"):
+    for target, reason in ((other, "choose another directory, or empty it"), (other / "chapter.tex", "cannot be written")):
+        with pytest.raises(ConfigurationError, match=reason):
             export_student(adapter, student, target, CARD)
     assert files(tmp_path / "thesis") == {"chapter.tex"}
     (tmp_path / "empty").mkdir()
