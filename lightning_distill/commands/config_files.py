@@ -7,9 +7,12 @@ from typing import Any
 
 import yaml
 
+from lightning_distill.commands.suggestions import nearest
 from lightning_distill.errors import ConfigurationError
 
 BASE = "base"
+LARGEST_NODE_COUNT = 100_000
+"""Largest number of YAML nodes of a config, with its aliases expanded."""
 PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
 
@@ -40,10 +43,10 @@ def find_config(name: str) -> Path:
     shipped = config_directory() / name
     if path.name == name and shipped.is_file():
         return shipped
-    raise ConfigurationError(
-        f"config {name!r} is neither a file in {Path.cwd()} nor a shipped config; "
-        f"choose one of {', '.join(shipped_configs()) or 'none'}"
-    )
+    known = {Path(each).stem: each for each in (*shipped_configs(), *(each.name for each in Path().glob("*.yaml")))}
+    near = nearest(path.stem, known)
+    remedy = f"did you mean {known[near]}?" if near else f"choose one of {', '.join(shipped_configs()) or 'none'}"
+    raise ConfigurationError(f"config {name!r} is neither a file in {Path.cwd()} nor a shipped config; {remedy}")
 
 
 def config_chain(name: str) -> list[Path]:
@@ -60,7 +63,7 @@ def config_chain(name: str) -> list[Path]:
 
 def without_keys(text: str, names: Collection[str]) -> str:
     """Text of a config without the top-level keys in `names`."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = compose(text, "given on the command line")
     items = _items(root)
     for i, (key, value) in enumerate(items):
         if key.value in names:
@@ -72,13 +75,56 @@ def without_keys(text: str, names: Collection[str]) -> str:
     return text
 
 
+def compose(text: str, name: str) -> yaml.Node | None:
+    """The nodes of a YAML text; None if it is empty.
+
+    Args:
+        text: The text.
+        name: Name of the config in messages.
+
+    Raises:
+        ConfigurationError: If the text is not YAML, is nested too deeply, or has too many nodes after alias expansion.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        count = _count_nodes(root, {})
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"config {name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigurationError(
+            f"config {name} is nested too deeply; nest it less, and let no alias contain itself"
+        ) from error
+    if count > LARGEST_NODE_COUNT:
+        raise ConfigurationError(
+            f"config {name} has {count:.3g} values with its aliases expanded, more than {LARGEST_NODE_COUNT}; use fewer aliases"
+        )
+    return root
+
+
+def _count_nodes(node: yaml.Node | None, counted: dict[int, int]) -> int:
+    """Number of nodes with each alias expanded; each node is visited once."""
+    if node is None:
+        return 0
+    if id(node) not in counted:
+        children = [child for pair in _items(node) for child in pair]
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        counted[id(node)] = 1 + sum(_count_nodes(child, counted) for child in children)
+    return counted[id(node)]
+
+
 def _chain(path: Path, above: tuple[Path, ...]) -> list[Path]:
     if path.resolve() in above:
         raise ConfigurationError(f"config {path} is its own {BASE!r}; remove one {BASE!r} of {', '.join(map(str, above))}")
     try:
-        root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"config {path} cannot be read ({error}); give a YAML file in UTF-8") from error
+    root = compose(text, str(path))
+    if not _items(root):
+        raise ConfigurationError(
+            f"config {path} {_without_settings(root)}; give settings by name, such as `seed_everything: 0`"
+        )
     _check_duplicate_keys(root, path)
     files = []
     for key, value in _items(root):
@@ -92,6 +138,14 @@ def _chain(path: Path, above: tuple[Path, ...]) -> list[Path]:
                 beside = path.parent / name
                 files += _chain(beside if beside.is_file() else find_config(name), (*above, path.resolve()))
     return [*files, path]
+
+
+def _without_settings(root: yaml.Node | None) -> str:
+    if isinstance(root, yaml.SequenceNode):
+        return "is a list"
+    if isinstance(root, yaml.ScalarNode) and root.tag != "tag:yaml.org,2002:null":
+        return f"is the single value {root.value[:40]!r}"
+    return "has no settings"
 
 
 def _check_duplicate_keys(root: yaml.Node | None, path: Path) -> None:

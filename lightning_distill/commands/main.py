@@ -6,12 +6,12 @@ Imports neither torch nor a subcommand, so that `--help` and `--version` return 
 import sys
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from lightning_distill import __version__
 from lightning_distill.commands import PROGRAM
+from lightning_distill.commands.suggestions import nearest
 from lightning_distill.errors import NonFiniteError, StorageError, find_configuration_error
 from lightning_distill.outputs import storage_error
 
@@ -80,8 +80,8 @@ def _module(arguments: Sequence[str]) -> str:
         sys.exit(0)
     if name.startswith("-"):
         return "training"  # LightningCLI accepts options before its subcommands, as in `--config FILE fit`
-    nearest = get_close_matches(name, SUBCOMMANDS, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    near = nearest(name, SUBCOMMANDS)
+    hint = f"did you mean {near!r}? " if near else ""
     _exit(f"{name!r} is not a subcommand; {hint}choose one of {', '.join(SUBCOMMANDS)}", 2)
 
 

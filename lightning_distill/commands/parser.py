@@ -5,9 +5,12 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_distill.commands.config_files import BASE, config_chain, without_keys
-from lightning_distill.errors import find_configuration_error
+from lightning_distill.commands.diagnosis import Diagnosis
+from lightning_distill.commands.interpolations import interpolation_error
+from lightning_distill.errors import ConfigurationError, find_configuration_error
 
 SUBCOMMAND_ARGUMENTS = ("ckpt_path", "weights_only")
 """Arguments of the training subcommands that `--print_config` prints with the settings; other subcommands lack them."""
@@ -26,7 +29,13 @@ class NamedConfig(ActionConfigFile):
 
 
 class DistillParser(LightningArgumentParser):
-    """Parser of configs with a `base`. Its errors omit the usage, which is several pages long."""
+    """Parser of configs with a `base`. Its errors are one line, without the usage and the types of all settings.
+
+    Names of options cannot be abbreviated.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         """Parse one config, which `--print_config` may have printed for another subcommand."""
@@ -39,9 +48,18 @@ class DistillParser(LightningArgumentParser):
         jsonargparse converts `--model.student.lora=null` to None, and passes the text `None` to the parser of the class. That
         parser needs the YAML text `null`.
         """
-        if getattr(self, "_inner_parser", False) and args is not None:
+        inner = getattr(self, "_inner_parser", False)
+        if inner and args is not None:
             args = [f"{arg.removesuffix('=None')}=null" if arg.endswith("=None") else arg for arg in args]
-        return super().parse_args(args, *rest, **kwargs)
+        try:
+            return super().parse_args(args, *rest, **kwargs)
+        except OmegaConfBaseException as error:
+            known = {action.dest for action in self._chosen()[0]._actions}
+            raise ConfigurationError(interpolation_error(error, known)) from error
+        except ValueError as error:  # of a value that `_check_value_key` has accepted for its interpolation
+            if inner or find_configuration_error(error) is not None:
+                raise
+            self.error(str(error), error)
 
     def _check_value_key(self, action: Any, value: Any, key: str, cfg: Any, append: bool = False) -> Any:
         """Accept values with an unresolved interpolation such as `${trainer.max_steps}`.
@@ -60,20 +78,38 @@ class DistillParser(LightningArgumentParser):
         """Print the message and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(2, f"error: {find_configuration_error(ex) or _one_line(message)}\n")
+        configuration_error = find_configuration_error(ex)
+        reason = str(configuration_error) if configuration_error else self.first_fault(ex) or _one_line(message)
+        self.exit(2, f"error: {reason}\n")
         raise AssertionError("unreachable")
+
+    def first_fault(self, error: Exception | None = None) -> str | None:
+        """The first fault of the arguments in one line, if their types or the error show one."""
+        parser, arguments = self._chosen()
+        if (fault := Diagnosis(parser._actions, arguments).first_fault()) is not None:
+            return fault
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, ModuleNotFoundError) and cause.name):
+            cause = cause.__cause__ or cause.__context__
+        return None if cause is None else f"the settings need the package {cause.name}; run `pip install {cause.name}`"
+
+    def _chosen(self) -> tuple[Any, list[str]]:
+        """The parser of the chosen subcommand and its arguments; in a parser without subcommands, itself and all arguments."""
+        arguments = list(self.args)
+        if (subcommands := self._subcommands_action) is not None:
+            for i, argument in enumerate(arguments):
+                if argument in subcommands.choices:
+                    return subcommands.choices[argument], arguments[i + 1 :]
+        return self, arguments
 
 
 def _one_line(message: str) -> str:
-    """One-line form of a jsonargparse message, which lists all types that a setting of a class accepts."""
+    """One-line form of a jsonargparse message, without the types that it lists."""
     place = re.match(r'Parser key "(?P<key>[^"]+)":', message)
-    unknown = re.findall(r"Problem with given class_path '([^']+)':\s+Option '([^']+)' is not accepted", message)
-    wrong = re.findall(r'Parser key "([^"]+)":\s+(Expected [^\n]+)', message)
-    if place is None or not (unknown or wrong):
+    lines = [line.strip(" -") for line in message.splitlines()]
+    reasons = [
+        line for line in lines if line and not re.match(r"Parser key|Subtypes:|Errors:|Given value|Does not validate", line)
+    ]
+    if place is None or not reasons:
         return " ".join(message.split())
-    if unknown:
-        kind, name = unknown[-1]
-        return f"{place['key']} is {kind.rpartition('.')[2]}, which has no setting {name!r}; correct its name"
-    key, reason = wrong[-1]
-    setting = key if key == place["key"] else f"{place['key']}.{key}"
-    return f"{setting}: {reason}; correct its value"
+    return f"{place['key']}: {reasons[-1]}; correct its value"

@@ -25,8 +25,10 @@ from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
 from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.config_files import check_learning_rates, flatten
 from lightning_distill.commands.parser import DistillParser, NamedConfig
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
+from lightning_distill.errors import ConfigurationError, find_configuration_error
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.setup_checks import check_strategy_class
 from lightning_distill.sharding.checkpoint import REST
 from lightning_distill.sharding.protocols import Sharding
 
@@ -95,7 +97,25 @@ class DistillCLI(LightningCLI):
         """Parse the arguments, without Lightning's warning about a call from Python."""
         self.config = parser.parse_args(args)
         self._dump_config()
+        check_seed(self.config_dump["seed_everything"])
+        check_trainer_settings(self.config_dump["trainer"])
         check_learning_rates(self.config_dump)
+
+    def instantiate_classes(self) -> None:
+        """Build data, method and trainer.
+
+        jsonargparse checks some values, such as those of dataclasses, only here, by a constructor that fails.
+
+        Raises:
+            ConfigurationError: If the types of the settings show what is wrong, or a package is missing.
+        """
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError, ImportError) as error:
+            assert isinstance(self.parser, DistillParser)
+            if find_configuration_error(error) is not None or (fault := self.parser.first_fault(error)) is None:
+                raise
+            raise ConfigurationError(fault) from error
 
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint exists; Lightning's method would also replace the settings by those of the checkpoint."""
@@ -127,16 +147,15 @@ class DistillCLI(LightningCLI):
         if config.get("logger") is False and any(isinstance(item, LearningRateMonitor) for item in listed):
             rank_zero_info("trainer.logger is false: removed the callback LearningRateMonitor, which needs a logger")
             listed = [item for item in listed if not isinstance(item, LearningRateMonitor)]
-        if config.get("val_check_interval") == 0:
-            raise ConfigurationError(
-                "trainer.val_check_interval is 0; set it to at least 1 step, or set trainer.limit_val_batches to 0"
-            )
         try:
-            return super()._instantiate_trainer({**config, "callbacks": [*defaults, *listed]}, callbacks)
-        except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+            trainer = super()._instantiate_trainer({**config, "callbacks": [*defaults, *listed]}, callbacks)
+        except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, ConfigurationError):
                 raise
             raise trainer_error(error, config) from error
+        if isinstance(self.model, TeacherStudentBase):
+            check_strategy_class(trainer.strategy)
+        return trainer
 
     def before_fit(self) -> None:
         """Check the number of threads, and that the teacher's weights exist, before processes wait for each other."""

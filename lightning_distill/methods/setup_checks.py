@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.encoder import BatchEncoder
@@ -24,8 +25,11 @@ def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCalla
     try:
         built = optimizer(split_parameters(parameters.items()))
         setting = "model.lr_scheduler"
-        if lr_scheduler is not None:
-            lr_scheduler(built)
+        if lr_scheduler is not None and isinstance(lr_scheduler(built), ReduceLROnPlateau):
+            raise ConfigurationError(
+                "model.lr_scheduler is ReduceLROnPlateau, which needs a monitored metric at each step; choose a schedule of "
+                "steps, such as WarmupCosine"
+            )
     except ConfigurationError:
         raise
     except (ValueError, TypeError) as error:
@@ -45,12 +49,8 @@ def check_strategy(method: str, strategy: Any, encoder: BatchEncoder, feature_re
     Raises:
         ConfigurationError: If the networks cannot be sharded, or the strategy supports no forward-mode derivatives.
     """
+    check_strategy_class(strategy)
     if not isinstance(strategy, Sharding):
-        if isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-            raise ConfigurationError(
-                f"trainer.strategy is a {type(strategy).__name__}, which supports neither forward-mode derivatives nor shared "
-                "weights; choose fsdp2, deepspeed_stage_3 or ddp"
-            )
         return
     if encoder.trains_text_encoders or not encoder.adapter.supports_sharding:
         what = "model.train_text_encoders" if encoder.trains_text_encoders else type(encoder.adapter).__name__
@@ -60,6 +60,22 @@ def check_strategy(method: str, strategy: Any, encoder: BatchEncoder, feature_re
             f"trainer.strategy is a {type(strategy).__name__}, which shards networks, and the discriminator of {method} "
             f"({', '.join(feature_readers)}) needs unsharded features; set trainer.strategy to auto or ddp, or choose settings "
             "without a discriminator (model.gan null)"
+        )
+
+
+def check_strategy_class(strategy: Any) -> None:
+    """Check that a strategy is none of Lightning's own that shard networks.
+
+    Raises:
+        ConfigurationError: If it is one of them.
+    """
+    if not isinstance(strategy, Sharding) and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        name, config = type(strategy).__name__, getattr(strategy, "config", None)
+        if isinstance(config, dict) and (stage := config.get("zero_optimization", {}).get("stage")) is not None:
+            name = f"{name} (deepspeed_stage_{stage})"
+        raise ConfigurationError(
+            f"trainer.strategy is a {name}, which supports neither forward-mode derivatives nor shared weights; choose fsdp2, "
+            "deepspeed_stage_3 or ddp"
         )
 
 

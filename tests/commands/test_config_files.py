@@ -44,6 +44,11 @@ def test_a_path_never_names_a_shipped_config(shipped):
 def test_a_missing_config_raises_with_the_names_of_shipped_configs(shipped):
     with pytest.raises(ConfigurationError, match=r"'three.yaml' is neither .*; choose one of one.yaml, two.yaml$"):
         find_config("three.yaml")
+    with pytest.raises(ConfigurationError, match=r"'two.yml' is neither .*; did you mean two.yaml\?$"):
+        find_config("two.yml")
+    Path("mine.yaml").write_text("")
+    with pytest.raises(ConfigurationError, match=r"did you mean mine.yaml\?$"):
+        find_config("mime.yaml")
 
 
 def test_configs_of_a_checkout_are_beside_the_package(shipped):
@@ -123,8 +128,41 @@ def test_invalid_yaml_raises(shipped):
     with pytest.raises(ConfigurationError, match=r"broken.yaml is not valid YAML: "):
         config_chain("broken.yaml")
     Path("latin.yaml").write_bytes("model: é\n".encode("latin-1"))
-    with pytest.raises(ConfigurationError, match=r"latin.yaml is not valid YAML: "):
+    with pytest.raises(ConfigurationError, match=r"latin.yaml cannot be read"):
         config_chain("latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("# nothing yet\n", "has no settings"),
+        ("null\n", "has no settings"),
+        ("{}\n", "has no settings"),
+        ("just a text\n", "is the single value 'just a text'"),
+        ("- model\n", "is a list"),
+    ],
+)
+def test_a_config_without_settings_raises(shipped, text, reason):
+    Path("own.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=f"config own.yaml {reason}; give settings by name"):
+        config_chain("own.yaml")
+
+
+def test_aliases_are_counted_with_their_expansion(shipped):
+    bomb = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for name, before in zip("bcdefg", "abcdef", strict=True)]
+    Path("bomb.yaml").write_text("\n".join(bomb))
+    with pytest.raises(ConfigurationError, match=r"config bomb.yaml has 6\.05e\+06 values with its aliases expanded"):
+        config_chain("bomb.yaml")
+    Path("few.yaml").write_text("\n".join(bomb[:3]))
+    assert len(config_chain("few.yaml")) == 1
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]\n", "a: " + "[" * 5000 + "]" * 5000])
+def test_endless_nesting_raises(shipped, text):
+    Path("deep.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"config deep.yaml is nested too deeply"):
+        config_chain("deep.yaml")
 
 
 @pytest.mark.parametrize("lr", [-1, -1e-9, float("inf"), float("nan")])

@@ -1,0 +1,26 @@
+"""Nearest valid name of a misspelt one, for error messages."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+SHORTEST = 3
+"""Smallest number of characters of a beginning that is completed."""
+LISTED = 48
+"""Largest number of valid names that a message lists."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """Valid name most similar to a misspelt one, ignoring case, or the first that begins with it; None if there is none."""
+    lowered = {each.lower(): each for each in valid}
+    close = get_close_matches(name.lower(), lowered, n=1)
+    if not close and len(name) >= SHORTEST:
+        close = sorted(each for each in lowered if each.startswith(name.lower()))
+    return lowered[close[0]] if close else None
+
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Remedy of a misspelt name: the nearest valid name, or the valid names if none is near and they are few."""
+    names = sorted(set(valid))
+    if (near := nearest(name, names)) is not None:
+        return f"did you mean {near}?"
+    return f"choose one of {', '.join(names)}" if 0 < len(names) <= LISTED else "correct its name"

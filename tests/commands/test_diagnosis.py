@@ -1,0 +1,116 @@
+from argparse import Action
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_distill.commands.diagnosis import Diagnosis
+from lightning_distill.commands.training import DistillCLI
+
+SHIPPED = ["--config", "shapes_meanflow.yaml"]
+
+
+class _ParserBuiltError(Exception):
+    """Carries the actions of the parser."""
+
+
+@pytest.fixture(scope="module")
+def actions() -> Sequence[Action]:
+    """Actions of the parser of `fit`."""
+
+    class ParserOnly(DistillCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise _ParserBuiltError(self._subcommand_parsers["fit"]._actions)
+
+    with pytest.raises(_ParserBuiltError) as built:
+        ParserOnly(["fit"])
+    return built.value.args[0]
+
+
+@pytest.mark.parametrize("config", ["shapes_meanflow.yaml", "shapes_dmd2.yaml", "flux_meanflow_lora.yaml"])
+def test_valid_settings_have_no_fault(actions, config):
+    overrides = ["--model.guidance.scale=3", "--trainer.callbacks+=RandomState", "--model.optimizer=torch.optim.SGD"]
+    assert Diagnosis(actions, ["--config", config, *overrides]).first_fault() is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model Meanflow", "model is 'Meanflow', which names no LightningModule; did you mean MeanFlow?"),
+        ("--data=ImageFoldr", "data is 'ImageFoldr', which names no LightningDataModule; did you mean ImageFolder?"),
+        ("--model.optimiser.lr 1e-4", "model.optimiser is not a setting of MeanFlow; did you mean optimizer?"),
+        ("--data.batchsize 4", "data.batchsize is not a setting of ShapesData; did you mean batch_size?"),
+        ("--trainer.max_step 4", "trainer.max_step is not a setting; did you mean max_steps?"),
+        ("--trainer 4", "trainer is '4'; set its settings by name, such as trainer.accelerator"),
+        ("--seed 4", "seed is not a setting; did you mean seed_everything?"),
+        ("--model.optimizer Adamm", "model.optimizer is 'Adamm', which names no Optimizer; did you mean Adam?"),
+        ("--model.optimizer=nowhere.Adam", "model.optimizer is 'nowhere.Adam', which names no Optimizer; did you mean Adam?"),
+        ("--model.optimizer.lr 1e-4x", "model.optimizer.lr is '1e-4x'; set it to a number"),
+        ("--model.ema_decay slow", "model.ema_decay is 'slow'; set it to a number or null"),
+        ("--model.lr_scheduler WarmupCosin", "model.lr_scheduler is 'WarmupCosin', which names no "),
+        ("--model.guidance.scal 2", "model.guidance.scal is not a setting of Guidance; did you mean scale?"),
+        ("--model.guidance 2.0", "model.guidance is '2.0'; set the settings of Guidance by name: kind, scale, "),
+        ("--model.student.lora.rnk 4", "model.student.lora.rnk is not a setting of LoraOptions; did you mean rank?"),
+        ("--model.validation.nfe [a]", "model.validation.nfe is ['a']; set it to a list, each an integer"),
+        (
+            "--model.student.time_embedding smoth",
+            "model.student.time_embedding is 'smoth'; did you mean smooth? Set it to one of ",
+        ),
+        ("--trainer.precision bf17", "trainer.precision is 'bf17'; did you mean bf16? Set it to one of 64, 32, 16, "),
+        ("--seed_everything abc", "seed_everything is 'abc'; set it to true or false or an integer"),
+        ("--trainer.callbacks+=SwichSolution", "which names no Callback; did you mean SwitchSolution?"),
+        (
+            "--trainer.callbacks+=ExportPipeline --trainer.callbacks.direktory out",
+            "trainer.callbacks: ExportPipeline.direktory is not a setting of ExportPipeline; did you mean directory?",
+        ),
+        ("--data ImageFolder", "data.directory is not set, and ImageFolder needs it; set it to a string"),
+    ],
+)
+def test_a_fault_of_an_argument(actions, arguments, message):
+    fault = Diagnosis(actions, [*SHIPPED, *arguments.split()]).first_fault()
+    assert fault is not None
+    assert message in fault
+    assert "<class" not in fault
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"trainr": {"max_steps": 3}}, "trainr is not a setting; did you mean trainer?"),
+        ({"model": [{"class_path": "MeanFlow"}]}, "model is a list; set it to one LightningModule, by its class_path"),
+        (
+            {"model": {"class_path": "MeanFlow", "init_args": {"solution": "discrete"}, "solver": "heun"}},
+            "model.solver lies beside class_path; move it into model.init_args",
+        ),
+        ({"model": {"class_path": "MeanFlow", "init_arg": {}}}, "model.init_arg is neither class_path nor init_args"),
+        ({"model": {"clas_path": "MeanFlow"}}, "model.clas_path is not a setting of MeanFlow; did you mean class_path?"),
+        (
+            {"model": {"init_args": {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"beta": [0.9, 0.99]}}}}},
+            "model.optimizer.beta is not a setting of AdamW; did you mean betas?",
+        ),
+        (
+            {"trainer": {"callbacks": [{"class_path": "SwitchSolution", "init_args": {"threshold": "low"}}]}},
+            "trainer.callbacks: SwitchSolution.threshold is 'low'; set it to a number or null",
+        ),
+        (
+            {"model": {"init_args": {"ema_decay": "${model.init_args.solution}"}}},
+            "model.ema_decay is 'bootstrapped'; set it to a number or null",
+        ),
+    ],
+)
+def test_a_fault_of_a_config(actions, tmp_path, content, message):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base": "shapes_meanflow.yaml", **content}))
+    fault = Diagnosis(actions, ["--config", str(tmp_path / "own.yaml")]).first_fault()
+    assert fault is not None
+    assert message in fault
+
+
+def test_settings_of_an_earlier_class_are_no_fault(actions):
+    assert Diagnosis(actions, [*SHIPPED, "--model", "FlowMatching", "--model.ema_decay=0.9"]).first_fault() is None
+
+
+def test_a_class_without_a_name(actions):
+    fault = Diagnosis(actions, ["--model.ema_decay=0.9"]).first_fault()
+    assert fault is not None
+    assert fault.startswith("model names no class; set model.class_path to ")
