@@ -52,28 +52,47 @@ def write_manifest(directory: Path, known: dict[str, str] | None = None) -> None
         os.fsync(file.fileno())
 
 
-def find_damage(directory: Path) -> str | None:
-    """Compare a directory with its manifest.
+def read_manifest(directory: Path) -> dict[str, str]:
+    """Digests in a directory's manifest by file name.
 
-    Files that the manifest does not list are ignored, as is a directory without a manifest.
-
-    Returns:
-        The first difference, such as "model.safetensors is not what was written", or None.
+    Raises:
+        ValueError: If it has an invalid line, or names a file outside the directory.
     """
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return None
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        return f"{MANIFEST} is not text"
+        lines = (directory / MANIFEST).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{MANIFEST} is not text") from error
     expected = {}
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None or Path(match[2]).is_absolute() or ".." in Path(match[2]).parts:
-            return f"{MANIFEST} has the invalid line {line[:100]!r}"
+            raise ValueError(f"{MANIFEST} has the invalid line {line[:100]!r}")
         expected[match[2]] = match[1]
-    if missing := [name for name in expected if not (directory / name).is_file()]:
+    return expected
+
+
+def find_damage(directory: Path, names: Iterable[str] | None = None) -> str | None:
+    """Compare a directory with its manifest.
+
+    Files that the manifest does not list are ignored, as is a directory without a manifest.
+
+    Args:
+        directory: The directory.
+        names: Files to compare; None compares all that the manifest lists.
+
+    Returns:
+        The first difference, such as "model.safetensors is not what was written", or None.
+    """
+    if not (directory / MANIFEST).is_file():
+        return None
+    try:
+        expected = read_manifest(directory)
+    except ValueError as error:
+        return str(error)
+    listed = list(expected if names is None else names)
+    if unlisted := [name for name in listed if name not in expected]:
+        return f"{MANIFEST} does not list {unlisted[0]}"
+    if missing := [name for name in listed if not (directory / name).is_file()]:
         return f"{missing[0]} is missing"
-    differing = [name for name, digest in digests(directory, expected).items() if digest != expected[name]]
+    differing = [name for name, digest in digests(directory, listed).items() if digest != expected[name]]
     return f"{differing[0]} is not what was written (its SHA-256 differs from {MANIFEST})" if differing else None

@@ -8,15 +8,32 @@ class ConfigurationError(ValueError):
     """
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite. The command line prints the message and exits with code 1."""
+class DamagedFileError(ConfigurationError):
+    """A file that is not what was written, such as a checkpoint with a flipped bit."""
 
 
-class StorageError(RuntimeError):
-    """A disk is full or fails. The message is one line that names the output.
+class RunError(RuntimeError):
+    """A run that cannot continue, through no setting in particular. The message is one line.
 
     The command line prints the message and exits with code 1.
     """
+
+
+class NonFiniteError(RunError):
+    """A loss, a gradient or a weight is NaN or infinite.
+
+    Args:
+        message: What it is.
+        network: Name of the network that it belongs to, such as critic, if it is known.
+    """
+
+    def __init__(self, message: str, network: str | None = None) -> None:
+        super().__init__(message)
+        self.network = network
+
+
+class StorageError(RunError):
+    """A disk is full or fails. The message names the output."""
 
 
 def find_configuration_error(error: BaseException | None) -> ConfigurationError | None:

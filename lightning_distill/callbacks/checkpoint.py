@@ -1,55 +1,53 @@
-"""Atomic checkpoints: a file is either complete or does not exist."""
+"""The last states of a training, kept as atomic checkpoints that hold finite weights."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary sibling, flushes it to disk, and renames it: a crash leaves the old checkpoint or the new one.
-
-    Lightning writes to the temporary directory and moves the file. Between filesystems this move is not atomic.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save to a local file; Lightning handles other kinds of storage."""
-        if "://" in str(path) or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The name is fixed, so that the next save overwrites the leftover of a killed process.
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, target)
-        _sync_directory(target.parent)
+from lightning_distill.callbacks.checkpoint_io import verify_reads
+from lightning_distill.callbacks.non_finite import SavedState, check_weights, largest_weights
+from lightning_distill.errors import ConfigurationError, StorageError
+from lightning_distill.outputs import sync, unfinished_path
+from lightning_distill.sharding.checkpoint_files import (
+    LAST,
+    local_path,
+    newest_checkpoint,
+    read_checkpoint,
+    remove,
+    remove_remains,
+)
 
 
 class AtomicCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` with atomic files, which also writes a `last.ckpt`, and saves it on SIGTERM.
+    """`ModelCheckpoint` with atomic files, which keeps the last states, and saves one at a signal that ends the run.
 
-    Resuming skips no validation. If validation is due at the step of a checkpoint, the checkpoint is saved after it. If
-    SIGTERM interrupts a validation or comes before it, the resumed run starts with this validation. Lightning skips both, and a
+    Each state is one file, or one directory of a sharded strategy, and `last.ckpt` is a link to the newest. `--ckpt_path last`
+    resumes from the newest one that is undamaged and finite. Weights and optimizer states that are not finite end the run and
+    are not saved. While a checkpoint is written, the disk holds `keep_last` + 1 states.
+
+    Resuming skips no validation. If validation is due at the step of a checkpoint, the checkpoint is saved after it. If a
+    signal interrupts a validation or comes before it, the resumed run starts with this validation. Lightning skips both, and a
     callback that reads validation metrics would then decide later.
 
     Args:
         dirpath: Directory of the checkpoints; None is `checkpoints` in the logger's directory. Set it to resume with
             `--ckpt_path last`.
-        filename: Name pattern of the best checkpoints.
-        save_last: Whether to save the newest checkpoint as `last.ckpt`.
-        enable_version_counter: Whether a second run in the same directory writes `last-v1.ckpt` and does not replace
-            `last.ckpt`.
+        filename: Name pattern of the checkpoints; None is `epoch=...-step=...`.
+        save_last: Whether to keep the newest states, with `last.ckpt` as a link to the newest. Otherwise only those are kept
+            that `save_top_k` and `monitor` select.
+        keep_last: Number of newest states to keep, at least 1, beside those that `monitor` selects.
         **kwargs: Further arguments of `ModelCheckpoint`.
+
+    Raises:
+        ConfigurationError: If `keep_last` is below 1.
     """
 
     def __init__(
@@ -57,19 +55,52 @@ class AtomicCheckpoint(ModelCheckpoint):
         dirpath: str | None = None,
         filename: str | None = None,
         save_last: bool = True,
-        enable_version_counter: bool = False,
+        keep_last: int = 2,
         **kwargs: Any,
     ) -> None:
-        super().__init__(dirpath, filename, save_last=save_last, enable_version_counter=enable_version_counter, **kwargs)
+        if keep_last < 1:
+            raise ConfigurationError(f"AtomicCheckpoint.keep_last is {keep_last}; set it to at least 1 state")
+        super().__init__(dirpath, filename, save_last=save_last, enable_version_counter=False, **kwargs)
+        self.keep_last = keep_last
+        self._states: list[SavedState] = []
+        self._resumed: SavedState | None = None
         self._defers_saves = self._has_deferred_save = False
         self._validated_at: int | None = None
         self._validation_is_pending = False
 
+    @property
+    def saved_states(self) -> Sequence[SavedState]:
+        """The checkpoints from which the run can be resumed: the one it was resumed from, and the last ones."""
+        return self._states if self._resumed is None else [self._resumed, *self._states]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Replace Lightning's default `TorchCheckpointIO`, but not the user's own or that of a sharded strategy."""
+        """Replace Lightning's reader and writer of checkpoints."""
         super().setup(trainer, pl_module, stage)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        verify_reads(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what killed processes left in the directory, and record the checkpoint that the run was resumed from."""
+        super().on_train_start(trainer, pl_module)
+        directory = self._directory
+        if trainer.is_global_zero and directory is not None and directory.is_dir() and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+            remove_remains(directory)
+        if trainer.ckpt_path is not None:
+            path = os.path.realpath(local_path(trainer.ckpt_path) or trainer.ckpt_path)
+            self._resumed = SavedState(path, trainer.global_step, max(largest_weights(pl_module).values(), default=0.0))
+
+    @property
+    def _directory(self) -> Path | None:
+        return local_path(self.dirpath) if self.dirpath else None
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """The checkpoint of `ckpt_path="last"`."""
+        directory = self._directory or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        if self.dirpath and self._directory is None:
+            return super()._find_last_checkpoints(trainer)
+        newest = newest_checkpoint(directory, verify_shards=trainer.is_global_zero)
+        return set() if newest is None else {str(newest)}
+
+    # When to save
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,8 +117,21 @@ class AtomicCheckpoint(ModelCheckpoint):
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._has_deferred_save |= self._defers_saves
-        if not self._defers_saves:
+        if self._defers_saves or not self.save_last or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+            return
+        directory = self._directory
+        if directory is None:  # on remote storage there are no links
             super()._save_last_checkpoint(trainer, monitor_candidates)
+            return
+        if self._last_global_step_saved != trainer.global_step or self._validation_is_pending:
+            self._save_checkpoint(trainer, self.format_checkpoint_name(monitor_candidates))
+        if self._last_checkpoint_saved:
+            link = directory / LAST
+            if trainer.is_global_zero:
+                self._link_newest(link)
+            self.last_model_path = str(link)
+            self._remove_old_states(trainer)
+        trainer.strategy.barrier()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the deferred checkpoint of this step, or a checkpoint that the monitored metric calls for."""
@@ -114,7 +158,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save on SIGTERM, which Lightning raises between two steps: the state is consistent there."""
+        """Save at a signal that ends the run, which is raised between two steps: the state is consistent there."""
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.sanity_checking:
             validated = self._validated_at == trainer.fit_loop.epoch_loop.total_batch_idx
             self._defers_saves = False
@@ -123,16 +167,85 @@ class AtomicCheckpoint(ModelCheckpoint):
         else:
             super().on_exception(trainer, pl_module, exception)
 
+    # What is kept
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save one state, after a check that its weights are finite; all processes end if the first cannot write it."""
+        module = trainer.lightning_module
+        check_weights(trainer, module)
+        largest = max(largest_weights(module).values(), default=0.0)
+        before = self._states
+        # Before saving: the list is part of the state.
+        self._states = [*(each for each in before if each.path != filepath), SavedState(filepath, trainer.global_step, largest)]
+        failure: StorageError | None = None
+        try:
+            super()._save_checkpoint(trainer, filepath)
+        except StorageError as error:
+            failure = error
+            self._states = before
+            trainer.strategy.barrier()  # the other processes wait here for the file
+        message = trainer.strategy.broadcast(None if failure is None else str(failure))
+        if message is not None:
+            raise failure or StorageError(message)
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        kept = self._states[-self.keep_last :] if self.save_last else []
+        return previous not in {state.path for state in kept} and super()._should_remove_checkpoint(trainer, previous, current)
+
+    def _remove_old_states(self, trainer: Trainer) -> None:
+        """Remove the states that are neither among the last nor selected by the monitored metric."""
+        old, self._states = self._states[: -self.keep_last], self._states[-self.keep_last :]
+        for path in (Path(state.path) for state in old):
+            selected = self.save_top_k == -1 if self.monitor is None else str(path) in self.best_k_models
+            if not selected and self._directory in path.parents:
+                self._remove_checkpoint(trainer, str(path))
+
+    def _link_newest(self, link: Path) -> None:
+        """Let `last.ckpt` point to the newest state."""
+        newest = Path(self._last_checkpoint_saved)
+        if newest == link:
+            return
+        if link.exists() and not link.is_symlink():
+            self._rename_copy(link)
+        new = unfinished_path(link)
+        remove(new)
+        try:
+            new.symlink_to(os.path.relpath(newest, link.parent))
+        except OSError as error:
+            rank_zero_warn(f"{link} cannot be a link on this file system ({error.strerror}); --ckpt_path last works without it")
+            return
+        os.replace(new, link)
+        sync(link.parent)
+
+    def _rename_copy(self, link: Path) -> None:
+        """Give a `last.ckpt` that is no link, as in a copied directory, the name of its step."""
+        try:
+            content = read_checkpoint(link, mmap=True)
+        except ConfigurationError as error:
+            rank_zero_warn(f"{error}; it is now {link.name}.damaged")
+            os.replace(link, link.with_name(f"{link.name}.damaged"))
+            return
+        step = int(content["global_step"])
+        name = Path(self.format_checkpoint_name({"epoch": torch.tensor(content["epoch"]), "step": torch.tensor(step)}))
+        if name.exists():
+            remove(link)
+            return
+        os.replace(link, name)
+        self._states.insert(0, SavedState(str(name), step, 0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of `ModelCheckpoint`, and the last states."""
+        states = [[state.path, state.step, state.largest] for state in self._states]
+        return {**super().state_dict(), "last_states": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state, if the directory is the same."""
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict.get("dirpath"):
+            self._states = [SavedState(*state) for state in state_dict.get("last_states", [])]
+
 
 def _validation_is_due(trainer: Trainer) -> bool:
     """Whether validation follows the last training batch."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     return fetcher is not None and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # flushes the rename itself
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Stop at a loss or gradient that is not finite, before it reaches weights or checkpoints."""
+"""Stop at a loss, gradient or weight that is not finite, before it reaches checkpoints or exports."""
 
 import math
 from typing import Any
@@ -9,12 +9,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_distill.callbacks.non_finite import check_weights, explain, largest_weights
 from lightning_distill.errors import NonFiniteError
 from lightning_distill.sharding.protocols import StepAccounting
 
 
 class StopOnNonFinite(Callback):
-    """Raises `NonFiniteError` at the first loss or gradient that is NaN or infinite; weights and checkpoints stay unchanged.
+    """Raises `NonFiniteError` at the first loss or gradient that is NaN or infinite, before the optimizer step.
+
+    At the end of training it checks the weights, their EMA and the optimizer states, before anything is exported. The message
+    names the data sample or the network at fault, and the checkpoint to resume from.
 
     Under a gradient scaler (precision `16-mixed`) gradients are not checked: the scaler finds its scale by infinities. Where
     gradients are not accessible, as in DeepSpeed, it checks the number of steps that the strategy skipped.
@@ -22,6 +26,17 @@ class StopOnNonFinite(Callback):
 
     def __init__(self) -> None:
         self._skipped = 0
+        self._largest: dict[str, float] = {}
+        self._batch: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the size of the weights, and the number of steps that were skipped before."""
+        self._skipped = _skipped_steps(trainer)
+        self._largest = largest_weights(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Record the batch."""
+        self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss; all processes stop if the loss of one is not finite."""
@@ -41,16 +56,23 @@ class StopOnNonFinite(Callback):
         if not torch.isfinite(norm):
             raise _error(trainer, "gradient norm", float(norm))
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the number of steps that were skipped before."""
-        self._skipped = _skipped_steps(trainer)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check that the strategy did not skip the step."""
+        self._batch = None
         if trainer.precision != "16-mixed" and _skipped_steps(trainer) > self._skipped:
             raise _error(trainer, "gradient norm", math.inf)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the weights before they are exported."""
+        check_weights(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Add the cause, the remedy and the checkpoint to resume from to the message."""
+        if isinstance(exception, NonFiniteError):
+            exception.args = (explain(exception, trainer, pl_module, self._largest, self._batch),)
+        self._batch = None
 
 
 def _skipped_steps(trainer: Trainer) -> int:
@@ -58,7 +80,4 @@ def _skipped_steps(trainer: Trainer) -> int:
 
 
 def _error(trainer: Trainer, what: str, value: float) -> NonFiniteError:
-    return NonFiniteError(
-        f"the {what} became {value} at step {trainer.global_step}; weights and checkpoints are those before this step: "
-        "lower the learning rate or set trainer.gradient_clip_val, and resume with --ckpt_path"
-    )
+    return NonFiniteError(f"the {what} became {value} at step {trainer.global_step}")

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 from lightning_distill import __version__
 from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.suggestions import nearest
-from lightning_distill.errors import NonFiniteError, StorageError, find_configuration_error
+from lightning_distill.errors import RunError, find_configuration_error
 from lightning_distill.outputs import storage_error
 
 
@@ -47,8 +47,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments without the program name; None means those of the process.
 
     Raises:
-        SystemExit: With code 2 for a `ConfigurationError`, 1 for a `NonFiniteError` or a `StorageError`, 143 after SIGTERM,
-            and 0 after `--help` or `--version`. An error is one line on stderr.
+        SystemExit: With code 2 for a `ConfigurationError`, 1 for a `RunError`, 128 and its number after a signal, and 0 after
+            `--help` or `--version`. An error is one line on stderr.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     module = _module(arguments)
@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if (cause := find_configuration_error(error)) is None:
             raise
         _exit(str(cause), 2)
-    except (NonFiniteError, StorageError) as error:
+    except RunError as error:
         _exit(str(error), 1)
     except OSError as error:
         if (failed := storage_error(error)) is None:

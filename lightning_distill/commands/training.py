@@ -1,36 +1,34 @@
 """`lightning-distill fit`, `validate`, `test` and `predict`: LightningCLI for any method and data."""
 
 import os
-import pickle
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 import lightning_distill.sharding.strategies  # noqa: F401  # registers the names of the strategies
+from lightning_distill.callbacks.checkpoint_io import verify_reads
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.predictions import WritePredictions
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
 from lightning_distill.commands import PROGRAM
+from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
 from lightning_distill.commands.config_files import check_learning_rates, flatten
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
 from lightning_distill.errors import ConfigurationError, find_configuration_error
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.setup_checks import check_strategy_class
-from lightning_distill.sharding.checkpoint import REST
-from lightning_distill.sharding.protocols import Sharding
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     RandomState,
@@ -119,17 +117,13 @@ class DistillCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint exists; Lightning's method would also replace the settings by those of the checkpoint."""
-        if "subcommand" not in self.config:
-            return
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in ("last", "best", "hpc") and "://" not in str(path) and not Path(path).exists():
-            raise ConfigurationError(
-                f"ckpt_path {str(path)!r} does not exist; set it to an existing checkpoint, or remove ckpt_path"
-            )
+        path = self.config[self.config.subcommand].get("ckpt_path") if "subcommand" in self.config else None
+        if path not in (None, "last", "best", "hpc"):
+            check_exists(str(path))
 
-    def _report_differences(self, path: Path) -> None:
+    def _report_differences(self, path: str, content: dict[str, Any]) -> None:
         """Warn once about model settings that differ from those of the checkpoint."""
-        saved = _saved_settings(path)
+        saved = _saved_settings(content)
         model = self.config_dump["model"]
         current = flatten({"class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})})
         differing = [
@@ -155,6 +149,7 @@ class DistillCLI(LightningCLI):
             raise trainer_error(error, config) from error
         if isinstance(self.model, TeacherStudentBase):
             check_strategy_class(trainer.strategy)
+        verify_reads(trainer)
         return trainer
 
     def before_fit(self) -> None:
@@ -165,20 +160,11 @@ class DistillCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        path = kwargs.get("ckpt_path")
-        if path == "best":
-            raise ConfigurationError(
-                "ckpt_path is 'best', which only the training process knows; set it to the file of the checkpoint"
-            )
-        if path == "last":
-            path = kwargs["ckpt_path"] = _last_checkpoint(self.trainer)
-        if path and Path(path).is_dir() and not isinstance(self.trainer.strategy, Sharding):
-            raise ConfigurationError(
-                f"ckpt_path {str(path)!r} is a directory, as of a sharded strategy; set trainer.strategy to that strategy, or "
-                "convert the checkpoint by `export`"
-            )
-        if path and (file := Path(path) / REST if Path(path).is_dir() else Path(path)).is_file():
-            self._report_differences(file)
+        if path := kwargs.get("ckpt_path"):
+            path = kwargs["ckpt_path"] = find_checkpoint(str(path), self.trainer)
+            content = check_checkpoint(path, self.trainer, resumes=subcommand == "fit")
+            if content is not None:
+                self._report_differences(path, content)
         return kwargs
 
 
@@ -205,29 +191,12 @@ def trainer_error(error: Exception, config: dict[str, Any]) -> ConfigurationErro
     return ConfigurationError(f"the settings of the trainer are invalid, or unsupported on this machine ({reason}); {remedy}")
 
 
-def _saved_settings(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"ckpt_path {str(path)!r} cannot be read ({reason}); set it to another checkpoint") from error
+def _saved_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     saved = dict(checkpoint.get("hyper_parameters", {}))
     saved.pop("_instantiator", None)
     if "_class_path" in saved:
         saved["class_path"] = saved.pop("_class_path")
     return flatten(saved) if saved else {}
-
-
-def _last_checkpoint(trainer: Trainer) -> str:
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    found = [path for callback in callbacks for path in callback._find_last_checkpoints(trainer)]
-    if not found:
-        directories = ", ".join(str(callback.dirpath) for callback in callbacks if callback.dirpath) or "the new log directory"
-        raise ConfigurationError(
-            f"ckpt_path is 'last', but there is no last checkpoint in {directories}; remove ckpt_path to start from the first "
-            "step, or set it to the file of a checkpoint"
-        )
-    return max(found, key=lambda path: Path(path).stat().st_mtime)
 
 
 def warn_oversubscription(trainer: Trainer) -> None:

@@ -1,23 +1,28 @@
 """`lightning-distill export`: convert a checkpoint to a pipeline directory, on any machine."""
 
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import check_export_directory, export_student
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.sharding.checkpoint import METADATA, REST, recover
+from lightning_distill.sharding.checkpoint_files import (
+    ShardReader,
+    check_undamaged,
+    load_shards,
+    local_path,
+    read_checkpoint,
+    recover,
+)
+from lightning_distill.sharding.finite import non_finite
 from lightning_distill.teachers.streamed_weights import Read, stream_weights
 
 
@@ -56,7 +61,8 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
 
     Raises:
         ConfigurationError: If the method trains no student, or the directory has files that are not an earlier export. Also if
-            the checkpoint does not exist, cannot be read, has no EMA for `weights` "average", or has other model settings.
+            the checkpoint does not exist, cannot be read, is damaged, has weights that are not
+            finite, has no EMA for `weights` "average", or has other model settings.
     """
     if not isinstance(module, TeacherStudentBase) or not module.has_teacher:
         raise ConfigurationError(
@@ -65,7 +71,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     directory = check_export_directory(options.directory)
     module.adapter.check()
     module.adapter.check_student(module.student_options)
-    names, read, step = _open(Path(options.ckpt_path))
+    names, read, step = _open(options.ckpt_path)
     prefix = _prefix(options, names)
     stored = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
     if module.student_options.lora is None:
@@ -85,33 +91,36 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     return target
 
 
-def _open(path: Path) -> tuple[list[str], Read, int]:
+def _open(ckpt_path: str) -> tuple[list[str], Read, int]:
     """Names of a checkpoint's weights, a function that reads them, and the checkpoint's number of optimizer steps."""
+    path = local_path(ckpt_path)
+    if path is None:
+        raise ConfigurationError(f"ckpt_path {ckpt_path!r} is not a local path; copy the checkpoint to this machine first")
     recover(path.absolute())
-    if (path / METADATA).is_file():
-        metadata: dict[str, Any] = dict(FileSystemReader(path).read_metadata().state_dict_metadata)
-        weights = {name.removeprefix("weights."): value for name, value in metadata.items() if name.startswith("weights.")}
+    rest = read_checkpoint(path, mmap=True)
+    step: int = rest["global_step"]
+    if not path.is_dir():
+        state: dict[str, Tensor] = rest["state_dict"]
+        return list(state), lambda names: {name: _finite(name, state[name], ckpt_path) for name in names}, step
+    check_undamaged(path)
+    metadata: dict[str, Any] = dict(ShardReader(path).read_metadata().state_dict_metadata)
+    weights = {name.removeprefix("weights."): value for name, value in metadata.items() if name.startswith("weights.")}
 
-        def read_shards(names: Iterable[str]) -> dict[str, Tensor]:
-            requested = {name: weights[name] for name in names}
-            tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in requested.items()}
-            dcp.load({"weights": tensors}, storage_reader=FileSystemReader(path), no_dist=True)
-            return tensors
+    def read_shards(names: Iterable[str]) -> dict[str, Tensor]:
+        requested = {name: weights[name] for name in names}
+        tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in requested.items()}
+        load_shards({"weights": tensors}, path, no_dist=True)
+        return {name: _finite(name, value, ckpt_path) for name, value in tensors.items()}
 
-        step: int = torch.load(path / REST, map_location="cpu", weights_only=True)["global_step"]
-        return list(weights), read_shards, step
-    if not path.is_file():
+    return list(weights), read_shards, step
+
+
+def _finite(name: str, value: Tensor, ckpt_path: str) -> Tensor:
+    if non_finite({name: value}):
         raise ConfigurationError(
-            f"ckpt_path is {str(path)!r}, which is neither a checkpoint file nor the directory of a sharded run; set it to a "
-            "checkpoint of fit"
+            f"the weight {name!r} of ckpt_path {ckpt_path!r} is not finite; set ckpt_path to an earlier checkpoint"
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"ckpt_path {str(path)!r} cannot be read ({reason}); set it to another checkpoint") from error
-    state: dict[str, Tensor] = checkpoint["state_dict"]
-    return list(state), lambda names: {name: state[name] for name in names}, checkpoint["global_step"]
+    return value
 
 
 def _prefix(options: CheckpointExport, names: Iterable[str]) -> str:

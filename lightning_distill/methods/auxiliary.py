@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_distill.errors import NonFiniteError
 from lightning_distill.sharding.protocols import AuxiliaryOptimizer, Sharding, clip_finite
 
 
@@ -113,8 +114,16 @@ class AuxiliaryNetworks:
         self._trainings[path].optimizer = optimizer
 
     def step(self, auxiliary: AuxiliaryLoss, sharding: Sharding | None = None) -> None:
-        """Update a network by the gradients of its loss."""
-        self.optimizer(auxiliary.network, sharding).step(auxiliary.loss)
+        """Update a network by the gradients of its loss.
+
+        Raises:
+            NonFiniteError: With the name of the network, before any update, if they are not finite.
+        """
+        try:
+            self.optimizer(auxiliary.network, sharding).step(auxiliary.loss)
+        except NonFiniteError as error:
+            name = auxiliary.network.rpartition(".")[2]
+            raise NonFiniteError(f"gradients of the {name} are not finite", name) from error
 
     def apply_settings(self) -> list[str]:
         """Replace the settings of a checkpoint by those of this run; returns a text for each change."""

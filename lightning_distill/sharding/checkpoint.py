@@ -12,16 +12,28 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.digests import digests, find_damage, read_manifest, write_manifest
+from lightning_distill.errors import ConfigurationError, StorageError
 from lightning_distill.optimizers import MuonWithAdamW, has_block_state
-from lightning_distill.sharding.protocols import TrainedModule, local_part
+from lightning_distill.outputs import sync, unfinished_path, writing
+from lightning_distill.sharding.checkpoint_files import (
+    METADATA,
+    REST,
+    ShardReader,
+    check_directory,
+    damaged,
+    load_shards,
+    local_path,
+    read_checkpoint,
+    recover,
+    remove,
+    replaced,
+)
+from lightning_distill.sharding.finite import named_tensors, non_finite
+from lightning_distill.sharding.protocols import local_part, saved_tensors
 
-METADATA = ".metadata"
-"""File that marks a directory as a checkpoint of `torch.distributed.checkpoint`."""
-REST = "rest.pt"
-"""File of everything but weights and optimizer states, which is the same in all processes."""
 PROCESSES = "processes"
 """Key in that file for the number of processes that saved the checkpoint."""
 
@@ -64,9 +76,7 @@ class ShardedCheckpoints(ParallelStrategy):
         """Parameters and buffers that checkpoints hold, by name; a shared parameter under each of its names."""
         module = self.lightning_module
         assert module is not None
-        saved = module.saved_names() if isinstance(module, TrainedModule) else set(module.state_dict())
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-        return {name: value for name, value in named if name in saved}
+        return saved_tensors(module)
 
     @property
     def has_snapshot(self) -> bool:
@@ -116,49 +126,98 @@ class ShardedCheckpoints(ParallelStrategy):
         """Does nothing: `load_checkpoint` has loaded the optimizer states."""
 
     def save_checkpoint(self, checkpoint: State, filepath: str | Path, storage_options: Any | None = None) -> None:
-        """Save a checkpoint directory on a file system that all processes share."""
+        """Save a checkpoint directory on a file system that all processes share.
+
+        Raises:
+            StorageError: In all processes, if the disk of one of them is full or fails; nothing of the checkpoint is left.
+        """
         path = Path(self.broadcast(filepath)).absolute()
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        if self.is_global_zero:
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
-            unfinished.mkdir(parents=True)
-        self.barrier()
-        dcp.save(self._state(), storage_writer=FileSystemWriter(unfinished, sync_files=True))
-        if self.is_global_zero:
-            rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
-            rest[PROCESSES] = self.world_size
-            with (unfinished / REST).open("wb") as file:
-                torch.save(rest, file)
-                file.flush()
-                os.fsync(file.fileno())
-            replace_checkpoint(unfinished, path)
-        self.barrier()
+        target = unfinished_path(path)
+        state = self._state()
+        failure = (
+            self._first(self._prepare(target))
+            or self._write_shards(state, target)
+            or self._first(self._write_rest(checkpoint, target, path))
+        )
+        if failure is not None:
+            if self.is_global_zero:
+                remove(target)
+            raise StorageError(failure)
+
+    def _prepare(self, target: Path) -> str | None:
+        try:
+            if self.is_global_zero:
+                with writing(target):
+                    remove(target)  # left by a killed process
+                    target.mkdir(parents=True)
+        except StorageError as error:
+            return str(error)
+        return None
+
+    def _write_shards(self, state: State, target: Path) -> str | None:
+        """Write this process's shards; returns, in all processes, what failed in one of them."""
+        try:
+            dcp.save(state, storage_writer=_ShardWriter(target, sync_files=True))
+        except dcp.api.CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            if not isinstance(first, StorageError):
+                raise
+            return str(first)
+        return None
+
+    def _write_rest(self, checkpoint: State, target: Path, path: Path) -> str | None:
+        """Write digests of the shards and what all processes share, and rename the directory to its path."""
+        own = digests(target, [file.name for file in target.glob(f"__{self.global_rank}_*.distcp")])
+        gathered: list[dict[str, str]] = [{} for _ in range(self.world_size)]
+        torch.distributed.all_gather_object(gathered, own)
+        if not self.is_global_zero:
+            return None
+        rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        rest[PROCESSES] = self.world_size
+        try:
+            with writing(path):
+                with (target / REST).open("wb") as file:
+                    torch.save(rest, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                known = {name: digest for part in gathered for name, digest in part.items()}
+                write_manifest(target, known | digests(target, (METADATA, REST)))
+                replace_checkpoint(target, path)
+        except StorageError as error:
+            return str(error)
+        return None
+
+    def _first(self, found: str | None) -> str | None:
+        """What the first process found that found something, in all processes."""
+        gathered: list[str | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, found)
+        return next((each for each in gathered if each is not None), None)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> State:
         """Load a checkpoint that any number of processes saved.
 
+        Each process verifies its share of the files first.
+
         Raises:
-            ConfigurationError: If it is not a sharded checkpoint, it lacks trained weights, or another number of processes
-                saved block-wise optimizer states, which cannot be resharded.
+            ConfigurationError: If it is not a sharded checkpoint, it is damaged, it lacks trained weights, or another number of
+                processes saved block-wise optimizer states, which cannot be resharded.
         """
-        path = Path(self.broadcast(checkpoint_path)).absolute()
+        given = self.broadcast(checkpoint_path)
+        path = (local_path(given) or Path(str(given))).absolute()
         if self.is_global_zero:
             recover(path)
         self.barrier()
-        if not (path / METADATA).is_file():
-            raise ConfigurationError(
-                f"ckpt_path {str(checkpoint_path)!r} is not a checkpoint of a sharded strategy; resume it with the "
-                "trainer.strategy that saved it"
-            )
-        rest: State = torch.load(path / REST, map_location="cpu", weights_only=True)
+        check_directory(path)
+        rest = read_checkpoint(path)
+        if damage := self._first(find_damage(path, sorted(read_manifest(path))[self.global_rank :: self.world_size])):
+            raise damaged(path, damage)
         saved_by = rest.pop(PROCESSES, self.world_size)
         if saved_by != self.world_size and any(has_block_state(optimizer) for optimizer in self.optimizers):
             raise ConfigurationError(
                 f"ckpt_path {str(checkpoint_path)!r} was saved by {saved_by} processes, and block-wise states of "
                 f"model.optimizer cannot be resharded to {self.world_size}; resume it with {saved_by} processes"
             )
-        reader = FileSystemReader(path)
-        found = reader.read_metadata().state_dict_metadata.keys()
+        found = ShardReader(path).read_metadata().state_dict_metadata.keys()
         names = self.saved_tensors() if self.fitting else ()
         self._snapshot = self._copies(name for name in names if f"snapshot.{name}" in found)
         state, saved = self._state(), {name.removeprefix("weights.") for name in found}
@@ -167,10 +226,25 @@ class ShardedCheckpoints(ParallelStrategy):
                 f"ckpt_path {str(checkpoint_path)!r} lacks {missing[0]!r} and {len(missing) - 1} more weights of this "
                 "configuration; resume it with the model settings that it was trained with"
             )
-        dcp.load(state, storage_reader=reader)
+        load_shards(state, path)
+        broken = non_finite(dict(named_tensors(state)), infinite=True)
+        if name := self._first(broken[0] if broken else None):
+            raise damaged(path, f"{name!r} is NaN")
         self.restore_optimizer_states(state)
         self.refresh_weight_copies()
         return {**rest, "state_dict": {}}
+
+
+class _ShardWriter(FileSystemWriter):
+    """Raises `StorageError` where the error occurs: the others get it without its cause."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        with writing(Path(self.path)):
+            return super().write_data(*args, **kwargs)
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        with writing(Path(self.path)):
+            super().finish(*args, **kwargs)
 
 
 def check_elementwise_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
@@ -186,31 +260,17 @@ def check_elementwise_optimizer(optimizer: torch.optim.Optimizer | None) -> None
         )
 
 
-def replace_checkpoint(unfinished: Path, path: Path) -> None:
+def replace_checkpoint(finished: Path, path: Path) -> None:
     """Rename a finished checkpoint directory to its path, and delete the checkpoint that was there.
 
     A process killed between the two renames leaves the previous checkpoint beside the path, where `recover` finds it.
     """
-    replaced = _replaced(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+    previous = replaced(path)
+    shutil.rmtree(previous, ignore_errors=True)
     if path.is_dir():
-        os.replace(path, replaced)  # a rename cannot replace a directory that is not empty
+        os.replace(path, previous)  # a rename cannot replace a directory that is not empty
     elif path.exists():
         path.unlink()
-    os.replace(unfinished, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def recover(path: Path) -> None:
-    """Restore the previous checkpoint at a path if a process was killed while it replaced it."""
-    if not path.exists() and _replaced(path).is_dir():
-        os.replace(_replaced(path), path)
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+    os.replace(finished, path)
+    sync(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)

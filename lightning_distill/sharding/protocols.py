@@ -130,6 +130,13 @@ def auxiliary_optimizers(module: Any) -> dict[str, AuxiliaryOptimizer]:
     return module.auxiliary_optimizers() if isinstance(module, TrainedModule) else {}
 
 
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module that checkpoints hold, by name; a shared parameter under each of its names."""
+    saved = module.saved_names() if isinstance(module, TrainedModule) else set(module.state_dict())
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: value for name, value in named if name in saved}
+
+
 def tied_parameters(network: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     """Modules and attribute names of each parameter that occurs several times, such as a tied embedding."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -176,7 +183,4 @@ def clip_finite(parameters: Sequence[nn.Parameter], clip: float) -> None:
 
 def auxiliary_error() -> NonFiniteError:
     """The error for gradients of an auxiliary network that are not finite."""
-    return NonFiniteError(
-        "gradients of a critic or discriminator are not finite; the weights and checkpoints are as they were before: lower its "
-        "learning rate, and resume with --ckpt_path"
-    )
+    return NonFiniteError("gradients of an auxiliary network are not finite")

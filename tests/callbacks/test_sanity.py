@@ -62,7 +62,10 @@ def test_run_stops_when_the_strategy_skips_a_step(tmp_path):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (ToyModule(break_at=3), "the loss became nan at step 3; .* lower the learning rate"),
+        (
+            ToyModule(break_at=3),
+            "at step 3; lower the learning rate .*resume with --ckpt_path .*step=3.ckpt",
+        ),
         (ManualToyModule(break_at=3), "the loss became nan at step 3"),
         (BreaksInBackward(), "the gradient norm became (nan|inf) at step 3"),
     ],

@@ -189,7 +189,7 @@ def test_a_truncated_checkpoint_raises(capsys):
     content = Path("checkpoints/last.ckpt").read_bytes()
     Path("truncated.ckpt").write_bytes(content[: len(content) // 2])
     error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=truncated.ckpt")
-    assert "ckpt_path 'truncated.ckpt' cannot be read" in error
+    assert "ckpt_path 'truncated.ckpt' is damaged" in error
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,22 @@ def test_last_weights_in_place_of_the_ema(run: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(value, state[f"networks.ema.module.{name}"]) for name, value in found.items())
 
 
+def test_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    name = next(name for name in checkpoint["state_dict"] if name.startswith("networks.ema.module."))
+    checkpoint["state_dict"][name].view(-1)[0] = torch.inf
+    torch.save(checkpoint, tmp_path / "broken.ckpt")
+    with pytest.raises(SystemExit) as end:
+        export(run, tmp_path / "student", "--ckpt_path", str(tmp_path / "broken.ckpt"))
+    assert end.value.code == 2
+    assert f"the weight {name!r} of ckpt_path" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.ckpt"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path is 'nowhere.ckpt', which is neither a checkpoint file nor"),
+        (["--ckpt_path", "nowhere.ckpt"], "ckpt_path 'nowhere.ckpt' does not exist"),
         (["--model.student.interval_embedding=clone", "--model.student.time_embedding=original"], None),
         (["--directory", "."], "directory is '.', which has files that are not an earlier export"),
     ],

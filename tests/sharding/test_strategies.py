@@ -16,7 +16,8 @@ from lightning_distill.methods import MeanFlow
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.optimizers import MuonWithAdamW
 from lightning_distill.sharding.blocks import blocks
-from lightning_distill.sharding.checkpoint import check_elementwise_optimizer, recover, replace_checkpoint
+from lightning_distill.sharding.checkpoint import check_elementwise_optimizer, replace_checkpoint
+from lightning_distill.sharding.checkpoint_files import recover
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.sharding.strategies import FSDP2Strategy, ZeRO3Strategy
 from lightning_distill.students.few_step import FewStepPipeline
