@@ -1,14 +1,13 @@
 """A MeanFlow run that is killed within an epoch and resumed has the losses of the uninterrupted run."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.preloaded import with_package
+from tests.processes import clean_environment
 from tests.tiny import save_tiny_pipeline
 
 KILLER = """
@@ -70,10 +69,8 @@ def run(folder: Path, config: dict, *arguments: str) -> int:
     folder.mkdir(exist_ok=True)
     (folder / "killer.py").write_text(KILLER)
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "lightning_distill", "fit", "--config", "run.yaml", *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{folder}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=240, check=False).returncode
+    command = ["-m", "lightning_distill", "fit", "--config", "run.yaml", *arguments]
+    return with_package().run(command, folder, environment=clean_environment(folder), check=False).returncode
 
 
 def losses(folder: Path) -> dict[int, str]:

@@ -1,7 +1,4 @@
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +7,10 @@ import torch
 from lightning_distill.commands.main import main
 from lightning_distill.teachers import DiffusersAdapter
 from tests.precomputing import write_config
+from tests.preloaded import with_package
+from tests.processes import clean_environment
 from tests.tiny import save_tiny_pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLER = """
 import os, signal
 from lightning_distill.data import ShapesData, ShapesDataset
@@ -41,12 +39,9 @@ def test_a_killed_run_resumes_with_the_same_output(tmp_path: Path, monkeypatch: 
     write_config(tmp_path, data={"class_path": "killer.FragileShapes", "init_args": {"size": 30, "batch_size": 6}})
     teacher = save_tiny_pipeline(tmp_path / "teacher")
     command = ["precompute", "--config=run.yaml", "--shard_size=8", f"--model.adapter.pretrained={teacher}"]
-    process = subprocess.run(
-        [sys.executable, "-m", "lightning_distill", *command, "--out=killed"],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "KILL": "1"},
-        capture_output=True,
-        check=False,
-    )
+    environment = clean_environment(tmp_path, KILL="1")
+    arguments = ["-m", "lightning_distill", *command, "--out=killed"]
+    process = with_package().run(arguments, tmp_path, environment=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     before = contents("killed")
     assert {"train-00000.safetensors", "train-00001.safetensors"} == {
@@ -62,11 +57,10 @@ def test_a_killed_run_resumes_with_the_same_output(tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 def test_two_processes_write_the_output_of_one(tmp_path: Path) -> None:
     write_config(tmp_path)
-    command = [sys.executable, "-m", "lightning_distill", "precompute", "--config=run.yaml", "--shard_size=8"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "lightning_distill", "precompute", "--config=run.yaml", "--shard_size=8"]
     for devices in (1, 2):
         further = [f"--out=out{devices}", f"--trainer.devices={devices}"]
-        subprocess.run([*command, *further], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        with_package().run([*command, *further], tmp_path, processes=devices)
     assert contents(str(tmp_path / "out1")) == contents(str(tmp_path / "out2"))
 
 

@@ -1,8 +1,6 @@
 """Contents of exported directories, their images in a fresh process, and their replacement."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from lightning_distill.students.lora_student import load_lora_student
 from lightning_distill.students.two_time_flux import TwoTimeFluxTransformer2DModel
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
+from tests.preloaded import with_diffusers
 from tests.teachers.tiny_families import save_family
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise, perturb_weights, sample_images, save_tiny_pipeline
 
@@ -118,12 +117,8 @@ def test_student_samples_identical_images_in_a_fresh_process(adapter: DiffusersA
         arguments += [str(tmp_path / name), str(tmp_path / f"{name}.pt"), each.torch_dtype]
         expected[name] = [sample_images(each, student, prompts, 4, 4.5) for prompts in (PROMPTS, PROMPTS[:1])]
 
-    subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAMPLE, *arguments],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
-    )
+    (tmp_path / "sample.py").write_text(LOAD_AND_SAMPLE)
+    with_diffusers().run(["sample.py", *arguments], tmp_path)
     for name, images in expected.items():
         assert images[0].std() > 1e-3
         for found, image in zip(torch.load(tmp_path / f"{name}.pt"), images, strict=True):
@@ -167,8 +162,8 @@ def test_lora_student_samples_identical_images_in_a_fresh_process(tmp_path: Path
         student = build_lora_student(adapter).eval()
         export_student(adapter, student, tmp_path / dtype, CARD, lora="unmerged")
         expected[dtype] = sample_images(adapter, student, PROMPTS, 4, 4.5)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", LOAD_LORA_AND_SAMPLE, base, *expected], check=True, cwd=tmp_path, env=environment)
+    (tmp_path / "sample.py").write_text(LOAD_LORA_AND_SAMPLE)
+    with_diffusers().run(["sample.py", base, *expected], tmp_path)
     for dtype, images in expected.items():
         assert images.std() > 1e-3
         assert torch.equal(torch.load(tmp_path / f"{dtype}.pt"), images), dtype

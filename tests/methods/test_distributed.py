@@ -1,11 +1,11 @@
-"""Training in two CPU processes with DDP, launched from a script."""
+"""Training in two CPU processes with DDP."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, run_isolated
+from tests.preloaded import with_package
 from tests.tiny import save_tiny_pipeline
 
 ALIGNMENT = """
@@ -114,7 +114,7 @@ def test_lora_networks_stay_equal_in_two_processes(tmp_path: Path) -> None:
 def assert_equal_in_two_processes(code: str, argument: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(code)
-    run_isolated([script, argument, tmp_path], ROOT)
+    with_package().run([script, argument, tmp_path], tmp_path, processes=2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("next") != second.pop("next")  # times and noise differ between processes
     assert first == pytest.approx(second, abs=1e-9)

@@ -30,19 +30,25 @@ from lightning_distill.planning.step import BatchShape, StepCost, measure_step
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.embedded import build_flux_pipeline
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
-from tests.tiny import WORDS, tiny_vae
+from tests.tiny import WORDS, save_tiny_pipeline, tiny_vae
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLUX pipeline with five joint and four single blocks."""
+    """A FLUX pipeline with five joint and four single blocks, of which few are measured."""
     directory = tmp_path_factory.mktemp("teacher")
     build_flux_pipeline(tiny_vae(), WORDS, num_layers=5, num_single_layers=4, num_attention_heads=2).save_pretrained(directory)
     return directory
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX pipeline with one block of each kind, which is measured in one step."""
+    return Path(save_tiny_pipeline(tmp_path_factory.mktemp("shallow")))
+
+
 def measure(
-    directory: Path, phases: list[str], optimizer: Any = torch.optim.AdamW, **options: object
+    directory: Path, phases: list[str], optimizer: Any = torch.optim.AdamW, aligned: bool = True, **options: object
 ) -> tuple[MeanFlow, StepCost]:
     adapter = DiffusersAdapter(str(directory))
     adapter.check()
@@ -50,8 +56,8 @@ def measure(
         adapter,
         guidance=Guidance("two_branch", 2.0),
         student=StudentOptions(**options),  # type: ignore[arg-type]
-        alignment=TrajectoryAlignment(nfe=(1, 3)),
-        solver_steps=3,
+        alignment=TrajectoryAlignment(nfe=(1, 3)) if aligned else None,
+        solver_steps=3 if aligned else 1,
         ema_decay=0.9,
         optimizer=optimizer,
     )
@@ -73,7 +79,7 @@ def test_extrapolation_from_few_blocks_matches_all_blocks(
 
 
 def test_weights_match_the_networks_of_a_training(pipeline: Path) -> None:
-    module, cost = measure(pipeline, ["discrete"], lora=LoraOptions(rank=2))
+    module, cost = measure(pipeline, ["discrete"], aligned=False, lora=LoraOptions(rank=2))
     adapter = DiffusersAdapter(str(pipeline))
     adapter.load()
     teacher = adapter.load_teacher()
@@ -85,6 +91,10 @@ def test_weights_match_the_networks_of_a_training(pipeline: Path) -> None:
     assert cost.numbers["state/student"] == 8 * trained
     encoders = sum(p.numel() for part in adapter.text_encoders().values() for p in part.parameters())
     assert cost.numbers["parameters/text_encoders"] == encoders
+
+
+def test_network_calls_of_meanflow_with_alignment(shallow: Path) -> None:
+    _, cost = measure(shallow, ["discrete"], lora=LoraOptions(rank=2))
     # Teacher: three steps of the discrete solution, one call where r = t, one of the alignment. Trajectories of one and of
     # three steps have 1.5 student calls in the mean.
     assert cost.calls["discrete"]["teacher"] == 5
@@ -108,12 +118,12 @@ def test_weights_match_the_networks_of_a_training(pipeline: Path) -> None:
     ],
 )
 def test_network_calls_of_each_method(
-    pipeline: Path, method: type[TeacherStudentBase], settings: dict[str, object], teacher: int, student: int
+    shallow: Path, method: type[TeacherStudentBase], settings: dict[str, object], teacher: int, student: int
 ) -> None:
-    adapter = DiffusersAdapter(str(pipeline))
+    adapter = DiffusersAdapter(str(shallow))
     adapter.check()
     module = method(adapter, **{"guidance": Guidance("two_branch", 2.0), **settings})
-    cost = measure_step(module, pipeline, BatchShape(2, (32, 32)), ["training"])
+    cost = measure_step(module, shallow, BatchShape(2, (32, 32)), ["training"])
     assert cost.calls["training"] == {"teacher": teacher, "student": student, "student_backward": 1}
 
 
@@ -129,9 +139,9 @@ def test_network_calls_of_each_method(
     ],
 )
 def test_student_trajectories_of_pi_flow_follow_its_grid(
-    pipeline: Path, nfe: tuple[int, ...], trajectory_steps: int, student: float
+    shallow: Path, nfe: tuple[int, ...], trajectory_steps: int, student: float
 ) -> None:
-    adapter = DiffusersAdapter(str(pipeline))
+    adapter = DiffusersAdapter(str(shallow))
     adapter.check()
     module = PiFlow(
         adapter,
@@ -142,16 +152,16 @@ def test_student_trajectories_of_pi_flow_follow_its_grid(
         trajectory_fraction=0.5,
         trajectory_steps=trajectory_steps,
     )
-    cost = measure_step(module, pipeline, BatchShape(2, (32, 32)), ["training"])
+    cost = measure_step(module, shallow, BatchShape(2, (32, 32)), ["training"])
     assert cost.calls["training"] == {"teacher": 2, "student": student, "student_backward": 1}
 
 
 @pytest.mark.parametrize("method", [DMD2, TDM])
-def test_network_calls_of_methods_with_a_critic(pipeline: Path, method: type[DMD2 | TDM]) -> None:
-    adapter = DiffusersAdapter(str(pipeline))
+def test_network_calls_of_methods_with_a_critic(shallow: Path, method: type[DMD2 | TDM]) -> None:
+    adapter = DiffusersAdapter(str(shallow))
     adapter.check()
     module = method(adapter, guidance=Guidance("two_branch", 2.0), nfe=(1, 3), critic_updates=3)
-    cost = measure_step(module, pipeline, BatchShape(2, (32, 32)), ["training"])
+    cost = measure_step(module, shallow, BatchShape(2, (32, 32)), ["training"])
     # Each critic update samples a new state, after 1.5 student steps from noise in the mean. The student's loss uses the last.
     calls = {"teacher": 1, "student": 3 * 1.5, "student_backward": 1, "critic": 3 + 1, "critic_backward": 3}
     assert cost.calls["training"] == calls
@@ -174,9 +184,9 @@ def kind(request: pytest.FixtureRequest) -> Any:
     return lambda groups: torch.optim.AdamW(groups, fused=True)
 
 
-def test_optimizer_state_matches_a_real_step(pipeline: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, cost = measure(pipeline, ["discrete"], optimizer=kind)
-    adapter = DiffusersAdapter(str(pipeline))
+def test_optimizer_state_matches_a_real_step(shallow: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, cost = measure(shallow, ["discrete"], aligned=False, optimizer=kind)
+    adapter = DiffusersAdapter(str(shallow))
     adapter.load()
     student, _ = adapter.build_student(adapter.load_teacher(), module.student_options)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_isolated
+from tests.preloaded import with_package
 
 METHODS = ["ConsistencyDistillation", "IMM", "KnowledgeDistillation", "PiFlow", "SCM", "SplitMeanFlow", "TimestepRescaling"]
 
@@ -58,4 +58,4 @@ if name == "SCM":  # its weighting network trains beside the student
 def test_processes_make_equal_numbers_of_calls(name: str, strategy: str, pretrained: str, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    run_isolated([script, name, pretrained, strategy], tmp_path)
+    with_package().run([script, name, pretrained, strategy], tmp_path, processes=2)

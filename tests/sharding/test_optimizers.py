@@ -29,15 +29,8 @@ def mean_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> floa
 
 @pytest.mark.parametrize(("strategy", "devices"), STRATEGIES)
 def test_8bit_adamw_trains_and_resumes_exactly(
-    strategy: str,
-    devices: str,
-    pretrained: str,
-    plain: dict[str, Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    adamw_8bit: Any,
+    strategy: str, devices: str, pretrained: str, plain: dict[str, Tensor], tmp_path: Path, adamw_8bit: Any
 ) -> None:
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling the step for each shape takes longer than the test
     settings = ["--precision", "bf16-mixed", "--optimizer", "8bit", "--strategy", strategy, "--devices", devices]
     weights = train(tmp_path / "run", pretrained, *settings)
     assert "OptimState8bit" in json.loads((tmp_path / "run" / "facts.json").read_text())["states"]

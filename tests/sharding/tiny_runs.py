@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.preloaded import with_package
 from tests.processes import ROOT, TIMEOUT, clean_environment, run_isolated
 
 STRATEGIES = ["fsdp2", "deepspeed_stage_3"]
@@ -25,10 +26,9 @@ def train(out: Path, pretrained: str, *arguments: str) -> dict[str, Tensor]:
         arguments: Further options of the script.
     """
     out.mkdir(parents=True)
-    modules = str(out.parent / "modules")  # where transformers copies code of checkpoints that come with code
-    environment = clean_environment(HF_MODULES_CACHE=modules)
+    processes = int(arguments[arguments.index("--devices") + 1]) if "--devices" in arguments else 1
     script = ROOT / "tests" / "sharding" / "train_tiny.py"
-    run_isolated([script, out, "--pretrained", pretrained, *arguments], out, environment=environment)
+    with_package().run([script, out, "--pretrained", pretrained, *arguments], out, processes=processes)
     weights: dict[str, Tensor] = torch.load(out / "weights.pt")
     return weights
 

@@ -44,6 +44,7 @@ class SameRandomNumbers(TeacherStudentBase):
 def eight_bit(groups: Any) -> torch.optim.Optimizer:
     from torchao.optim import AdamW8bit  # type: ignore[import-untyped]  # its import takes a second
 
+    torch._dynamo.config.disable = True  # compiling the step for each shape takes longer than the test
     return AdamW8bit(groups, lr=1e-3)
 
 

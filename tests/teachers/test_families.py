@@ -1,8 +1,5 @@
 """Tests that every teacher family must pass, on tiny pipelines of the real classes."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from lightning_distill.teachers import DiffusersAdapter, load_lora_student
 from lightning_distill.teachers.families import FAMILIES as KNOWN
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
+from tests.preloaded import with_diffusers
 from tests.teachers.tiny_families import FAMILIES, load_family, make_adapter, save_family
 from tests.tiny import PROMPTS, load_adapter, noise, perturb_weights, sample_images
 
@@ -323,9 +321,8 @@ def test_training_resumes_and_its_export_samples_equally_in_another_process(dire
 
     student = second.student.eval()
     export_student(adapter, student, tmp_path / "student", ModelCard("MeanFlow", "tiny", (4,), SIZE, SIZE, SCALE))
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SAMPLE_CODE, str(tmp_path / "student"), str(tmp_path / "images.pt"), *PROMPTS]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    (tmp_path / "sample.py").write_text(SAMPLE_CODE)
+    with_diffusers().run(["sample.py", "student", "images.pt", *PROMPTS], tmp_path)
     assert torch.equal(torch.load(tmp_path / "images.pt"), sample_images(adapter, student, PROMPTS, 4, SCALE))
 
 
