@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_distill.commands.encoded_directory import EncodedDirectory, ShardRange
 from lightning_distill.data.encoded_shards import EncodedSample
 from lightning_distill.data.resumable import BatchDataset, ResumableData
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.encoder import EncodedData
 from lightning_distill.outputs import check_directory
+from lightning_distill.paths import expand_path
 from lightning_distill.teachers.model_adapter import ModelAdapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,14 +71,15 @@ def encode_dataset(model: LightningModule, data: LightningDataModule, options: P
     Raises:
         ConfigurationError: If the data or the encoders do not support precomputation, or `options.out` has other contents.
     """
-    check_directory(options.out, "out")
+    out = expand_path(options.out, "out")
+    check_directory(out, "out")
     adapter, data = _check_inputs(model, data)
     # Checks precede the launch of other processes: each process raises the same errors, and none waits for an ended one.
     data.prepare_data()
     data.setup("fit")
     splits, precision = data.splits(), fabric.strategy.precision
     settings = _settings(adapter, data, options, precision)
-    directory = EncodedDirectory(Path(options.out), settings, DTYPES[options.dtype])
+    directory = EncodedDirectory(Path(out), settings, DTYPES[options.dtype])
     complete = directory.complete_shards()
     fabric.launch()
     if fabric.is_global_zero:
@@ -223,7 +225,10 @@ def _encode_shard(
 
     def encode(size: tuple[int, ...]) -> None:
         indices, prompts, images = zip(*pending.pop(size), strict=True)
-        encoded.update(zip(indices, encoder(prompts, [image for image in images if image is not None]), strict=True))
+        found = encoder(prompts, [image for image in images if image is not None])
+        for index, sample in zip(indices, found, strict=True):
+            _check_finite(sample, index, shard.split)
+            encoded[index] = sample
 
     image_sizes: set[tuple[int, int]] = set()
     for index in range(shard.first, shard.last + 1):
@@ -249,3 +254,14 @@ def _encode_shard(
         None if buckets is None else [buckets[index] for index in stored],
         sorted(image_sizes),
     )
+
+
+def _check_finite(sample: EncodedSample, index: int, split: str) -> None:
+    """Raise `NonFiniteError` if a tensor of a sample is not finite, as where an encoder overflows in half precision."""
+    latents = {} if sample.latents is None else {"the latents": sample.latents}
+    for name, value in {**latents, **{f"the condition {name!r}": value for name, value in sample.condition.items()}}.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NonFiniteError(
+                f"{name} of {split} sample {index}, {sample.prompt[:80]!r}, became NaN or infinite in its encoder; set "
+                "trainer.precision to bf16-true or 32-true, or remove the sample"
+            )

@@ -9,19 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_distill.data.encoded_shards import (
-    INDEX,
-    NULL,
-    EncodedIndex,
-    EncodedSample,
-    EncodedShard,
-    file_digest,
-    read_entry,
-    write_atomically,
-    write_samples,
-)
+from lightning_distill.data.encoded_index import INDEX, EncodedIndex, EncodedShard, read_entry
+from lightning_distill.data.encoded_shards import NULL, EncodedSample, write_samples
+from lightning_distill.digests import sha256
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.outputs import unfinished_path
+from lightning_distill.outputs import atomic_file, unfinished_path
 
 ENTRY = ".json"
 """Suffix of the files with the index entries of single shards, until all shards are complete."""
@@ -88,7 +80,7 @@ class EncodedDirectory:
                     "another directory, or the settings of the stored data"
                 )
         entries = [entry for shards in index.shards.values() for entry in shards]
-        entries += [read_entry(json.loads(path.read_text())) for path in self.path.glob(f"*{ENTRY}") if path.name != INDEX]
+        entries += [entry for path in self.path.glob(f"*{ENTRY}") if path.name != INDEX and (entry := _stored_entry(path))]
         present = {entry.file: entry for entry in entries if (self.path / entry.file).is_file()}
         return {file: entry for file, entry in present.items() if (self.path / file).stat().st_size == entry.size}
 
@@ -124,9 +116,10 @@ class EncodedDirectory:
             buckets: Bucket of each sample, or None if training does not use buckets.
             image_sizes: Heights and widths of the images in pixels.
         """
-        sha256, size = write_samples(self.path / shard.file, samples, self.dtype)
-        entry = EncodedShard(shard.file, sha256, size, shard.first, shard.last, broken, buckets, image_sizes)
-        write_atomically(self._entry_path(shard), json.dumps(asdict(entry)).encode())
+        digest, size = write_samples(self.path / shard.file, samples, self.dtype)
+        entry = EncodedShard(shard.file, digest, size, shard.first, shard.last, broken, buckets, image_sizes)
+        with atomic_file(self._entry_path(shard)) as file:
+            file.write(json.dumps(asdict(entry)).encode())
 
     def complete(self, shards: Sequence[ShardRange], earlier: Mapping[str, EncodedShard]) -> None:
         """Write the complete index, and delete the files with single entries.
@@ -137,18 +130,25 @@ class EncodedDirectory:
         """
         entries: dict[str, list[EncodedShard]] = {}
         for shard in shards:
-            path = self._entry_path(shard)
-            entry = read_entry(json.loads(path.read_text())) if path.is_file() else earlier[shard.file]
-            entries.setdefault(shard.split, []).append(entry)
+            entries.setdefault(shard.split, []).append(_stored_entry(self._entry_path(shard)) or earlier[shard.file])
         null = self.path / NULL
-        EncodedIndex(self.settings, entries, (file_digest(null), null.stat().st_size)).write(self.path)
+        EncodedIndex(self.settings, entries, (sha256(null), null.stat().st_size)).write(self.path)
         for shard in shards:
             self._entry_path(shard).unlink(missing_ok=True)
         written = [entry for parts in entries.values() for entry in parts]
         rank_zero_info(
-            f"Precomputed {sum(len(entry.sample_indices) for entry in written)} samples in {len(written)} shards in "
+            f"Precomputed {sum(entry.samples for entry in written)} samples in {len(written)} shards in "
             f"{self.path}; skipped {sum(len(entry.broken) for entry in written)} broken samples"
         )
 
     def _entry_path(self, shard: ShardRange) -> Path:
         return (self.path / shard.file).with_suffix(ENTRY)
+
+
+def _stored_entry(path: Path) -> EncodedShard | None:
+    """Index entry of a shard from its file, or None if that is missing or damaged, so that the shard is written again."""
+    try:
+        entry = read_entry(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return entry if Path(entry.file).stem == path.stem else None

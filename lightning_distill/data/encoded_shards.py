@@ -1,16 +1,18 @@
-"""File format of precomputed data: latents and conditions in safetensors shards, and an index.
+"""File format of precomputed data: latents and conditions in safetensors shards.
 
 A directory contains `index.json`, `null.safetensors` with the condition of the empty prompt, and the shards of each split,
 `train-00000.safetensors` and so on. A shard covers a fixed range of sample indices of the source data set. The range does not
 depend on the process that writes the shard, or on the time. A shard omits broken samples, and its index entry lists them.
-Nothing is pickled.
+
+The header of a shard has a CRC-32 for each sample, which is compared whenever the sample is read. Nothing is pickled.
 """
 
 import hashlib
 import json
+import zlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.outputs import atomic_file
 from lightning_distill.teachers.model_adapter import Condition
 
-FORMAT = 1
-INDEX = "index.json"
 NULL = "null.safetensors"
-SPLITS = ("train", "validation")
 MAX_OPEN_SHARDS = 128
 """Maximum number of open shards per process."""
 _LATENTS, _CONDITION = "latents.", "condition."
@@ -48,43 +47,6 @@ class EncodedSample:
     condition: Condition
 
 
-@dataclass(frozen=True)
-class EncodedShard:
-    """Index entry of a shard.
-
-    Attributes:
-        file: File name.
-        sha256: SHA-256 of the file.
-        size: File size in bytes.
-        first: First sample index of the shard in the source data set.
-        last: Last sample index of the shard in the source data set, inclusive.
-        broken: Indices and descriptions of the samples whose images could not be decoded.
-        buckets: Bucket of each stored sample, or None if training does not use buckets.
-        image_sizes: Heights and widths of the images in pixels.
-    """
-
-    file: str
-    sha256: str
-    size: int
-    first: int
-    last: int
-    broken: list[tuple[int, str]]
-    buckets: list[int] | None
-    image_sizes: list[tuple[int, int]]
-
-    @property
-    def sample_indices(self) -> list[int]:
-        """Indices of the stored samples in the source data set."""
-        broken = {index for index, _ in self.broken}
-        return [index for index in range(self.first, self.last + 1) if index not in broken]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file by `atomic_file`: a crash or an error leaves the old or the complete new file."""
-    with atomic_file(path) as file:
-        file.write(content)
-
-
 def write_samples(path: Path, samples: Sequence[EncodedSample], dtype: torch.dtype) -> tuple[str, int]:
     """Write samples to one file, in order.
 
@@ -97,46 +59,92 @@ def write_samples(path: Path, samples: Sequence[EncodedSample], dtype: torch.dty
         The SHA-256 of the file, and its size in bytes.
     """
     columns: defaultdict[str, list[Tensor]] = defaultdict(list)
-    sizes, dtypes = [], {}
+    sizes, dtypes, checksums = [], {}, []
     for sample in samples:
         size = "" if sample.latents is None else "x".join(map(str, sample.latents.shape[1:]))
         sizes.append(size)
         latents = {} if sample.latents is None else {f"{_LATENTS}{size}": sample.latents}
-        for name, value in {**latents, **{f"{_CONDITION}{name}": value for name, value in sample.condition.items()}}.items():
+        values = {**latents, **{f"{_CONDITION}{name}": value for name, value in sample.condition.items()}}
+        for name, value in values.items():
             dtypes[name] = str(value.dtype).removeprefix("torch.")
-            columns[name].append(value.to(dtype) if value.is_floating_point() and value.itemsize > dtype.itemsize else value)
-    header = {"prompts": [sample.prompt for sample in samples], "sizes": sizes, "dtypes": dtypes}
+            lowered = value.is_floating_point() and value.itemsize > dtype.itemsize
+            columns[name].append(value.to(dtype) if lowered else value)
+        checksums.append(_checksum(sample.prompt, ((name, dtypes[name], columns[name][-1]) for name in values)))
+    header = {
+        "prompts": [sample.prompt for sample in samples],
+        "sizes": sizes,
+        "dtypes": dtypes,
+        "checksums": checksums,
+    }
     tensors = {name: torch.stack(values).contiguous() for name, values in columns.items()}
     content = save(tensors, {_HEADER: json.dumps(header)})
-    write_atomically(path, content)
+    with atomic_file(path) as file:
+        file.write(content)
     return hashlib.sha256(content).hexdigest(), len(content)
+
+
+def _checksum(prompt: str, values: Iterable[tuple[str, str, Tensor]]) -> int:
+    """CRC-32 of a sample: its prompt, and names, dtypes and stored bytes of its tensors."""
+    checksum = zlib.crc32(prompt.encode(errors="surrogatepass"))
+    for name, dtype, value in values:
+        checksum = zlib.crc32(f"{name} {dtype}".encode(), checksum)
+        checksum = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+    return checksum
+
+
+class DamagedFileError(ConfigurationError):
+    """A file of precomputed data is missing, or its content is not what was written."""
+
+    def __init__(self, message: str) -> None:
+        # A `DataLoader` worker re-raises the error with its traceback as the message. The original message is at the end.
+        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
+
+
+def damaged_error(path: Path) -> DamagedFileError:
+    """Error of a file that is missing or damaged."""
+    return DamagedFileError(f"{path} is missing or damaged; delete it and run the same `precompute` again to rewrite it")
+
+
+# What reading a damaged file can raise: invalid values in its header, or a header that does not fit its tensors.
+_DAMAGE = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class _OpenShard:
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self.file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise _damaged_error(path) from error
-        header = json.loads(self.file.metadata()[_HEADER])
-        self.prompts: list[str] = header["prompts"]
-        self.dtypes = {name: getattr(torch, dtype) for name, dtype in header["dtypes"].items()}
-        self.names = [name for name in self.dtypes if name.startswith(_CONDITION)]
-        # A file stacks latents of one size into one tensor, in sample order.
-        self.latents: list[tuple[str, int]] = []
-        rows: defaultdict[str, int] = defaultdict(int)
-        for size in header["sizes"]:
-            self.latents.append((f"{_LATENTS}{size}" if size else "", rows[size]))
-            rows[size] += 1
+            header = json.loads(self.file.metadata()[_HEADER])
+            self.prompts: list[str] = header["prompts"]
+            self.checksums: list[int] = header["checksums"]
+            self.dtypes: dict[str, str] = header["dtypes"]
+            self.names = [name for name in self.dtypes if name.startswith(_CONDITION)]
+            # A file stacks latents of one size into one tensor, in sample order.
+            self.latents: list[tuple[str, int]] = []
+            rows: defaultdict[str, int] = defaultdict(int)
+            for size in header["sizes"]:
+                self.latents.append((f"{_LATENTS}{size}" if size else "", rows[size]))
+                rows[size] += 1
+        except _DAMAGE as error:
+            raise damaged_error(path) from error
 
     def read(self, row: int) -> EncodedSample:
-        name, latents_row = self.latents[row]
-        condition = {key.removeprefix(_CONDITION): self._row(key, row) for key in self.names}
-        return EncodedSample(self.prompts[row], self._row(name, latents_row) if name else None, condition)
+        try:
+            name, latents_row = self.latents[row]
+            rows = {name: latents_row} if name else {}
+            stored = {name: self._row(name, i) for name, i in {**rows, **dict.fromkeys(self.names, row)}.items()}
+            checksum = _checksum(self.prompts[row], ((name, self.dtypes[name], value) for name, value in stored.items()))
+            if checksum != self.checksums[row]:
+                raise ValueError("the checksum differs")
+            values = {name: value.to(getattr(torch, self.dtypes[name])) for name, value in stored.items()}
+        except _DAMAGE as error:
+            raise damaged_error(self.path) from error
+        condition = {name.removeprefix(_CONDITION): values[name] for name in self.names}
+        return EncodedSample(self.prompts[row], values[name] if name else None, condition)
 
     def _row(self, name: str, row: int) -> Tensor:
         value: Tensor = self.file.get_slice(name)[row]
-        return value.to(self.dtypes[name])
+        return value
 
 
 class ShardReader:
@@ -169,106 +177,3 @@ class ShardReader:
                 self._open.popitem(last=False)
         self._open.move_to_end(file)
         return self._open[file]
-
-
-@dataclass(frozen=True)
-class EncodedIndex:
-    """Contents of `index.json`.
-
-    Attributes:
-        settings: Settings of the data by dotted name.
-        shards: Shards of each split; empty until all shards are written.
-        null: SHA-256 and size in bytes of the null condition's file.
-    """
-
-    settings: dict[str, Any]
-    shards: dict[str, list[EncodedShard]] = field(default_factory=dict)
-    null: tuple[str, int] = ("", 0)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all shards are written."""
-        return bool(self.shards)
-
-    @property
-    def has_images(self) -> bool:
-        """Whether the data includes latents, besides conditions."""
-        return any(shard.image_sizes for shards in self.shards.values() for shard in shards)
-
-    def write(self, directory: Path) -> None:
-        """Write `index.json`."""
-        content: dict[str, Any] = {"format": FORMAT, "complete": self.complete, "settings": self.settings}
-        if self.complete:
-            sizes = sorted({size for shards in self.shards.values() for shard in shards for size in shard.image_sizes})
-            content |= {
-                "image_sizes": sizes,
-                "samples": {split: sum(len(shard.sample_indices) for shard in shards) for split, shards in self.shards.items()},
-                "broken": {split: sum(len(shard.broken) for shard in shards) for split, shards in self.shards.items()},
-                "null": {"file": NULL, "sha256": self.null[0], "size": self.null[1]},
-                "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
-            }
-        write_atomically(directory / INDEX, (json.dumps(content) + "\n").encode())
-
-    @classmethod
-    def read(cls, directory: Path, setting: str) -> "EncodedIndex":
-        """Read `index.json`.
-
-        Args:
-            directory: Directory of the precomputed data.
-            setting: Name of the setting with the directory, for error messages.
-
-        Raises:
-            ConfigurationError: If the index is missing or has another format version.
-        """
-        path = directory / INDEX
-        if not path.is_file():
-            raise ConfigurationError(
-                f"{setting} is {str(directory)!r}, which has no {INDEX}; give an output directory of `precompute`"
-            )
-        content = json.loads(path.read_text())
-        if content.get("format") != FORMAT:
-            raise ConfigurationError(
-                f"{setting} is {str(directory)!r}, whose format is {content.get('format')!r}, not {FORMAT}; precompute again"
-            )
-        if not content["complete"]:
-            return cls(content["settings"])
-        shards = {split: [read_entry(entry) for entry in entries] for split, entries in content["shards"].items()}
-        return cls(content["settings"], shards, (content["null"]["sha256"], content["null"]["size"]))
-
-    def check_files(self, directory: Path, contents: bool) -> None:
-        """Compare the files with the index.
-
-        Args:
-            directory: Directory of the precomputed data.
-            contents: Whether to read the files and compare digests; otherwise only sizes are compared.
-
-        Raises:
-            ConfigurationError: If a file is missing, or its size or contents differ from the index.
-        """
-        expected = [(shard.file, shard.sha256, shard.size) for shards in self.shards.values() for shard in shards]
-        for file, sha256, size in [(NULL, *self.null), *expected]:
-            path = directory / file
-            intact = path.is_file() and path.stat().st_size == size
-            if intact and contents:
-                intact = file_digest(path) == sha256
-            if not intact:
-                raise _damaged_error(path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _damaged_error(path: Path) -> ConfigurationError:
-    return ConfigurationError(f"{path} is missing or damaged; delete it and run the same `precompute` again to rewrite it")
-
-
-def read_entry(entry: Mapping[str, Any]) -> EncodedShard:
-    """Parse the index entry of a shard from JSON."""
-    pairs = {name: [tuple(pair) for pair in entry[name]] for name in ("broken", "image_sizes")}
-    return EncodedShard(**{**entry, **pairs})

@@ -1,90 +1,23 @@
 """LightningDataModule of large captioned image sets, from tar files or Hugging Face data sets."""
 
-import glob
-import io
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+import re
+import warnings
+from collections import Counter
+from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import Dataset
 
 from lightning_distill.data.buckets import aspect_buckets, nearest_bucket
 from lightning_distill.data.hub_images import HubImages
-from lightning_distill.data.image_files import ImageDecodeError, UnreadableImageError, read_image
-from lightning_distill.data.resumable import ResumableData
+from lightning_distill.data.image_files import MAX_PIXELS, UnreadableImageError
+from lightning_distill.data.image_text_dataset import ImageTextDataset, Source
+from lightning_distill.data.resumable import BatchDataset, ResumableData
+from lightning_distill.data.source_paths import find_files, split_patterns
 from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
 
 MIN_SAMPLES_FOR_SHARE = 1000
 """Number of samples before the share of broken images is checked."""
-
-
-class Source(Protocol):
-    """Random access to captioned images."""
-
-    unreadable: int
-    """Number of images that were skipped because their headers could not be read."""
-
-    def __len__(self) -> int: ...
-
-    def location(self, index: int) -> str:
-        """Location of a sample, for messages."""
-
-    def caption(self, index: int) -> str:
-        """Caption of a sample."""
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
-
-    def open_image(self, index: int) -> io.BytesIO:
-        """Encoded image file of a sample."""
-
-
-class ImageTextDataset(Dataset[dict[str, Any]]):
-    """Captions and images, loaded one batch at a time. All images of a batch get the size of the first sample.
-
-    Args:
-        source: Source of the samples.
-        source_indices: Indices of the samples within the source.
-        sizes: Output size (height, width) in pixels of each sample.
-    """
-
-    def __init__(self, source: Source, source_indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
-        self.source = source
-        self.source_indices = list(source_indices)
-        self.sizes = list(sizes)
-
-    def __len__(self) -> int:
-        return len(self.source_indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Load a batch of one sample."""
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Any]:
-        """Load a batch; samples whose images cannot be decoded are skipped.
-
-        Returns:
-            `prompt`, list of B captions; `index` (B,), int64; `broken`, descriptions of the skipped samples; and, unless all
-            samples are skipped, `image` (B, 3, height, width), float in [-1, 1].
-        """
-        decoded, images, broken = [], [], []
-        for index in indices:
-            source_index = self.source_indices[index]
-            try:
-                images.append(read_image(self.source.open_image(source_index), *self.sizes[indices[0]]))
-            except ImageDecodeError as error:
-                broken.append(f"{self.source.location(source_index)} ({error})")
-            else:
-                decoded.append(index)
-        batch: dict[str, Any] = {
-            "prompt": [self.source.caption(self.source_indices[index]) for index in decoded],
-            "index": torch.tensor(decoded, dtype=torch.int64),
-            "broken": broken,
-        }
-        return {**batch, "image": torch.stack(images)} if images else batch
 
 
 class ImageText(ResumableData):
@@ -95,24 +28,28 @@ class ImageText(ResumableData):
     the same samples as an uninterrupted run, with any number of workers. Image locations and sizes are read once. They are
     cached in files next to the tar shards, or in the cache of `datasets`.
 
-    Images that cannot be decoded are skipped, counted and reported. The run stops if their share exceeds `max_broken_share`.
-    Captions are unchanged. Caption dropout is a setting of the methods, `caption_dropout`, for all data.
+    Images without a usable caption, captions without an image and images with damaged headers are counted at the start, in one
+    line per source. Images that cannot be decoded are replaced by others of their bucket, counted and reported. The run stops
+    if their share exceeds `max_broken_share`. Caption dropout is a setting of the methods, `caption_dropout`, for all data.
 
     Validation, test and prediction use the first samples of `validation_source`, resized to height x width.
 
     Args:
-        source: Training data: tar files, as a path with `*` and `?` for many; a Hub id; a directory of Parquet files or in the
-            `imagefolder` layout, for `datasets`; or `.parquet` files, as a path with `*` for many.
+        source: Training data: `.tar` files; a Hub id; a directory of Parquet files or in the `imagefolder` layout, for
+            `datasets`; or `.parquet` files. Many files are a path with `*` or braces, as in `train-{00000..00099}.tar`, several
+            of them separated by `::`, or a list.
         validation_source: Validation data, in any format of `source`. None uses the split `validation` of `source`, which
             tar files do not have.
         validation_samples: Number of validation samples.
         image_column: Image column of a Hugging Face data set.
-        caption_column: Caption column of a Hugging Face data set; for tar files, key of the caption in `.json` files.
+        caption_column: Caption column of a Hugging Face data set; for tar files, key of the caption in `.json` files, which
+            then win over `.txt` files. None takes `.txt` files, or the first column or key of `caption`, `text` and `prompt`.
         height: Height in pixels of the reference size; all buckets have about its area.
         width: Width in pixels of the reference size; all buckets have about its area.
         multiple: Divisor of all bucket heights and widths, as required by the model's latents and patches.
         largest_ratio: Largest ratio of the longer to the shorter side of a bucket; 1 resizes all images to height x width.
         min_side: Smallest accepted shorter side of an image in pixels; 0 accepts all images.
+        max_pixels: Largest number of pixels of an image that is decoded.
         max_broken_share: Largest accepted share of broken images, in [0, 1).
         batch_size: Samples per batch and process.
         seed: Seed of the training order.
@@ -125,16 +62,17 @@ class ImageText(ResumableData):
 
     def __init__(
         self,
-        source: str,
-        validation_source: str | None = None,
+        source: str | list[str],
+        validation_source: str | list[str] | None = None,
         validation_samples: int = 64,
         image_column: str = "image",
-        caption_column: str = "caption",
+        caption_column: str | None = None,
         height: int = 512,
         width: int = 512,
         multiple: int = 16,
         largest_ratio: float = 2.0,
         min_side: int = 0,
+        max_pixels: int = MAX_PIXELS,
         max_broken_share: float = 0.01,
         batch_size: int = 1,
         seed: int = 0,
@@ -152,7 +90,9 @@ class ImageText(ResumableData):
             raise ConfigurationError(f"data.validation_samples is {validation_samples}; set it to 1 or more")
         if min_side < 0:
             raise ConfigurationError(f"data.min_side is {min_side}; set it to 0 or more pixels")
-        if source.endswith(".tar") and validation_source is None:
+        if max_pixels < 1:
+            raise ConfigurationError(f"data.max_pixels is {max_pixels}; set it to 1 or more, {MAX_PIXELS} is the default")
+        if _names_tar_files(source) and validation_source is None:
             raise ConfigurationError(
                 "data.validation_source is null, but tar files have no validation split; set it to some of the tar files"
             )
@@ -164,12 +104,14 @@ class ImageText(ResumableData):
         self.size = (height, width)
         self.buckets = aspect_buckets(height, width, multiple, largest_ratio)
         self.min_side = min_side
+        self.max_pixels = max_pixels
         self.max_broken_share = max_broken_share
         self.seen = self.broken = 0
         self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: ImageTextDataset | None = None
         self._train_buckets: list[int] = []
         self._validation: ImageTextDataset | None = None
+        self._sources: dict[bool, Source] = {}
 
     def open_source(self, train: bool) -> Source:
         """Open the training or the validation source.
@@ -177,14 +119,25 @@ class ImageText(ResumableData):
         Raises:
             ConfigurationError: If the source cannot be loaded or has no samples.
         """
-        name, setting, split = self.source, "data.source", "train"
+        if train not in self._sources:
+            self._sources[train] = self._open_source(train)
+        return self._sources[train]
+
+    def _open_source(self, train: bool) -> Source:
+        source, setting, split = self.source, "data.source", "train"
         if not train and self.validation_source is None:
             split = "validation"
         elif not train and self.validation_source is not None:
-            name, setting = self.validation_source, "data.validation_source"
-        if name.endswith(".tar"):
-            return TarShards(find_shards(name, setting), self.caption_column)
-        return HubImages(name, split, self.image_column, self.caption_column, setting)
+            source, setting = self.validation_source, "data.validation_source"
+        opened: Source
+        if _names_tar_files(source):
+            opened = TarShards(find_files(source, setting), self.caption_column)
+        else:
+            opened = HubImages(source, split, self.image_column, self.caption_column, setting)
+        for verb, tally in (("skips", opened.skipped), ("notes", opened.remarks)):
+            if tally:
+                rank_zero_warn(f"ImageText {verb} in {setting} {source!r}: {tally}")
+        return opened
 
     def prepare_data(self) -> None:
         """Index the sources in one process per machine, unless they are already indexed."""
@@ -201,17 +154,29 @@ class ImageText(ResumableData):
         if self._validation is None:
             source = self.open_source(train=False)
             indices = list(range(min(self.validation_samples, len(source))))
-            self._validation = ImageTextDataset(source, indices, [self.size] * len(indices))
+            self._validation = ImageTextDataset(source, indices, [self.size] * len(indices), self.max_pixels)
         if stage in ("fit", None) and self._train is None:
             source = self.open_source(train=True)
             indices = [i for i in range(len(source)) if min(source.size(i)) >= self.min_side]
             self._train_buckets = [nearest_bucket(*source.size(i), self.buckets) for i in indices]
-            self._train = ImageTextDataset(source, indices, [self.buckets[bucket] for bucket in self._train_buckets])
+            sizes = [self.buckets[bucket] for bucket in self._train_buckets]
+            self._train = ImageTextDataset(source, indices, sizes, self.max_pixels)
+            counts = Counter(self._train_buckets)
             rank_zero_info(
-                f"ImageText: {len(indices)} images in {len(set(self._train_buckets))} buckets; skipped "
-                f"{len(source) - len(indices)} smaller than data.min_side and {source.unreadable} unreadable"
+                f"ImageText: {len(indices)} images in {len(counts)} buckets; skipped {len(source) - len(indices)} smaller than "
+                "data.min_side"
             )
             self.training_sampler(self._train)  # raises if there is no full batch
+            if unused := sum(count for count in counts.values() if count < self.batch_size):
+                rank_zero_warn(
+                    f"ImageText never trains on {unused} images, in buckets of fewer than data.batch_size {self.batch_size} "
+                    "images; lower data.batch_size or data.largest_ratio to train on them"
+                )
+
+    def splits(self) -> dict[str, BatchDataset]:
+        """Datasets whose batches have no sample in place of a broken one."""
+        train, validation = self.require_setup(self._train), self.require_setup(self._validation)
+        return {"train": train.without_replacement(), "validation": validation.without_replacement()}
 
     @property
     def training_buckets(self) -> list[int]:
@@ -240,8 +205,8 @@ class ImageText(ResumableData):
         broken = batch.pop("broken", [])
         self.seen += len(broken) + len(batch["prompt"])
         self.broken += len(broken)
-        for description in broken:
-            rank_zero_warn(f"ImageText skips {description}: {self.broken} of {self.seen} images so far")
+        for description in broken:  # in every process, since each has other images
+            warnings.warn(f"ImageText skips {description}: {self.broken} of {self.seen} images so far", stacklevel=2)
         if self.seen >= MIN_SAMPLES_FOR_SHARE and self.broken > self.max_broken_share * self.seen:
             raise UnreadableImageError(
                 f"{self.broken} of {self.seen} images cannot be decoded, more than data.max_broken_share "
@@ -258,12 +223,6 @@ class ImageText(ResumableData):
         self.seen, self.broken = state_dict["seen"], state_dict["broken"]
 
 
-def find_shards(pattern: str, setting: str) -> list[Path]:
-    """Sorted paths of the files that match a glob pattern.
-
-    Raises:
-        ConfigurationError: If no file matches.
-    """
-    if not (files := sorted(Path(name) for name in glob.glob(pattern))):
-        raise ConfigurationError(f"{setting} is {pattern!r}, which matches no file; correct the path")
-    return files
+def _names_tar_files(source: str | list[str]) -> bool:
+    """Whether a source names tar files, compressed ones included."""
+    return any(re.search(r"\.(tar(\.\w+)?|tgz)$", pattern, re.IGNORECASE) for pattern in split_patterns(source))

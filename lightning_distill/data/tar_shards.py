@@ -1,47 +1,27 @@
 """Random access to captioned images in tar files of the webdataset layout.
 
-The files of a sample share one name and differ in the suffix. A sample has an image (`.jpg`, `.jpeg`, `.png`, `.webp`) and a
-caption (`.txt`, or `.json` with the caption under a key). The tar headers are read once, and an index stores the byte offset of
-each image. A sample order is therefore a permutation of indices. A resumed run continues with the exact next sample, for any
-number of workers. Nothing is unpickled or executed.
+The tar headers are read once, and an index stores the byte offset of each image. A sample order is therefore a permutation of
+indices. A resumed run continues with the exact next sample, for any number of workers.
 """
 
 import io
-import json
 import os
-import tarfile
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning_distill.data.image_files import ImageDecodeError, read_size
-from lightning_distill.errors import ConfigurationError
+from lightning.pytorch.utilities import rank_zero_warn
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-INDEX = ".index.json"
-"""Suffix of the index files next to the shards, which cache the contents of the headers."""
+from lightning_distill.data.image_files import IMAGE_SUFFIXES
+from lightning_distill.data.tally import Tally
+from lightning_distill.data.tar_captions import CAPTION_COLUMNS
+from lightning_distill.data.tar_index import load_index, scan, store_index
+from lightning_distill.data.tar_members import TarSample
+from lightning_distill.errors import ConfigurationError, StorageError
 
-
-@dataclass(frozen=True)
-class TarSample:
-    """Location, caption and size of an image in a shard.
-
-    Attributes:
-        name: File name of the image within the shard.
-        offset: Byte offset of the image within the shard.
-        size: File size of the image in bytes.
-        caption: Caption of the image.
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-    """
-
-    name: str
-    offset: int
-    size: int
-    caption: str
-    height: int
-    width: int
+MAX_OPEN_SHARDS = 128
+"""Maximum number of open shards per process."""
 
 
 class TarShards:
@@ -49,33 +29,51 @@ class TarShards:
 
     Args:
         paths: Paths of the shards, in order.
-        caption_key: Key of the caption in `.json` files.
+        caption_column: Key of the captions in `.json` files, which then win over `.txt` files. None prefers `.txt` files, and
+            tries the usual keys in `.json` files.
 
     Raises:
-        ConfigurationError: If a shard is not an uncompressed tar file, or there are no samples.
+        ConfigurationError: If a shard is damaged or not an uncompressed tar file, or there are no samples.
     """
 
-    def __init__(self, paths: Sequence[Path], caption_key: str = "caption") -> None:
+    def __init__(self, paths: Sequence[Path], caption_column: str | None = None) -> None:
         self.paths = list(paths)
         self.samples: list[tuple[int, TarSample]] = []
-        self.unreadable = 0
+        self.skipped = Tally()
+        self.remarks = Tally()
+        unwritable: list[tuple[Path, Exception]] = []
         for number, path in enumerate(self.paths):
-            samples, unreadable = read_index(path, caption_key)
-            self.samples += [(number, sample) for sample in samples]
-            self.unreadable += unreadable
+            index = load_index(path, caption_column)
+            if index is None:
+                index = scan(path, caption_column)
+                try:
+                    store_index(path, caption_column, index)
+                except (OSError, StorageError) as error:
+                    unwritable.append((path, error))
+            self.samples += [(number, sample) for sample in index.samples]
+            self.skipped.update(index.skipped, str(path))
+            self.remarks.update(index.remarks, str(path))
+        if unwritable:
+            path, reason = unwritable[0]
+            rank_zero_warn(
+                f"The index of {len(unwritable)} tar files cannot be stored next to them (first {path}: {reason}); each start "
+                "reads their headers again"
+            )
         if not self.samples:
+            keys = CAPTION_COLUMNS if caption_column is None else (caption_column,)
+            skipped = f"; skipped {self.skipped}" if self.skipped else ""
             raise ConfigurationError(
                 f"the tar files from {self.paths[0]} on have no image ({', '.join(IMAGE_SUFFIXES)}) with a caption (.txt, or "
-                f".json with the key {caption_key!r}); correct the path, or set data.caption_column"
+                f".json with the key {' or '.join(map(repr, keys))}){skipped}; correct the path, or set data.caption_column"
             )
-        self._files: dict[int, BinaryIO] = {}
+        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getstate__(self) -> dict[str, Any]:
         """State without open files; every worker process opens files itself."""
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": OrderedDict()}
 
     def location(self, index: int) -> str:
         """Location of a sample, for messages."""
@@ -92,83 +90,15 @@ class TarShards:
         return sample.height, sample.width
 
     def open_image(self, index: int) -> io.BytesIO:
-        """Encoded image file of a sample."""
+        """Encoded image file of a sample.
+
+        Raises:
+            OSError: If the shard cannot be read.
+        """
         number, sample = self.samples[index]
         if number not in self._files:
             self._files[number] = self.paths[number].open("rb")
+            if len(self._files) > MAX_OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(number)
         return io.BytesIO(os.pread(self._files[number].fileno(), sample.size, sample.offset))
-
-
-def read_index(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
-    """Samples of a shard, and the number of images with unreadable headers, from the shard's index file if it is valid.
-
-    The index file is next to the shard. It is valid if the shard's size, modification time and the caption key are unchanged.
-    Otherwise the function scans the shard and writes the index file.
-
-    Raises:
-        ConfigurationError: If the shard is not an uncompressed tar file.
-    """
-    state = path.stat()
-    version = {"version": 2, "size": state.st_size, "changed": state.st_mtime_ns, "caption_key": caption_key}
-    index_path = path.with_name(path.name + INDEX)
-    if index_path.is_file():
-        index = json.loads(index_path.read_text())
-        if {name: index.get(name) for name in version} == version:
-            return [TarSample(**sample) for sample in index["samples"]], index["unreadable"]
-    samples, unreadable = scan(path, caption_key)
-    if os.access(path.parent, os.W_OK):
-        index = {**version, "unreadable": unreadable, "samples": [asdict(sample) for sample in samples]}
-        temporary = index_path.with_name(f"{index_path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(index))
-        temporary.replace(index_path)
-    return samples, unreadable
-
-
-def scan(path: Path, caption_key: str) -> tuple[list[TarSample], int]:
-    """Read the samples of a shard, and the number of images with unreadable headers, from its contents.
-
-    Raises:
-        ConfigurationError: If the shard is not an uncompressed tar file.
-    """
-    images: dict[str, tarfile.TarInfo] = {}
-    captions: dict[str, str] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    unreadable = 0
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, _, file = member.name.rpartition("/")
-                stem, dot, suffix = file.partition(".")
-                key, suffix = f"{folder}/{stem}", (dot + suffix).lower()
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is None:
-                    continue
-                if suffix in IMAGE_SUFFIXES:
-                    try:
-                        size = read_size(content)  # reads the header only
-                    except ImageDecodeError:
-                        unreadable += 1
-                        continue
-                    images[key], sizes[key] = member, size
-                elif suffix in (".txt", ".json"):
-                    text = _caption(content.read(), suffix, caption_key)
-                    if text is not None:
-                        captions[key] = text
-    except tarfile.TarError as error:
-        raise ConfigurationError(f"{path} is not an uncompressed tar file ({error}); replace or remove it") from error
-    return [
-        TarSample(member.name, member.offset_data, member.size, captions[key], *sizes[key])
-        for key, member in images.items()
-        if key in captions
-    ], unreadable
-
-
-def _caption(content: bytes, suffix: str, key: str) -> str | None:
-    try:
-        if suffix == ".txt":
-            return content.decode().strip()
-        entry = json.loads(content)
-    except ValueError:  # not UTF-8, or not JSON
-        return None
-    caption = entry.get(key) if isinstance(entry, dict) else None
-    return caption if isinstance(caption, str) else None

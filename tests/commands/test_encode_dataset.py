@@ -11,8 +11,9 @@ from lightning.fabric import Fabric
 
 from lightning_distill.commands.encode_dataset import PrecomputeOptions, encode_dataset
 from lightning_distill.data import ImageText, Precomputed, ShapesData
-from lightning_distill.data.encoded_shards import INDEX, NULL
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.data.encoded_index import INDEX, EncodedIndex
+from lightning_distill.data.encoded_shards import NULL
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.methods import Autoencoder, FlowMatching
 from lightning_distill.teachers import DiffusersAdapter, EmbeddedFluxAdapter
 from tests.callbacks.distillation import Ones, PixelDistillation
@@ -44,7 +45,18 @@ def test_an_uninterrupted_run_leaves_only_shards_index_and_null(complete: dict[s
 
 
 @pytest.mark.parametrize(
-    "case", ["truncated shard", "lost entry", "lost shard", "no null", "index only", "complete", "complete without a shard"]
+    "case",
+    [
+        "truncated shard",
+        "lost entry",
+        "damaged entry",
+        "entry of another shard",
+        "lost shard",
+        "no null",
+        "index only",
+        "complete",
+        "complete without a shard",
+    ],
 )
 def test_a_second_run_writes_only_missing_files(complete: dict[str, bytes], case: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -57,6 +69,10 @@ def test_a_second_run_writes_only_missing_files(complete: dict[str, bytes], case
         (out / f".{shard.name}.unfinished").write_bytes(b"half")
     elif case == "lost entry":
         shard.with_suffix(".json").unlink()
+    elif case == "damaged entry":
+        shard.with_suffix(".json").write_text('{"file": ')
+    elif case == "entry of another shard":
+        shard.with_suffix(".json").write_bytes((out / "train-00001.json").read_bytes())
     elif case in ("lost shard", "complete without a shard"):
         shard.unlink()
     elif case == "no null":
@@ -69,7 +85,7 @@ def test_a_second_run_writes_only_missing_files(complete: dict[str, bytes], case
     encode(shapes(num_workers=1 if case == "lost shard" else 0), out)
     assert contents(out) == complete
     kept = [name for name, time in before.items() if (out / name).stat().st_mtime_ns == time]
-    rewritten = 1 if case in ("truncated shard", "lost entry") else 0
+    rewritten = 1 if case in ("truncated shard", "lost entry", "damaged entry", "entry of another shard") else 0
     assert len(kept) == len(before) - rewritten
 
 
@@ -78,7 +94,7 @@ def _undo_completion(out: Path) -> None:
     index = json.loads((out / INDEX).read_text())
     for entry in (entry for shards in index["shards"].values() for entry in shards):
         (out / entry["file"]).with_suffix(".json").write_text(json.dumps(entry))
-    (out / INDEX).write_text(json.dumps({**{name: index[name] for name in ("format", "settings")}, "complete": False}))
+    EncodedIndex(index["settings"]).write(out)
 
 
 class ThreadedFabric(Fabric):
@@ -191,3 +207,20 @@ def test_a_resumed_run_counts_the_broken_images_of_earlier_shards(tmp_path: Path
             pytest.raises(ConfigurationError, match=r"of 2. images cannot be decoded, more than data\.max_broken_share 0\.1"),
         ):
             encode(ImageText(**sources, **sizes, max_broken_share=0.1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["images", "prompts"])
+def test_encodings_that_are_not_finite_raise_and_name_the_sample(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = "tests.callbacks.distillation.PixelAdapter"
+    if part == "images":
+        monkeypatch.setattr(f"{adapter}.encode_images", lambda self, images: torch.where(images > 0.9, torch.nan, images))
+    else:
+        monkeypatch.setattr(
+            f"{adapter}.encode_prompt", lambda self, prompts: {"image": torch.full((len(prompts), 1), torch.inf)}
+        )
+    name = "the latents" if part == "images" else "the condition 'image'"
+    with pytest.raises(NonFiniteError, match=rf"^{name} of train sample \d+, '.*', became NaN or infinite in its encoder; set"):
+        encode(shapes(), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("train*"))

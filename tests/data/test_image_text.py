@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import tarfile
@@ -14,26 +15,15 @@ from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText
 from lightning_distill.data.hub_images import HubImages
 from lightning_distill.data.image_files import UnreadableImageError
-from lightning_distill.data.tar_shards import INDEX, TarShards, scan
+from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import FlowMatching, MeanFlow
+from tests.data.tar_files import add, encoded_image
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.methods.gaussian_runs import VALIDATION
 from tests.toy import ToyModule, read_losses
 
 SHAPES = [(32, 32), (24, 44), (46, 22)]
-
-
-def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def encoded_image(value: int, size: tuple[int, int], kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (value,) * 3).save(file, kind)
-    return file.getvalue()
 
 
 def write_shard(path: Path, first: int, count: int) -> Path:
@@ -118,18 +108,39 @@ def test_min_side_skips_small_images(folder: Path) -> None:
 # Shards
 
 
-def test_index_file_is_reused_until_the_shard_changes(folder: Path) -> None:
+def test_index_is_reused_until_the_shard_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "shards" / "000.tar"
     first = TarShards([path])
-    index_path = path.with_name(path.name + INDEX)
-    text = index_path.read_text()
-    index_path.write_text(text.replace("image 3", "caption from the index"))
-    assert TarShards([path]).caption(3) == "caption from the index"
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_distill.data.tar_shards.scan", lambda path, caption_column: pytest.fail("scanned again"))
+        assert TarShards([path]).samples == first.samples
     write_shard(path, 0, 15)
     assert len(TarShards([path])) == 15
     assert first.open_image(2).read() == encoded_image(10, SHAPES[2])
-    index_path.write_text(text)  # index of the old shard
-    assert len(TarShards([path])) == 15
+
+
+def test_index_that_cannot_be_stored_is_kept_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = (
+        r"The index of 3 tar files cannot be stored next to them \(first .*/000\.tar: no space left on the disk of .*\); each"
+    )
+    monkeypatch.setattr("os.fsync", sync)
+    with pytest.warns(UserWarning, match=message):
+        data = set_up(folder)
+    monkeypatch.setattr("lightning_distill.data.tar_shards.scan", lambda path, caption_column: pytest.fail("scanned again"))
+    data.prepare_data()
+    assert len(data.open_source(train=True)) == 48
+    assert not list((folder / "shards").glob("*index*"))
+
+
+def test_few_shards_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_distill.data.tar_shards.MAX_OPEN_SHARDS", 2)
+    shards = TarShards(sorted((folder / "shards").glob("*.tar")))
+    for index in (0, 20, 3, 40, 5, 21):
+        assert shards.open_image(index).read() == encoded_image(5 * index, SHAPES[index % 3])
+        assert len(shards._files) <= 2
 
 
 def test_shards_without_captioned_images_raise(tmp_path: Path) -> None:
@@ -137,33 +148,41 @@ def test_shards_without_captioned_images_raise(tmp_path: Path) -> None:
     with tarfile.open(path, "w") as archive:
         add(archive, "a.png", encoded_image(0, (8, 8)))
         add(archive, "b.txt", b"without an image")
-    with pytest.raises(ConfigurationError, match=r"no image .* with a caption .*'text'"):
-        TarShards([path], caption_key="text")
+    message = (
+        r"no image .* with a caption .*'text'\); skipped images without a caption: 1 \(first a\.png in .*x\.tar\); captions"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        TarShards([path], caption_column="text")
 
 
-def test_scan_skips_other_files_and_images_without_captions(tmp_path: Path) -> None:
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as archive:
-        add(archive, "a.JPG", encoded_image(100, (9, 8), "JPEG"))
-        add(archive, "a.cls", b"7")
-        add(archive, "a.txt", "ein Hügel".encode())
-        add(archive, "b.png", encoded_image(0, (8, 8)))
-        add(archive, "c.png", b"not an image")
-        add(archive, "c.txt", b"broken")
-        add(archive, "d.webp", encoded_image(0, (8, 8), "WEBP"))
-        add(archive, "d.json", b'{"caption": 3}')
-        add(archive, "e.pyd", b"cos\nsystem\n(S'echo'\ntR.")
-        add(archive, "../../f.png", encoded_image(0, (8, 8)))
-        add(archive, "../../f.txt", b"outside")
-    samples, unreadable = scan(path, "caption")
-    assert unreadable == 1
-    assert [(sample.caption, sample.height, sample.width) for sample in samples] == [("ein Hügel", 8, 9), ("outside", 8, 8)]
+@pytest.mark.parametrize("source", ["{000..002}.tar", "000.tar::00[12].tar", ["00{0,1}.tar", "002.tar"]])
+def test_patterns_of_shards(source: str | list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder / "shards")
+    assert len(set_up(folder, source=source).open_source(train=True)) == 48
 
 
-def test_invalid_tar_file_raises(folder: Path) -> None:
-    (folder / "shards" / "003.tar").write_bytes(b"not a tar file" * 100)
-    with pytest.raises(ConfigurationError, match=r"003\.tar is not an uncompressed tar file"):
-        set_up(folder)
+def test_what_is_skipped_is_one_line_per_source(folder: Path) -> None:
+    with tarfile.open(folder / "shards" / "003.tar", "w") as archive:
+        add(archive, "bare.png", encoded_image(0, (8, 8)))
+        add(archive, "torn.png", b"not an image")
+        add(archive, "cut.png", encoded_image(0, (32, 32)))
+        add(archive, "cut.json", b'{"caption": "half \\ud83d"}')
+    with pytest.warns(UserWarning, match="ImageText") as caught:
+        set_up(folder, max_pixels=10**6)
+    lines = [str(warning.message) for warning in caught if str(warning.message).startswith("ImageText ")]
+    source, place = repr(str(folder / "shards" / "*.tar")), folder / "shards" / "003.tar"
+    assert lines == [
+        f"ImageText skips in data.source {source}: images that are unreadable: 1 (first torn.png in {place}); images without a "
+        f"caption: 1 (first bare.png in {place})",
+        f"ImageText notes in data.source {source}: captions with half a character (a lone surrogate), replaced by U+FFFD: 1 "
+        f"(first cut.png in {place})",
+    ]
+
+
+def test_images_in_small_buckets_are_counted(folder: Path) -> None:
+    write_shard(folder / "shards" / "003.tar", 0, 1)  # 17 images in the first bucket, 16 in each of the others
+    with pytest.warns(UserWarning, match=r"never trains on 32 images, in buckets of fewer than data\.batch_size 17 images"):
+        set_up(folder, batch_size=17)
 
 
 # Data sets of Hugging Face
@@ -219,7 +238,10 @@ def test_location_is_the_row_number_of_the_source(parquet: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "absent/*.parquet"}, r"data\.source is 'absent/\*\.parquet', whose split 'train' cannot be loaded"),
+        ({"source": "absent/*.parquet"}, r"data\.source is 'absent/\*\.parquet', which matches no file"),
+        ({"source": "absent"}, r"data\.source is 'absent', whose split 'train' cannot be loaded"),
+        ({"source": ["a", "b"]}, r"data\.source is 'a, b'; give one Hub id or directory, or tar or \.parquet files"),
+        ({"source": ""}, r"data\.source is ''; give one Hub id"),
         ({"caption_column": "text"}, r"data\.caption_column is 'text', but .* has the columns image, caption, id; choose"),
         ({"image_column": "png"}, r"data\.image_column is 'png'"),
         ({"validation_source": None}, r"whose split 'validation' cannot be loaded"),
@@ -243,20 +265,50 @@ def write_broken_shard(folder: Path, count: int) -> None:
             add(archive, f"broken {i}.txt", b"broken")
 
 
-def test_broken_images_are_skipped_and_reported(folder: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_broken_images_are_replaced_and_reported(folder: Path, batch_size: int) -> None:
     write_broken_shard(folder, 2)
-    data = set_up(folder, largest_ratio=1.0)
+    data = set_up(folder, largest_ratio=1.0, batch_size=batch_size)
     batches = list(data.train_dataloader())
     broken = [description for batch in batches for description in batch["broken"]]
     decoded = [prompt for batch in batches for prompt in batch["prompt"]]
-    assert len(decoded) + len(broken) == 48
+    assert {len(batch["prompt"]) for batch in batches} == {batch_size}
+    assert all(len(set(batch["index"].tolist())) == batch_size for batch in batches)
     assert "broken" not in decoded
-    assert 0 < len(broken) <= 2
+    assert len(set(broken)) == 2 if batch_size == 1 else len(broken) > 0
     assert all("broken.tar" in description for description in broken)
     with pytest.warns(UserWarning, match="skips broken"):
         transferred = [data.on_before_batch_transfer(batch, 0) for batch in batches]
     assert not any("broken" in batch for batch in transferred)
-    assert data.state_dict() == {"seen": 48, "broken": len(broken)}
+    assert data.state_dict() == {"seen": len(decoded) + len(broken), "broken": len(broken)}
+
+
+def test_replacements_are_of_the_same_size_and_repeatable(folder: Path) -> None:
+    write_broken_shard(folder, 2)
+    data = set_up(folder)
+    train = data.require_setup(data._train)
+    for index in (48, 49):
+        batch = train[index]
+        assert len(batch["broken"]) >= 1
+        assert train.sizes[int(batch["index"])] == train.sizes[index]
+        assert torch.equal(train[index]["index"], batch["index"])
+        assert data.splits()["train"][index]["prompt"] == []
+
+
+def test_images_above_max_pixels_are_broken(folder: Path) -> None:
+    data = set_up(folder, max_pixels=1050, batch_size=1, largest_ratio=1.0)
+    descriptions = [description for batch in data.train_dataloader() for description in batch["broken"]]
+    assert len(set(descriptions)) == 16
+    assert all("pixels are more than data.max_pixels 1050" in description for description in descriptions)
+
+
+def test_a_damaged_shard_is_one_broken_image_after_another(folder: Path) -> None:
+    data = set_up(folder)
+    for path in (folder / "shards").glob("*.tar"):
+        path.unlink()
+    batch = next(iter(data.train_dataloader()))
+    assert batch["prompt"] == []
+    assert "No such file or directory" in batch["broken"][0]
 
 
 def test_too_many_broken_images_raise() -> None:
@@ -357,6 +409,7 @@ def test_mid_epoch_resume_is_exact(folder: Path, tmp_path: Path) -> None:
         ({"max_broken_share": 1.0}, r"data\.max_broken_share is 1\.0"),
         ({"validation_samples": 0}, r"data\.validation_samples is 0"),
         ({"min_side": -1}, r"data\.min_side is -1"),
+        ({"max_pixels": 0}, r"data\.max_pixels is 0"),
         ({"source": "absent/*.tar"}, r"data\.source is 'absent/\*\.tar', which matches no file"),
         ({"validation_source": None}, r"data\.validation_source is null, but tar files have no validation split"),
         ({"batch_size": 100}, "48 training samples are too few for a batch"),

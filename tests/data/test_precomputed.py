@@ -13,7 +13,7 @@ from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.images import LogImages
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText, Precomputed, Prompts, ShapesData
-from lightning_distill.data.encoded_shards import INDEX
+from lightning_distill.data.encoded_index import INDEX, EncodedIndex
 from lightning_distill.errors import ConfigurationError
 from tests.callbacks.distillation import PixelDistillation
 from tests.data.test_image_text import write_broken_shard, write_shard
@@ -211,17 +211,30 @@ def test_trainable_text_encoders_raise(directory: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_damaged_files_raise(directory: Path, tmp_path: Path, verify: bool) -> None:
+def damaged_copy(directory: Path, copy: Path, cut: bool = False) -> Path:
+    """Copy precomputed data, with a flipped bit in its third shard, or without its last byte."""
     for path in directory.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    damaged = tmp_path / "train-00002.safetensors"
+        (copy / path.name).write_bytes(path.read_bytes())
+    damaged = copy / "train-00002.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 4
-    damaged.write_bytes(content if verify else content[:-1])
+    damaged.write_bytes(content[:-1] if cut else content)
+    return copy
+
+
+@pytest.mark.parametrize(("verify", "cut"), [(False, True), (True, False), (None, False)])
+def test_damaged_files_raise(directory: Path, tmp_path: Path, verify: bool | None, cut: bool) -> None:
     set_up(directory, verify=verify)
     with pytest.raises(ConfigurationError, match=r"train-00002\.safetensors is missing or damaged"):
-        set_up(tmp_path, verify=verify)
+        set_up(damaged_copy(directory, tmp_path, cut), verify=verify)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_flipped_bit_is_found_when_the_sample_is_read(directory: Path, tmp_path: Path, num_workers: int) -> None:
+    data = set_up(damaged_copy(directory, tmp_path), verify=False, num_workers=num_workers)
+    with pytest.raises(ConfigurationError, match=r"train-00002\.safetensors is missing or damaged") as caught:
+        list(data.train_dataloader())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +252,6 @@ def test_invalid_settings_raise(settings: dict[str, Any], message: str, director
 
 
 def test_unfinished_data_raises(directory: Path, tmp_path: Path) -> None:
-    index = json.loads((directory / INDEX).read_text())
-    (tmp_path / INDEX).write_text(json.dumps({**index, "complete": False}))
+    EncodedIndex(json.loads((directory / INDEX).read_text())["settings"]).write(tmp_path)
     with pytest.raises(ConfigurationError, match="where `precompute` has not finished; run the same command again"):
         Precomputed(str(tmp_path)).setup("fit")
