@@ -30,7 +30,7 @@ class MuonWithAdamW(Optimizer):
         weight_decay: Decoupled weight decay of both.
 
     Raises:
-        ConfigurationError: If the parameter groups are not of both kinds.
+        ConfigurationError: If a setting is out of its range, or the parameter groups are not of both kinds.
     """
 
     def __init__(
@@ -42,6 +42,13 @@ class MuonWithAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
+        for name, rate in {"lr": lr, "adamw_lr": adamw_lr, "weight_decay": weight_decay}.items():
+            if not 0 <= rate < math.inf:
+                raise ConfigurationError(f"optimizer.{name} is {rate}; set it to 0 or more")
+        if not 0 <= momentum < 1:
+            raise ConfigurationError(f"optimizer.momentum is {momentum}; set it to 0 or more, and below 1")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ConfigurationError(f"optimizer.betas is {list(betas)}; set both to 0 or more, and below 1")
         groups = [dict(group) for group in params]
         matrices = [group for group in groups if group.get("block_matrices") and group["params"]]
         rest = [group for group in groups if not group.get("block_matrices") and group["params"]]
@@ -174,8 +181,8 @@ class WarmupCosine(LambdaLR):
             meanwhile.
 
     Raises:
-        ConfigurationError: If warmup_steps or hold_steps is negative, their sum is not below total_steps, or last_fraction is
-            outside [0, 1].
+        ConfigurationError: If total_steps is not positive, warmup_steps or hold_steps is negative, their sum is not below
+            total_steps, or last_fraction is outside [0, 1].
     """
 
     def __init__(
@@ -186,6 +193,11 @@ class WarmupCosine(LambdaLR):
         last_fraction: float = 0.0,
         hold_steps: int = 0,
     ) -> None:
+        if total_steps < 1:
+            raise ConfigurationError(
+                f"lr_scheduler.total_steps is {total_steps}; set it to the number of optimizer steps, or trainer.max_steps if "
+                "it refers to that (trainer.max_epochs alone sets no number of steps)"
+            )
         if min(warmup_steps, hold_steps) < 0 or not hold_steps + warmup_steps < total_steps:
             hold = f" and lr_scheduler.hold_steps {hold_steps}" if hold_steps else ""
             raise ConfigurationError(

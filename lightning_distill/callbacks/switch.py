@@ -89,6 +89,10 @@ class SwitchSolution(Callback):
             raise ConfigurationError(f"SwitchSolution.mode is {mode!r}; choose min for an error, max for an accuracy")
         if patience < 1:
             raise ConfigurationError(f"SwitchSolution.patience is {patience}; set it to at least 1 validation")
+        if threshold is not None and not math.isfinite(threshold):
+            raise ConfigurationError(f"SwitchSolution.threshold is {threshold}; set it to a finite number, or to null for none")
+        if earliest_step < 0:
+            raise ConfigurationError(f"SwitchSolution.earliest_step is {earliest_step}; set it to 0 or more")
         if latest_step is not None and latest_step < earliest_step:
             raise ConfigurationError(
                 f"SwitchSolution.latest_step is {latest_step}, before earliest_step {earliest_step}; set it to at least that"

@@ -169,15 +169,20 @@ def _items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
     return node.value if isinstance(node, yaml.MappingNode) else []
 
 
-def check_learning_rates(settings: Any) -> None:
-    """Check all settings named `lr`; an optimizer checks its learning rate only after the model is loaded.
+def check_numbers(settings: Any) -> None:
+    """Check all numbers of a config; an optimizer checks its learning rate only after the model is loaded.
 
     Raises:
-        ConfigurationError: If a learning rate is negative, infinite or NaN.
+        ConfigurationError: If a number is NaN or infinite, or a learning rate is negative.
     """
     for path, value in flatten(settings).items():
-        if path.rpartition(".")[2] == "lr" and isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise ConfigurationError(f"{path} is {value}; set the learning rate to 0 or more")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        name = path.replace(".init_args", "")
+        if path.rpartition(".")[2].endswith("lr") and not 0 <= value < math.inf:
+            raise ConfigurationError(f"{name} is {value}; set the learning rate to 0 or more")
+        if not math.isfinite(value):
+            raise ConfigurationError(f"{name} is {value}; set it to a finite number")
 
 
 def flatten(settings: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
 from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
-from lightning_distill.commands.config_files import check_learning_rates, flatten
+from lightning_distill.commands.config_files import check_numbers, flatten
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
 from lightning_distill.errors import ConfigurationError, find_configuration_error
@@ -97,7 +97,7 @@ class DistillCLI(LightningCLI):
         self._dump_config()
         check_seed(self.config_dump["seed_everything"])
         check_trainer_settings(self.config_dump["trainer"])
-        check_learning_rates(self.config_dump)
+        check_numbers(self.config_dump)
 
     def instantiate_classes(self) -> None:
         """Build data, method and trainer.

@@ -79,8 +79,10 @@ class ImageText(ResumableData):
         num_workers: int = 4,
     ) -> None:
         super().__init__(batch_size, seed, num_workers)
+        if multiple < 1:
+            raise ConfigurationError(f"data.multiple is {multiple}; set it to at least 1 pixel")
         for name, value in (("height", height), ("width", width)):
-            if value < 1 or multiple < 1 or value % multiple:
+            if value < 1 or value % multiple:
                 raise ConfigurationError(f"data.{name} is {value}; set it to a multiple of data.multiple, {multiple}")
         if not largest_ratio >= 1:
             raise ConfigurationError(f"data.largest_ratio is {largest_ratio}; set it to 1 or more, 2 is usual")

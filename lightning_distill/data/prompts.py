@@ -84,11 +84,17 @@ class Prompts(ResumableData):
 
         Raises:
             ConfigurationError: If a file is missing or empty, a line cannot be parsed, or there are too few prompts for one
-                training batch per process.
+                training batch per process beside `validation_samples`.
         """
         if self._validation is None:
             if self.validation_file is None:
-                train, validation = split(read_prompts(self.file, "data.file"), self.validation_samples)
+                prompts = read_prompts(self.file, "data.file")
+                train, validation = split(prompts, self.validation_samples)
+                if not train:
+                    raise ConfigurationError(
+                        f"data.validation_samples is {self.validation_samples}, which leaves none of the {len(prompts)} "
+                        f"prompts of {self.file} for training; lower it, or set data.validation_file"
+                    )
                 self._train, self._validation = PromptDataset(train), PromptDataset(validation)
             else:
                 self._validation = PromptDataset(read_prompts(self.validation_file, "data.validation_file"))

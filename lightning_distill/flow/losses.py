@@ -4,6 +4,7 @@ The squared norm of an error is the mean over a sample's entries. Values, `c` an
 latent sizes. (MeanFlow's code takes the sum over D entries: its c is D times this one.)
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ def power_loss(u: Tensor, target: Tensor, gamma: float) -> Tensor:
         ConfigurationError: If gamma is less than 1. The gradient would be NaN at an error of 0, where an identical student
             starts.
     """
-    if not gamma >= 1:
+    if not 1 <= gamma < math.inf:
         raise ConfigurationError(f"gamma is {gamma}; set it to at least 1, or use the adaptive loss with p = 1 - gamma")
     return _squared_norm(u - target) ** gamma
 
@@ -48,9 +49,11 @@ def adaptive_loss(u: Tensor, target: Tensor, p: float, c: float = 1e-3) -> Tenso
         Loss, (B,).
 
     Raises:
-        ConfigurationError: If c is not above 0.
+        ConfigurationError: If p is not finite, or c is not above 0.
     """
-    if not c > 0:
+    if not math.isfinite(p):
+        raise ConfigurationError(f"p of the adaptive loss is {p}; set it to a finite number, 1 is usual")
+    if not 0 < c < math.inf:
         raise ConfigurationError(f"c of the adaptive loss is {c}; set it above 0, 0.001 is usual")
     error = _squared_norm(u - target)
     return error / (error.detach() + c) ** p
@@ -72,7 +75,7 @@ def pseudo_huber_loss(u: Tensor, target: Tensor, c: float = 5.4e-4) -> Tensor:
     Raises:
         ConfigurationError: If c is not above 0.
     """
-    if not c > 0:
+    if not 0 < c < math.inf:
         raise ConfigurationError(f"c of the pseudo-Huber loss is {c}; set it above 0, 0.00054 is usual")
     return (_squared_norm(u - target) + c**2).sqrt() - c
 
@@ -103,7 +106,7 @@ class PowerLoss(Loss):
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 1:
+        if not 1 <= self.gamma < math.inf:
             raise ConfigurationError(
                 f"loss.gamma is {self.gamma}; set it to at least 1, or use AdaptiveLoss with p = 1 - gamma"
             )
@@ -117,18 +120,20 @@ class AdaptiveLoss(Loss):
     """`adaptive_loss` with its strength as a setting.
 
     Args:
-        p: Strength; 0 is the mean squared error, 1 makes every sample's loss about 1.
+        p: Strength, at least 0; 0 is the mean squared error, 1 makes every sample's loss about 1.
         c: Constant that bounds the weight of a vanishing error, above 0.
 
     Raises:
-        ConfigurationError: If c is not above 0.
+        ConfigurationError: If p is negative, or c is not above 0.
     """
 
     p: float = 1.0
     c: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.c > 0:
+        if not 0 <= self.p < math.inf:
+            raise ConfigurationError(f"loss.p is {self.p}; set it to 0 or more, or use PowerLoss with gamma = 1 - p")
+        if not 0 < self.c < math.inf:
             raise ConfigurationError(f"loss.c is {self.c}; set it above 0, 0.001 is usual")
 
     def __call__(self, u: Tensor, target: Tensor) -> Tensor:  # noqa: D102
@@ -149,7 +154,7 @@ class PseudoHuberLoss(Loss):
     c: float = 5.4e-4
 
     def __post_init__(self) -> None:
-        if not self.c > 0:
+        if not 0 < self.c < math.inf:
             raise ConfigurationError(f"loss.c is {self.c}; set it above 0, 0.00054 is usual")
 
     def __call__(self, u: Tensor, target: Tensor) -> Tensor:  # noqa: D102

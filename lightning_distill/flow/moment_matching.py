@@ -3,6 +3,7 @@
 Particles are (G, M, D): G groups of M flattened states. Values for each group are (G,).
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -132,5 +133,5 @@ def _distances(x: Tensor, y: Tensor, scale: Tensor, epsilon: float) -> Tensor:
 
 
 def _check_epsilon(epsilon: float) -> None:
-    if not epsilon > 0:
+    if not 0 < epsilon < math.inf:
         raise ConfigurationError(f"kernel.epsilon is {epsilon}; set it above 0, 1e-8 is usual")

@@ -1,5 +1,6 @@
 """Time samplers for training, and the time grid of few-step sampling."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,7 +34,7 @@ class LogitNormal(TimeSampler):
         std: Standard deviation of z, above 0.
 
     Raises:
-        ConfigurationError: If std is not above 0.
+        ConfigurationError: If mean is not finite, or std is not above 0.
     """
 
     mean: float = -0.4
@@ -41,8 +42,10 @@ class LogitNormal(TimeSampler):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        if not self.std > 0:
-            raise ConfigurationError(f"std of the logit-normal time sampler is {self.std}; set it above 0, 1.0 is usual")
+        if not math.isfinite(self.mean):
+            raise ConfigurationError(f"time_sampler.mean is {self.mean}; set it to a finite number, -0.4 is usual")
+        if not 0 < self.std < math.inf:
+            raise ConfigurationError(f"time_sampler.std is {self.std}; set it above 0, 1.0 is usual")
 
     def __call__(
         self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
@@ -73,10 +76,10 @@ class Uniform(TimeSampler):
         """Check the settings."""
         if not 0 <= self.low < self.high <= 1:
             raise ConfigurationError(
-                f"low {self.low} and high {self.high} of the uniform time sampler are out of range; set 0 <= low < high <= 1"
+                f"time_sampler.low is {self.low} and time_sampler.high is {self.high}; set 0 <= low < high <= 1"
             )
-        if not self.shift > 0:
-            raise ConfigurationError(f"shift of the uniform time sampler is {self.shift}; set it above 0, 1 is uniform")
+        if not 0 < self.shift < math.inf:
+            raise ConfigurationError(f"time_sampler.shift is {self.shift}; set it above 0, 1 is uniform")
 
     def __call__(
         self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None

@@ -1,5 +1,6 @@
 """Auxiliary networks, such as a critic or a discriminator: how they train beside the student."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_distill.errors import NonFiniteError
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.sharding.protocols import AuxiliaryOptimizer, Sharding, clip_finite
 
 
@@ -36,6 +37,9 @@ class AuxiliaryTraining:
         reads_features: Whether the network reads features of another network's layers, as discriminators do.
         optimizer: The optimizer, built at its first use, when the network is on its device.
         saved_state: State of the optimizer in a checkpoint, until the optimizer is built.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
     """
 
     lr: float
@@ -44,6 +48,13 @@ class AuxiliaryTraining:
     reads_features: bool = False
     optimizer: AuxiliaryOptimizer | None = field(default=None, repr=False)
     saved_state: dict[str, Any] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lr < math.inf or not self.clip > 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigurationError(
+                f"AuxiliaryTraining has lr {self.lr}, betas {self.betas} and clip {self.clip}; set lr to 0 or more, betas "
+                "within [0, 1), and clip above 0"
+            )
 
     def apply_settings(self) -> list[str]:
         """Replace the optimizer's settings of a checkpoint by these; returns a text for each change."""

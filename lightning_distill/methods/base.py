@@ -286,8 +286,6 @@ class TeacherStudentBase(LightningModule, ABC):
         Raises:
             ConfigurationError: If not.
         """
-        if options.policy_points < 1:
-            raise ConfigurationError(f"student.policy_points is {options.policy_points}; set it to 1 for no policy, or above")
         self.adapter.check_student(options)
         if options.time_embedding == "rescaled" and options.pretrained is None and not self.learns_rescaled_time:
             raise ConfigurationError(

@@ -1,5 +1,6 @@
 """Guidance of the teacher in distillation, as a setting."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,8 +36,14 @@ class Guidance:
     kappa: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.scale < 0 or (self.scales is not None and (not self.scales or min(self.scales) < 0)):
-            raise ConfigurationError("guidance.scale and guidance.scales must not be negative; 1 is no guidance")
+        if not 0 <= self.scale < math.inf:
+            raise ConfigurationError(f"guidance.scale is {self.scale}; set it to 0 or more, 1 is no guidance")
+        if self.scales is not None and (not self.scales or not all(0 <= scale < math.inf for scale in self.scales)):
+            raise ConfigurationError(
+                f"guidance.scales is {list(self.scales)}; list scales of 0 or more, or set it to null for guidance.scale alone"
+            )
+        if not math.isfinite(self.omega):
+            raise ConfigurationError(f"guidance.omega is {self.omega}; set it to a finite number, 1 is usual")
         if self.scales is not None and not min(self.scales) <= self.scale <= max(self.scales):
             raise ConfigurationError(
                 f"guidance.scale is {self.scale}, at which validation samples, and guidance.scales {list(self.scales)} do not "
@@ -52,7 +59,7 @@ class Guidance:
             raise ConfigurationError(f"guidance.interval is {list(self.interval)}; give two increasing times within [0, 1]")
         if self.interval != (0.0, 1.0) and self.kind != "two_branch":
             raise ConfigurationError(f"guidance.interval applies to kind two_branch only, and kind is {self.kind}; remove it")
-        if self.kind == "improved" and not -1 < self.kappa < 1:
+        if not -1 < self.kappa < 1:
             raise ConfigurationError(f"guidance.kappa is {self.kappa}; keep it between -1 and 1, 0.5 is usual")
 
     @property

@@ -1,5 +1,6 @@
 """Inductive moment matching: flow maps from t and from a cleaner r agree in distribution."""
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -91,6 +92,8 @@ class IMM(TrajectoryRegression):
             raise ConfigurationError(
                 f"model.weight_power is {weight_power}; set it to at least 1, below which w(t) is infinite at t = 1"
             )
+        if not math.isfinite(weight_bias):
+            raise ConfigurationError(f"model.weight_bias is {weight_bias}; set it to a finite number, 5 is usual")
         self.time_sampler = time_sampler
         self.particles = particles
         self.kernel = kernel

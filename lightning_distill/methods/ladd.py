@@ -1,5 +1,6 @@
 """LADD: adversarial distillation on the features of the teacher."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -74,9 +75,10 @@ class LADD(TeacherStudentBase):
         super().__init__(*args, **kwargs)
         if real not in ("teacher", "data"):
             raise ConfigurationError(f"model.real is {real!r}; choose teacher or data")
-        if teacher_steps < 1 or nfe < 1 or hidden < 1:
-            raise ConfigurationError("model.teacher_steps, model.nfe and model.hidden must be at least 1")
-        if len(step_weights) != nfe or min(step_weights) < 0 or not sum(step_weights) > 0:
+        for name, count in {"teacher_steps": teacher_steps, "nfe": nfe, "hidden": hidden}.items():
+            if count < 1:
+                raise ConfigurationError(f"model.{name} is {count}; set it to at least 1")
+        if len(step_weights) != nfe or not all(weight >= 0 for weight in step_weights) or not 0 < sum(step_weights) < math.inf:
             raise ConfigurationError(
                 f"model.step_weights is {list(step_weights)}; give a number for each of the {nfe} steps of model.nfe, not "
                 "negative and not all 0"
@@ -88,8 +90,9 @@ class LADD(TeacherStudentBase):
                 f"model.warmup_steps is {warmup_steps}, and model.step_weights {list(step_weights)} leaves it no step of the "
                 "cleaner half; set it to 0"
             )
-        if not discriminator_lr > 0 or not discriminator_clip > 0:
-            raise ConfigurationError("model.discriminator_lr and model.discriminator_clip must be above 0")
+        for name, value in {"discriminator_lr": discriminator_lr, "discriminator_clip": discriminator_clip}.items():
+            if not value > 0:
+                raise ConfigurationError(f"model.{name} is {value}; set it above 0")
         if not r1_weight >= 0:
             raise ConfigurationError(f"model.r1_weight is {r1_weight}; set it to 0 for none, or above")
         self.real = real

@@ -88,6 +88,11 @@ class DiffusersAdapter(ModelAdapter):
         """
         if self.torch_dtype not in DTYPES:
             raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.max_sequence_length is not None and self.max_sequence_length < 1:
+            raise ConfigurationError(
+                f"adapter.max_sequence_length is {self.max_sequence_length}; set it to at least 1 token, or to null for the "
+                "length of the checkpoint's tokenizer"
+            )
         self.check_attention_backend()
         name = self.pretrained
         check_location(name, self.revision)

@@ -1,5 +1,6 @@
 """A laptop-sized FLUX pipeline with random weights."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -164,14 +165,20 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
         attention_backend: str | None = None,
     ) -> None:
         super().__init__(pretrained=vae, attention_backend=attention_backend)
-        self.words = words
-        self.geometry: dict[str, Any] = {
+        counts = {
             "max_length": max_length,
             "num_layers": num_layers,
             "num_single_layers": num_single_layers,
             "num_attention_heads": num_attention_heads,
             "text_width": text_width,
         }
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigurationError(f"adapter.{name} is {count}; set it to at least 1")
+        if not 0 < shift < math.inf:
+            raise ConfigurationError(f"adapter.shift is {shift}; set it above 0, 1 is uniform")
+        self.words = words
+        self.geometry: dict[str, Any] = counts
         self.shift = shift
         self._transformer: nn.Module | None = None
 

@@ -1,5 +1,6 @@
 """Options of students: time embeddings, LoRA and initial weights."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigurationError(f"lora.rank is {self.rank}; set it to at least 1 (64 is usual), or lora to null")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigurationError(f"lora.alpha is {self.alpha}; set it above 0, or to null to use lora.rank")
         if self.targets is not None and not self.targets:
             raise ConfigurationError("lora.targets is empty; list name endings of linear layers, or set it to null")
@@ -58,6 +59,9 @@ class StudentOptions:
             teacher's weights in memory, and only low-rank updates and the time embedders train.
         pretrained: None: the student starts as its teacher. Otherwise it starts with the weights of an exported student:
             a shipped name ("shapes-student"), a pipeline directory, or a hub id. Its settings must equal those above.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
     """
 
     interval_embedding: Literal["zero", "clone"] = "zero"
@@ -69,3 +73,15 @@ class StudentOptions:
     policy_points: int = 1
     lora: LoraOptions | None = None
     pretrained: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.frequency_bound < math.inf:
+            raise ConfigurationError(f"student.frequency_bound is {self.frequency_bound}; set it above 0, 6.2832 is usual")
+        if not 0 <= self.derivative_penalty < math.inf:
+            raise ConfigurationError(
+                f"student.derivative_penalty is {self.derivative_penalty}; set it to 0 for none, or above, 0.0003 is usual"
+            )
+        if not self.max_drift >= 0:
+            raise ConfigurationError(f"student.max_drift is {self.max_drift}; set it to 0 or more, 0.1 is usual")
+        if self.policy_points < 1:
+            raise ConfigurationError(f"student.policy_points is {self.policy_points}; set it to 1 for no policy, or above")

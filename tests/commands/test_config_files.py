@@ -5,7 +5,7 @@ import yaml
 
 from lightning_distill.commands import config_files
 from lightning_distill.commands.config_files import (
-    check_learning_rates,
+    check_numbers,
     config_chain,
     config_directory,
     find_config,
@@ -168,11 +168,17 @@ def test_endless_nesting_raises(shipped, text):
 @pytest.mark.parametrize("lr", [-1, -1e-9, float("inf"), float("nan")])
 def test_invalid_learning_rates_raise(lr):
     with pytest.raises(ConfigurationError, match=r"model\.optimizers\.0\.lr is "):
-        check_learning_rates({"model": {"optimizers": [{"lr": lr}]}})
+        check_numbers({"model": {"optimizers": [{"lr": lr}]}})
 
 
-def test_valid_learning_rates():
-    check_learning_rates({"lr": 0.0, "model": {"lr": 1, "min_lr_shift": -1}, "other": {"lr": None}})
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_are_finite(value):
+    with pytest.raises(ConfigurationError, match=r"model\.loss\.c is (inf|nan); set it to a finite number"):
+        check_numbers({"model": {"init_args": {"loss": {"init_args": {"c": value}}}}})
+
+
+def test_valid_numbers():
+    check_numbers({"lr": 0.0, "model": {"lr": 1, "min_lr_shift": -1}, "other": {"lr": None}})
 
 
 def test_flatten():

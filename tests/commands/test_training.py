@@ -196,7 +196,7 @@ def test_a_truncated_checkpoint_raises(capsys):
     ("arguments", "message"),
     [
         (["--config", "none.yaml"], "config 'none.yaml' is neither a file"),
-        (["--config", "top.yaml", "--model.lr=-1"], "model.init_args.lr is -1.0; set the learning rate to 0 or more"),
+        (["--config", "top.yaml", "--model.lr=-1"], "model.lr is -1.0; set the learning rate to 0 or more"),
         (["--config", "top.yaml", "--data.size=2"], "data.batch_size 4 is larger than data.size 2"),
         (["--config", "top.yaml", "--data.sise=2"], "data.sise is not a setting of ShapesData; did you mean size?"),
         (["--config", "top.yaml", "--model.width=wide"], "model.width is 'wide'; set it to an integer"),
