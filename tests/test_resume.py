@@ -17,10 +17,11 @@ from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.commands.main import main
 from lightning_distill.data import ShapesData
+from lightning_distill.data.epoch_sampler import EpochSampler
+from tests.processes import ROOT, clean_environment, run_isolated
 from tests.toy import ManualToyModule, ToyModule, read_losses
 
 STEPS_PER_EPOCH = 5
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
 
@@ -30,6 +31,8 @@ def fit(
     ckpt_path: str | None = None,
     *,
     num_workers: int = 0,
+    size: int = 44,
+    batch_size: int = 8,
     every: int | None = 1,
     callbacks: tuple[type[Callback], ...] = (RandomState,),
     module: type[ToyModule] = ToyModule,
@@ -44,7 +47,7 @@ def fit(
     checkpoint = AtomicCheckpoint(str(directory / name), filename="{step}", save_top_k=-1, every_n_train_steps=every)
     settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False} | kwargs
     trainer = Trainer(callbacks=[checkpoint, *(kind() for kind in callbacks)], enable_model_summary=False, **settings)
-    data = ShapesData(size=44, batch_size=8, prompts_per_category=1, num_workers=num_workers)
+    data = ShapesData(size=size, batch_size=batch_size, prompts_per_category=1, num_workers=num_workers)
     trainer.fit(module(losses=str(losses)), data, ckpt_path=ckpt_path)
     return read_losses(losses)
 
@@ -85,6 +88,55 @@ def test_resume_is_exact_from_the_end_of_an_epoch(tmp_path, num_workers):
     checkpoint = str(tmp_path / "uninterrupted" / "step=5.ckpt")
     resumed = fit(tmp_path, "resumed", checkpoint, every=None, num_workers=num_workers)
     assert resumed == expected[STEPS_PER_EPOCH:]
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 20}], ids=["epochs", "steps"])
+@pytest.mark.parametrize("step", [4, 5, 7])
+@pytest.mark.parametrize("batch_size", [4, 12, 40])
+def test_another_batch_size_continues_the_epoch_without_repeats(uninterrupted, tmp_path, step, batch_size, limits):
+    directory, expected = uninterrupted
+    checkpoint = str(directory / "uninterrupted" / f"step={step}.ckpt")
+    resumed = fit(tmp_path, "resumed", checkpoint, batch_size=batch_size, val_check_interval=1, **limits)
+    epoch = step // STEPS_PER_EPOCH
+    before = [i for _, _, indices in expected[epoch * STEPS_PER_EPOCH : step] for i in indices]
+    remaining = (44 - len(before)) // batch_size  # steps of this epoch
+    rest = [i for _, _, indices in resumed[:remaining] for i in indices]
+    assert len({*before, *rest}) == len(before) + remaining * batch_size
+    steps = 44 // batch_size
+    assert len(resumed) == (20 - step if limits else remaining + (2 - epoch) * steps)
+    for start in range(remaining, len(resumed), steps):
+        indices = [i for _, _, indices in resumed[start : start + steps] for i in indices]
+        assert len(indices) == len(set(indices)) == batch_size * min(steps, len(resumed) - start)
+    following = [i for _, _, indices in resumed[remaining : remaining + steps] for i in indices]
+    sampler = EpochSampler(range(44), batch_size)
+    assert following == sampler.indices(epoch + 1)[: len(following)]
+
+
+@pytest.mark.parametrize("step", [4, 5, 7])
+@pytest.mark.parametrize("size", [8, 60])
+def test_other_data_continues_with_a_warning(uninterrupted, tmp_path, step, size):
+    directory, _ = uninterrupted
+    checkpoint = str(directory / "uninterrupted" / f"step={step}.ckpt")
+    within = step % STEPS_PER_EPOCH > 0
+    with pytest.warns(UserWarning, match=rf"{size} samples \(checkpoint: 44\)") if within else contextlib.nullcontext():
+        resumed = fit(tmp_path, "resumed", checkpoint, size=size, max_epochs=-1, max_steps=step + 10, val_check_interval=1)
+    assert [found for found, _, _ in resumed] == list(range(step, step + 10))
+    assert {i for _, _, indices in resumed for i in indices} <= set(range(size))
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(0, 2), (2, 0), (2, 1)])
+def test_another_number_of_workers_is_exact(tmp_path, saved, resumed):
+    expected = fit(tmp_path, "uninterrupted", num_workers=saved)
+    checkpoint = str(tmp_path / "uninterrupted" / "step=7.ckpt")
+    assert fit(tmp_path, "resumed", checkpoint, num_workers=resumed) == expected[7:]
+
+
+def test_limited_epochs_resume_exactly(tmp_path):
+    limits = {"limit_train_batches": 3, "max_epochs": -1, "max_steps": 9}
+    expected = fit(tmp_path, "uninterrupted", **limits)
+    for step in (3, 4):
+        checkpoint = str(tmp_path / "uninterrupted" / f"step={step}.ckpt")
+        assert fit(tmp_path, f"resumed_{step}", checkpoint, **limits) == expected[step:]
 
 
 def test_resume_is_exact_with_gradient_accumulation(tmp_path):
@@ -138,6 +190,7 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
     process = subprocess.Popen(
         [sys.executable, "-m", "lightning_distill", *arguments],
         cwd=ROOT,
+        env=clean_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -192,7 +245,7 @@ def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, process_grou
     assert 8 <= before < 30
     losses.unlink()
     resumed = [*arguments, "--ckpt_path=last"]
-    subprocess.run([sys.executable, "-m", "lightning_distill", *resumed], cwd=ROOT, check=True, capture_output=True)
+    run_isolated(["-m", "lightning_distill", *resumed], ROOT)
     assert before + len(losses.read_text().splitlines()) == 30
 
 
@@ -204,7 +257,7 @@ def test_resume_is_exact_on_two_processes(tmp_path):
     for directory, options in ((uninterrupted, []), (resumed, resume)):
         directory.mkdir()
         arguments = command(directory, *ddp, "--trainer.callbacks.save_top_k=-1", *options)
-        subprocess.run([sys.executable, "-m", "lightning_distill", *arguments], cwd=ROOT, check=True, capture_output=True)
+        run_isolated(["-m", "lightning_distill", *arguments], ROOT)
     lines = [json.loads(line) for line in (uninterrupted / "losses.jsonl").read_text().splitlines()]
     resumed_lines = [json.loads(line) for line in (resumed / "losses.jsonl").read_text().splitlines()]
     for epoch in range(3):
@@ -214,3 +267,17 @@ def test_resume_is_exact_on_two_processes(tmp_path):
         expected = [line for line in lines if line["rank"] == rank and line["step"] >= 8]
         assert [line for line in resumed_lines if line["rank"] == rank] == expected
         assert len(expected) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "resumed"), [(1, 2), (2, 1)])
+def test_another_number_of_processes_continues_the_epoch_without_repeats(tmp_path, saved, resumed):
+    for processes, options in ((saved, ["--trainer.max_steps=4"]), (resumed, ["--ckpt_path=last", "--trainer.max_steps=11"])):
+        strategy = [f"--trainer.devices={processes}", *(["--trainer.strategy=ddp"] if processes > 1 else [])]
+        data = ["--data.batch_size=4", "--data.size=44", "--trainer.max_epochs=-1"]
+        run_isolated(["-m", "lightning_distill", *command(tmp_path, *strategy, *data, *options)], ROOT)
+    lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * saved + 7 * resumed
+    first = 4 + (44 - 16 * saved) // (4 * resumed)  # steps of the first epoch
+    indices = [i for line in lines if line["step"] < first for i in line["index"]]
+    assert len(indices) == len(set(indices)) > 44 - 4 * resumed

@@ -102,7 +102,6 @@ subcommands:
 
 
 def _ignore_known_warnings() -> None:
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata, in every data loader
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning, in every fit
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # teachers and encoders stay in eval mode
     warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # the only argument name in diffusers 0.41

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_distill.data.epoch_sampler import EpochSampler
+from lightning_distill.data.epoch_sampler import EpochSampler, without
 
 
 def aspect_buckets(height: int, width: int, multiple: int, largest_ratio: float) -> list[tuple[int, int]]:
@@ -59,22 +60,27 @@ class BucketSampler(EpochSampler):
         rank: int = 0,
     ) -> None:
         super().__init__(dataset, batch_size, seed, num_replicas, rank)
-        self.batch_size = batch_size
         self.buckets = torch.as_tensor(buckets)
         batches = int((self.buckets.bincount() // batch_size).sum())
         self.num_samples = batches // num_replicas * batch_size
         self.total_size = self.num_samples * num_replicas
 
-    def indices(self, epoch: int) -> list[int]:
-        """Sample indices of this process in an epoch, in order."""
+    def signature(self) -> dict[str, Any]:
+        """What the order depends on, besides the epoch, by its name for users."""
+        return {**super().signature(), "samples of each bucket": self.buckets.bincount().tolist()}
+
+    def global_order(self, epoch: int, batch_size: int, excluded: Tensor) -> Tensor:
+        """Samples (n,) of an epoch in the order in which all processes together consume them, in full batches."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.buckets), generator=generator)
+        order = without(torch.randperm(len(self.buckets), generator=generator), excluded)
         batches = torch.cat(
             [
-                members[: len(members) // self.batch_size * self.batch_size].view(-1, self.batch_size)
+                members[: len(members) // batch_size * batch_size].view(-1, batch_size)
                 for members in (order[self.buckets[order] == bucket] for bucket in self.buckets.unique())
             ]
         )
-        batches = batches[torch.randperm(len(batches), generator=generator)]
-        local: list[int] = batches[: self.total_size // self.batch_size][self.rank :: self.num_replicas].flatten().tolist()
-        return local
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
+
+    def own_part(self, order: Tensor) -> Tensor:
+        """The samples of this process in an order of full steps of all processes."""
+        return order.view(-1, self.batch_size)[self.rank :: self.num_replicas].flatten()

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_distill.data.buckets import BucketSampler
 from lightning_distill.data.epoch_sampler import EpochSampler
+from lightning_distill.data.resumable_loader import ResumableLoader, continue_epoch
 from lightning_distill.errors import ConfigurationError
 
 BatchDataset = Dataset[dict[str, Any]]
@@ -61,7 +61,7 @@ class ResumableData(LightningDataModule):
         """
         return batch
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches; the incomplete last batch is dropped."""
         return self.training_loader(self.require_setup(self._train))
 
@@ -96,7 +96,7 @@ class ResumableData(LightningDataModule):
                 f"{replicas} processes; lower data.batch_size, or give more samples"
             )
 
-    def training_loader(self, dataset: BatchDataset) -> StatefulDataLoader:
+    def training_loader(self, dataset: BatchDataset) -> ResumableLoader:
         """Shuffled batches; the incomplete last batch is dropped.
 
         Raises:
@@ -122,23 +122,24 @@ class ResumableData(LightningDataModule):
             )
         return sampler
 
-    def resumable_loader(self, dataset: BatchDataset, sampler: EpochSampler) -> StatefulDataLoader:
+    def resumable_loader(self, dataset: BatchDataset, sampler: EpochSampler) -> ResumableLoader:
         """Batches in the order of a sampler."""
-        if self.trainer:  # Lightning sets the epoch too, but only after the workers start to prefetch
-            progress: Any = self.trainer.fit_loop.epoch_progress.current
-            sampler.set_epoch(progress.processed)
-        return StatefulDataLoader(dataset, sampler=sampler, drop_last=True, **self._loader_settings())
+
+        def on_restored(loader: ResumableLoader, state: dict[str, Any]) -> None:
+            if self.trainer:
+                continue_epoch(self.trainer, loader, state)
+
+        return ResumableLoader(dataset, sampler, on_restored, **self._loader_settings())
 
     def evaluation_loader(self, dataset: BatchDataset) -> DataLoader[dict[str, Any]]:
         """All batches in a fixed order."""
-        return DataLoader(dataset, **self._loader_settings())
+        return DataLoader(dataset, batch_size=self.batch_size, **self._loader_settings())
 
     def _replicas(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader_settings(self) -> dict[str, Any]:
         return {
-            "batch_size": self.batch_size,
             "num_workers": self.num_workers,
             "collate_fn": _identity_collate,
             # A `DataLoader` samples a worker seed at every start. The global generator would shift the random numbers of
