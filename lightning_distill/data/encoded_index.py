@@ -152,13 +152,16 @@ class EncodedIndex:
         """
         entries = [(shard.file, shard.sha256, shard.size) for shards in self.shards.values() for shard in shards]
         expected = {file: (sha256, size) for file, sha256, size in [(NULL, *self.null), *entries]}
-        for file, (_, size) in expected.items():
-            if not (directory / file).is_file() or (directory / file).stat().st_size != size:
-                raise damaged_error(directory / file)
+        damaged = [
+            file
+            for file, (_, size) in expected.items()
+            if not (directory / file).is_file() or (directory / file).stat().st_size != size
+        ]
         if contents or (contents is None and sum(size for _, size in expected.values()) <= VERIFIED_BYTES):
-            for file, sha256 in digests(directory, expected).items():
-                if sha256 != expected[file][0]:
-                    raise damaged_error(directory / file)
+            found = digests(directory, [file for file in expected if file not in damaged])
+            damaged += [file for file, sha256 in found.items() if sha256 != expected[file][0]]
+        if damaged:
+            raise damaged_error(directory / damaged[0], len(damaged))
 
 
 def read_entry(entry: Mapping[str, Any]) -> EncodedShard:

@@ -100,9 +100,10 @@ class DamagedFileError(ConfigurationError):
         super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
-def damaged_error(path: Path) -> DamagedFileError:
-    """Error of a file that is missing or damaged."""
-    return DamagedFileError(f"{path} is missing or damaged; delete it and run the same `precompute` again to rewrite it")
+def damaged_error(path: Path, count: int = 1) -> DamagedFileError:
+    """Error of a file that is missing or damaged, perhaps the first of several."""
+    more = f", as are {count - 1} other files of its directory" if count > 1 else ""
+    return DamagedFileError(f"{path} is missing or damaged{more}; delete it and run the same `precompute` again to rewrite it")
 
 
 # What reading a damaged file can raise: invalid values in its header, or a header that does not fit its tensors.

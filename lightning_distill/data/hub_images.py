@@ -116,6 +116,8 @@ def _open(image: dict[str, Any]) -> Path | BinaryIO:
 
 
 def _read_size(row: dict[str, Any], column: str) -> dict[str, int]:
+    if row[column] is None:
+        return {"height": 0, "width": 0}
     try:
         height, width = read_size(_open(row[column]))
     except ImageDecodeError:

@@ -1,6 +1,7 @@
 """Index of a tar file: the samples that its headers name, and a cache of them next to the file."""
 
 import json
+import os
 import tarfile
 import zlib
 from dataclasses import asdict
@@ -61,8 +62,12 @@ def _index_path(path: Path) -> Path:
 
 
 def _state(path: Path, caption_column: str | None) -> dict[str, Any]:
-    state = path.stat()
-    return {"version": _VERSION, "size": state.st_size, "changed": state.st_mtime_ns, "caption_column": caption_column}
+    return {"version": _VERSION, "caption_column": caption_column, **file_state(path.stat())}
+
+
+def file_state(stat: os.stat_result) -> dict[str, int]:
+    """Size and modification time, which tell whether a file is the one whose headers were read."""
+    return {"size": stat.st_size, "changed": stat.st_mtime_ns}
 
 
 def scan(path: Path, caption_column: str | None) -> TarIndex:

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_distill.data.image_files import IMAGE_SUFFIXES
+from lightning_distill.data.image_files import IMAGE_SUFFIXES, UnreadableImageError
 from lightning_distill.data.tally import Tally
 from lightning_distill.data.tar_captions import CAPTION_COLUMNS
-from lightning_distill.data.tar_index import load_index, scan, store_index
+from lightning_distill.data.tar_index import file_state, load_index, scan, store_index
 from lightning_distill.data.tar_members import TarSample
 from lightning_distill.errors import ConfigurationError, StorageError
 
@@ -41,6 +41,7 @@ class TarShards:
         self.samples: list[tuple[int, TarSample]] = []
         self.skipped = Tally()
         self.remarks = Tally()
+        self.states = [file_state(path.stat()) for path in self.paths]
         unwritable: list[tuple[Path, Exception]] = []
         for number, path in enumerate(self.paths):
             index = load_index(path, caption_column)
@@ -94,11 +95,21 @@ class TarShards:
 
         Raises:
             OSError: If the shard cannot be read.
+            UnreadableImageError: If the shard is not the one whose headers were read, so that images would get other captions.
         """
         number, sample = self.samples[index]
         if number not in self._files:
-            self._files[number] = self.paths[number].open("rb")
+            self._files[number] = self._open(number)
             if len(self._files) > MAX_OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(number)
         return io.BytesIO(os.pread(self._files[number].fileno(), sample.size, sample.offset))
+
+    def _open(self, number: int) -> BinaryIO:
+        file = self.paths[number].open("rb")
+        if file_state(os.fstat(file.fileno())) != self.states[number]:
+            file.close()
+            raise UnreadableImageError(
+                f"{self.paths[number]} changed after its headers were read; start again to read them anew"
+            )
+        return file

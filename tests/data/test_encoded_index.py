@@ -75,6 +75,15 @@ def test_missing_index_or_other_format_raises(tmp_path: Path) -> None:
         EncodedIndex.read(tmp_path, "data.directory")
 
 
+def test_all_damaged_files_are_counted(tmp_path: Path, written: EncodedIndex) -> None:
+    (tmp_path / NULL).unlink()
+    (tmp_path / "train-00000.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ConfigurationError, match=rf"{NULL} is missing or damaged, as are 1 other files of its directory; delete"
+    ):
+        written.check_files(tmp_path, contents=True)
+
+
 def test_small_data_is_compared_with_its_digests_by_default(
     tmp_path: Path, written: EncodedIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

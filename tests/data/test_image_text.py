@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer, seed_everything
 from PIL import ExifTags, Image
 
@@ -114,9 +115,9 @@ def test_index_is_reused_until_the_shard_changes(folder: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr("lightning_distill.data.tar_shards.scan", lambda path, caption_column: pytest.fail("scanned again"))
         assert TarShards([path]).samples == first.samples
+    assert first.open_image(2).read() == encoded_image(10, SHAPES[2])
     write_shard(path, 0, 15)
     assert len(TarShards([path])) == 15
-    assert first.open_image(2).read() == encoded_image(10, SHAPES[2])
 
 
 def test_index_that_cannot_be_stored_is_kept_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +134,13 @@ def test_index_that_cannot_be_stored_is_kept_in_memory(folder: Path, monkeypatch
     data.prepare_data()
     assert len(data.open_source(train=True)) == 48
     assert not list((folder / "shards").glob("*index*"))
+
+
+def test_a_shard_that_changes_after_its_headers_were_read_raises(folder: Path) -> None:
+    shards = TarShards([folder / "shards" / "000.tar"])
+    write_shard(folder / "shards" / "000.tar", 1, 16)
+    with pytest.raises(UnreadableImageError, match=r"000\.tar changed after its headers were read; start again"):
+        shards.open_image(0)
 
 
 def test_few_shards_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +206,7 @@ def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         captions = [f"image {i}" for i in range(24 * part, 24 * part + 24)]
         if part:
             rows[-1]["bytes"], captions[-2] = b"not an image", None
+            rows[-3] = None
         columns = {"image": rows, "caption": captions, "id": list(range(24))}
         features = datasets.Features(
             {"image": datasets.Image(), "caption": datasets.Value("string"), "id": datasets.Value("int64")}
@@ -220,8 +229,8 @@ def test_hugging_face_data_sets(parquet: Path) -> None:
         for prompt, image in zip(batch["prompt"], batch["image"], strict=True):
             assert torch.allclose(image, torch.tensor(int(prompt.split()[1]) * 5 / 127.5 - 1), atol=1e-5)
             seen.append(prompt)
-    assert set(seen) <= {f"image {i}" for i in range(46)}
-    assert 44 <= len(seen) == len(set(seen))
+    assert set(seen) <= {f"image {i}" for i in range(45)}
+    assert 42 <= len(seen) == len(set(seen))
     (batch,) = set_up(parquet, "validate", **sources).val_dataloader()
     assert batch["prompt"] == ["image 0", "image 1", "image 2"]
 
@@ -399,6 +408,14 @@ def test_mid_epoch_resume_is_exact(folder: Path, tmp_path: Path) -> None:
 
 
 # Settings
+
+
+@pytest.mark.parametrize("source", ["a-{0..1}.tar", "['a-0.tar', 'a-1.tar']", "[a-0.tar, a-1.tar]", "a-0.tar::a-1.tar"])
+def test_sources_on_the_command_line(source: str) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(ImageText, "data")
+    data = parser.instantiate_classes(parser.parse_args([f"--data.source={source}", "--data.validation_source=b.tar"])).data
+    assert data.source == (["a-0.tar", "a-1.tar"] if source.startswith("[") else source)
 
 
 @pytest.mark.parametrize(
