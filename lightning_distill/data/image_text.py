@@ -1,6 +1,5 @@
 """LightningDataModule of large captioned image sets, from tar files or Hugging Face data sets."""
 
-import re
 import warnings
 from collections import Counter
 from typing import Any
@@ -12,7 +11,7 @@ from lightning_distill.data.hub_images import HubImages
 from lightning_distill.data.image_files import MAX_PIXELS, UnreadableImageError
 from lightning_distill.data.image_text_dataset import ImageTextDataset, Source
 from lightning_distill.data.resumable import BatchDataset, ResumableData
-from lightning_distill.data.source_paths import find_files, split_patterns
+from lightning_distill.data.source_paths import find_files, tar_patterns
 from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
 
@@ -35,9 +34,9 @@ class ImageText(ResumableData):
     Validation, test and prediction use the first samples of `validation_source`, resized to height x width.
 
     Args:
-        source: Training data: `.tar` files; a Hub id; a directory of Parquet files or in the `imagefolder` layout, for
-            `datasets`; or `.parquet` files. Many files are a path with `*` or braces, as in `train-{00000..00099}.tar`, several
-            of them separated by `::`, or a list.
+        source: Training data: `.tar` files, or a directory of them; a Hub id; a directory of Parquet files or in the
+            `imagefolder` layout, for `datasets`; or `.parquet` files. Many files are a path with `*` or braces, as in
+            `train-{00000..00099}.tar`, several of them separated by `::`, or a list.
         validation_source: Validation data, in any format of `source`. None uses the split `validation` of `source`, which
             tar files do not have.
         validation_samples: Number of validation samples.
@@ -94,7 +93,7 @@ class ImageText(ResumableData):
             raise ConfigurationError(f"data.min_side is {min_side}; set it to 0 or more pixels")
         if max_pixels < 1:
             raise ConfigurationError(f"data.max_pixels is {max_pixels}; set it to 1 or more, {MAX_PIXELS} is the default")
-        if _names_tar_files(source) and validation_source is None:
+        if validation_source is None and tar_patterns(source, "data.source"):
             raise ConfigurationError(
                 "data.validation_source is null, but tar files have no validation split; set it to some of the tar files"
             )
@@ -132,8 +131,8 @@ class ImageText(ResumableData):
         elif not train and self.validation_source is not None:
             source, setting = self.validation_source, "data.validation_source"
         opened: Source
-        if _names_tar_files(source):
-            opened = TarShards(find_files(source, setting), self.caption_column)
+        if patterns := tar_patterns(source, setting):
+            opened = TarShards(find_files(patterns, setting), self.caption_column)
         else:
             opened = HubImages(source, split, self.image_column, self.caption_column, setting)
         for verb, tally in (("skips", opened.skipped), ("notes", opened.remarks)):
@@ -223,8 +222,3 @@ class ImageText(ResumableData):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counts."""
         self.seen, self.broken = state_dict["seen"], state_dict["broken"]
-
-
-def _names_tar_files(source: str | list[str]) -> bool:
-    """Whether a source names tar files, compressed ones included."""
-    return any(re.search(r"\.(tar(\.\w+)?|tgz)$", pattern, re.IGNORECASE) for pattern in split_patterns(source))

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,26 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
 
+_TAR_ENDING = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
+
 
 def split_patterns(source: str | Sequence[str]) -> list[str]:
     """Patterns of a source: a list of them, or one text that separates them by `::`."""
     parts = [source] if isinstance(source, str) else source
     return [pattern.strip() for part in parts for pattern in part.split("::") if pattern.strip()]
+
+
+def tar_patterns(source: str | Sequence[str], setting: str) -> list[str]:
+    """Patterns of a source that names tar files, compressed ones included; none if it names other data.
+
+    Args:
+        source: Patterns. A directory with tar files stands for these.
+        setting: Name of the setting with the source, for error messages.
+    """
+    patterns = split_patterns(source)
+    in_directories = [os.path.join(glob.escape(expand_path(pattern, setting)), "*.tar") for pattern in patterns]
+    replaced = [wide if glob.glob(wide) else pattern for pattern, wide in zip(patterns, in_directories, strict=True)]
+    return replaced if any(_TAR_ENDING.search(pattern) for pattern in replaced) else []
 
 
 def find_files(source: str | Sequence[str], setting: str) -> list[Path]:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_distill.data.source_paths import find_files, split_patterns
+from lightning_distill.data.source_paths import find_files, split_patterns, tar_patterns
 from lightning_distill.errors import ConfigurationError
 
 
@@ -67,3 +67,20 @@ def test_split_patterns() -> None:
     assert split_patterns("a::b :: c") == ["a", "b", "c"]
     assert split_patterns(["a", "b::c"]) == ["a", "b", "c"]
     assert split_patterns("") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("one", ["one/*.tar"]),
+        ("~/two", ["HOME/two/*.tar"]),
+        (["one", "x.tar"], ["one/*.tar", "x.tar"]),
+        ("x-{0..9}.TAR", ["x-{0..9}.TAR"]),
+        ("x.tar.gz::y.tgz", ["x.tar.gz", "y.tgz"]),
+        ("owner/name", []),
+        ("x.parquet", []),
+        ("", []),
+    ],
+)
+def test_sources_of_tar_files(source: str | list[str], expected: list[str], tmp_path: Path) -> None:
+    assert tar_patterns(source, "data.source") == [pattern.replace("HOME", str(tmp_path)) for pattern in expected]
