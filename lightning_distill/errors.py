@@ -7,6 +7,10 @@ class ConfigurationError(ValueError):
     The command line prints the message and exits with code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        # A `DataLoader` worker re-raises an error with its traceback as the message. The original message is at the end.
+        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
+
 
 class DamagedFileError(ConfigurationError):
     """A file that is not what was written, such as a checkpoint with a flipped bit."""

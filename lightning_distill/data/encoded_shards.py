@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import DamagedFileError
 from lightning_distill.outputs import atomic_file
 from lightning_distill.teachers.model_adapter import Condition
 
@@ -90,14 +90,6 @@ def _checksum(prompt: str, values: Iterable[tuple[str, str, Tensor]]) -> int:
         checksum = zlib.crc32(f"{name} {dtype}".encode(), checksum)
         checksum = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
     return checksum
-
-
-class DamagedFileError(ConfigurationError):
-    """A file of precomputed data is missing, or its content is not what was written."""
-
-    def __init__(self, message: str) -> None:
-        # A `DataLoader` worker re-raises the error with its traceback as the message. The original message is at the end.
-        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
 def damaged_error(path: Path, count: int = 1) -> DamagedFileError:

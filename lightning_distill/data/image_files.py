@@ -49,10 +49,6 @@ class ImageDecodeError(Exception):
 class UnreadableImageError(ConfigurationError):
     """A data set has an image that cannot be decoded, or too many of them. The message names it and its place."""
 
-    def __init__(self, message: str) -> None:
-        # A `DataLoader` worker re-raises the error with its traceback as the message. The original message is at the end.
-        super().__init__(message.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
-
 
 def read_image(source: Path | IO[bytes], height: int, width: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image, apply its EXIF orientation, resize it to cover height x width, and center-crop it.

@@ -26,7 +26,7 @@ MAX_IMAGE_BYTES = 1 << 28
 """Size of the largest image file that is read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarSample:
     """Location, caption and size of an image in a shard.
 
