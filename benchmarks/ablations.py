@@ -138,7 +138,7 @@ def measure(demo: dict[str, Any], name: str, changes: Mapping[str, Any], steps: 
     file = "".join(letter if letter.isalnum() else "_" for letter in name)
     record, directory = RECORDS / f"{file}-{seed}.json", runs / file / str(seed)
     if not record.is_file():
-        pretrained = rescaled_student(steps, seed, directory / "rescaling") if name == RESCALED else None
+        pretrained = rescaled_student(steps, seed, runs / file / f"{seed}-rescaling") if name == RESCALED else None
         train(variant_config(demo, changes, steps, seed, directory, pretrained), directory, threads=1)
         summary, curves = json.loads((directory / "summary.json").read_text()), events(directory)
         norms = [event.value for event in curves.Scalars("train/grad_norm")]

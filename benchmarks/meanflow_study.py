@@ -68,7 +68,6 @@ def variant_config(demo: dict[str, Any], variant: str, seed: int, directory: Pat
     steps = trainer["max_steps"] = round(share * trainer["max_steps"])
     model["lr_scheduler"]["init_args"]["total_steps"] = steps
     trainer["default_root_dir"] = str(directory)
-    trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
     callbacks = []
     for callback in trainer["callbacks"]:
         name = callback["class_path"].rsplit(".", 1)[-1]
@@ -92,18 +91,16 @@ def run(settings: dict[str, Any], name: str, directory: Path) -> dict[str, Any]:
     if not record.is_file():
         train(settings, directory)
         summary = json.loads((directory / "summary.json").read_text())
-        logger = settings["trainer"]["logger"]["init_args"]
-        found = {"summary": summary, "curves": read_curves(Path(logger["save_dir"]) / logger["name"])}
+        found = {"summary": summary, "curves": read_curves(directory)}
         RECORDS.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps(found, indent=1) + "\n")
     recorded: dict[str, Any] = json.loads(record.read_text())
     return recorded["summary"]
 
 
-def read_curves(logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of the curves in the newest version of a TensorBoard directory."""
-    newest = max(logs.glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    events = EventAccumulator(str(newest)).Reload()
+def read_curves(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of the curves of a run."""
+    events = EventAccumulator(str(directory)).Reload()
     logged = [tag for tag in CURVES if tag in events.Tags()["scalars"]]  # the second stage logs no velocity error
     return {tag: [(event.step, round(event.value, 5)) for event in events.Scalars(tag)] for tag in logged}
 

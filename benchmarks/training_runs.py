@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,7 +62,6 @@ def run_config(settings: dict[str, Any], seed: int, directory: Path, keep: Calla
     settings["seed_everything"] = settings["data"]["init_args"]["seed"] = seed
     trainer = settings["trainer"]
     trainer["default_root_dir"] = str(directory)
-    trainer["logger"]["init_args"] |= {"save_dir": str(directory), "name": "logs"}
     trainer["callbacks"] = [each for each in trainer["callbacks"] if keep(each["class_path"].rsplit(".", 1)[-1])]
     for callback in trainer["callbacks"]:
         if callback["class_path"].endswith("ExportPipeline"):
@@ -83,10 +83,11 @@ def train(settings: dict[str, Any], directory: Path, threads: int | None = None)
 
     Args:
         settings: Settings of the run.
-        directory: Directory of its config and log.
+        directory: Directory of the run, with its config and log; what an interrupted run has left there is deleted.
         threads: Number of threads. None: as in the environment.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "lightning_distill", "fit", "--config", str(directory / "config.yaml")]
     with (directory / "log.txt").open("w") as log:
@@ -95,6 +96,5 @@ def train(settings: dict[str, Any], directory: Path, threads: int | None = None)
 
 
 def events(directory: Path) -> EventAccumulator:
-    """TensorBoard data of the newest version in the logs of a run."""
-    newest = max((directory / "logs").glob("version_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    return EventAccumulator(str(newest), size_guidance={"scalars": 0}).Reload()
+    """TensorBoard data of a run."""
+    return EventAccumulator(str(directory), size_guidance={"scalars": 0}).Reload()

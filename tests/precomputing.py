@@ -55,7 +55,10 @@ def write_config(folder: Path, **settings: Any) -> Path:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "callbacks": [
-                {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 3}}
+                {
+                    "class_path": "AtomicCheckpoint",
+                    "init_args": {"dirpath": "${trainer.default_root_dir}/checkpoints", "every_n_train_steps": 3},
+                }
             ],
         },
     }

@@ -52,11 +52,15 @@ def settings(directory: Path) -> dict:
             "val_check_interval": 4,
             "logger": False,
             "enable_progress_bar": False,
-            "default_root_dir": str(directory / "run"),
+            "default_root_dir": "run",
             "callbacks": [
                 {
                     "class_path": "AtomicCheckpoint",
-                    "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 1, "save_last": True},
+                    "init_args": {
+                        "dirpath": "run/checkpoints",
+                        "every_n_train_steps": 1,
+                        "save_last": True,
+                    },
                 },
                 {"class_path": "SwitchSolution", "init_args": {"latest_step": 6, "guard_factor": 1000.0}},
                 {"class_path": "killer.KillAt", "init_args": {"step": -1}},

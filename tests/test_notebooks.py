@@ -93,7 +93,7 @@ def test_distil_and_compare(elsewhere: Path) -> None:
     directory = elsewhere / values["RUN"]
     assert [path.name for path in elsewhere.iterdir()] == ["runs"]
     assert [path.name for path in (elsewhere / "runs").iterdir()] == [directory.name]
-    assert {"logs", "images.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
+    assert {"images.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
 
     summary = values["summary"]
     assert summary["student"].keys() == STUDENT
@@ -131,7 +131,7 @@ def test_a_method_of_your_own(elsewhere: Path, capsys: pytest.CaptureFixture[str
         assert loss[t < 0.5].mean() < 0.5 * loss[t > 0.8].mean()
 
         directory = elsewhere / values["RUN"]
-        assert {"logs", "images.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
+        assert {"images.png", "student", "summary.json"} <= {path.name for path in directory.iterdir()}
         assert values["summary"]["student"].keys() == STUDENT
         assert values["summary"]["teacher"].keys() == TEACHER
         assert falls(values["curve"]("train/loss"))

@@ -2,10 +2,9 @@
 
 import io
 import json
-import os
 import sys
 import tarfile
-import warnings
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,9 @@ from tests.tiny import load_adapter, save_tiny_pipeline
 
 def train(folder: Path, *arguments: str) -> dict[str, torch.Tensor]:
     """Run `run.yaml` and return the state dict of its checkpoint."""
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    checkpoint.unlink(missing_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Checkpoint directory")
-        main(["fit", "--config=run.yaml", *arguments])
-    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=False)["state_dict"]
+    run = next(run for i in count() if not (run := folder / f"run-{i}").exists())
+    main(["fit", "--config=run.yaml", f"--trainer.default_root_dir={run}", *arguments])
+    state: dict[str, torch.Tensor] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
     return state
 
 
@@ -107,7 +103,7 @@ def test_validation_images_and_export_equal_training_from_images(tmp_path: Path,
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     report = {"class_path": "FinalReport", "init_args": {"diversity_prompts": 1, "diversity_seeds": 2, "columns": 2}}
-    export = {"class_path": "ExportPipeline", "init_args": {"directory": "student"}}
+    export = {"class_path": "ExportPipeline"}
     config = yaml.safe_load(write_config(tmp_path).read_text())
     config["trainer"] |= {"max_steps": 2, "limit_val_batches": None, "val_check_interval": 1, "callbacks": [report, export]}
     config["model"]["init_args"]["metric"] = {"class_path": "PromptAccuracy"}
@@ -120,7 +116,6 @@ def test_validation_images_and_export_equal_training_from_images(tmp_path: Path,
     main(["precompute", "--config=run.yaml", "--out=encoded"])
     quiet = "--trainer.enable_checkpointing=false"
     main(["fit", "--config=run.yaml", f"--trainer.default_root_dir={tmp_path / 'images'}", quiet])
-    os.rename("student", "expected")
     from_files = ["--data=Precomputed", "--data.directory=encoded", "--data.batch_size=6", "--data.num_workers=0"]
     main(["fit", "--config=run.yaml", f"--trainer.default_root_dir={tmp_path / 'files'}", quiet, *from_files])
     summaries = [json.loads(Path(name, "summary.json").read_text()) for name in ("images", "files")]
@@ -129,9 +124,9 @@ def test_validation_images_and_export_equal_training_from_images(tmp_path: Path,
     assert Path("images/images.png").read_bytes() == Path("files/images.png").read_bytes()
     written, expected = (
         {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*.safetensors")}
-        for name in ("student", "expected")
+        for name in ("files/student", "images/student")
     )
     assert written == expected
     assert {path.parts[0] for path in written} == {"transformer", "text_encoder", "text_encoder_2", "vae"}
-    pipeline = DiffusionPipeline.from_pretrained("student", trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained("files/student", trust_remote_code=True)
     assert len(pipeline("a red circle", num_inference_steps=1, height=32, width=32).images) == 1

@@ -170,7 +170,7 @@ def command(directory: Path, *options: str) -> list[str]:
         *("fit", "--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--trainer.logger=false"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.val_check_interval=3"),
         *("--trainer.callbacks=AtomicCheckpoint", "--trainer.callbacks.every_n_train_steps=2"),
-        f"--trainer.callbacks.dirpath={directory}",
+        *(f"--trainer.callbacks.dirpath={directory}", f"--trainer.default_root_dir={directory}"),
         *("--model=tests.toy.ToyModule", f"--model.losses={directory / 'losses.jsonl'}"),
         *("--data=ShapesData", "--data.size=44", "--data.batch_size=8", "--data.prompts_per_category=1"),
         *options,

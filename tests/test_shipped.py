@@ -150,9 +150,8 @@ def test_shipped_student_loads_in_lower_precision() -> None:
 @pytest.mark.usefixtures("_few_prompts")
 @pytest.mark.parametrize("name", ["shapes_meanflow.yaml", "shapes_meanflow_full.yaml"])
 def test_meanflow_configs_train(name: str) -> None:
-    run = ["--trainer.default_root_dir=run", "--trainer.logger.init_args.save_dir=run"]
     aligned = [f"--model.init_args.alignment.init_args.{setting}=0" for setting in ("start_step", "critic_warmup_steps")]
-    main(["fit", "--config", name, *FEW, *ONE_PROCESS, *SHORT_VALIDATION, *run, *aligned])
+    main(["fit", "--config", name, *FEW, *ONE_PROCESS, *SHORT_VALIDATION, "--trainer.default_root_dir=run", *aligned])
     summary = yaml.safe_load(Path("run/summary.json").read_text())
     assert set(summary["teacher"]) == {"1", "2", "3", "4", "8"}
     assert set(summary["student"]) == {"1", "2", "4", "8"}

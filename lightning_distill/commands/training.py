@@ -3,14 +3,17 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -25,10 +28,12 @@ from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
 from lightning_distill.commands.config_files import check_numbers, flatten
 from lightning_distill.commands.parser import DistillParser, NamedConfig
+from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
 from lightning_distill.errors import ConfigurationError, find_configuration_error
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.setup_checks import check_strategy_class
+from lightning_distill.outputs import atomic_file
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     RandomState,
@@ -40,12 +45,27 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the settings of `fit` to the directory of the logger, if there is a logger."""
+    """Saves the settings of `fit` to the run's directory.
+
+    Args:
+        parser: Parser of the settings.
+        config: The settings.
+        file: File to write, which does not exist; None writes nothing.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, file: Path | None) -> None:
+        super().__init__(parser, config)
+        self.file = file
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save `config.yaml`, and replace the file of an earlier run in the same directory."""
-        if stage == "fit" and trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        """Do nothing: settings that are refused later would leave a file."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the settings before the first step."""
+        if self.file is not None and trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_none=False)
+            with atomic_file(self.file) as file:
+                file.write(text.encode())
 
 
 class DistillCLI(LightningCLI):
@@ -63,19 +83,21 @@ class DistillCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            parser_class=DistillParser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            run=run,
-            args=None if args is None else list(args),
-        )
+        with ExitStack() as self._contexts:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"file": None},
+                trainer_defaults={"default_root_dir": DEFAULT},
+                seed_everything_default=0,
+                parser_class=DistillParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                run=run,
+                args=None if args is None else list(args),
+            )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Parser with interpolation across config files, named configs, and an error for duplicate keys."""
@@ -94,10 +116,27 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, without Lightning's warning about a call from Python."""
         self.config = parser.parse_args(args)
+        if self._is_training:
+            choose_directory(self._settings.trainer, self._settings.ckpt_path)
         self._dump_config()
         check_seed(self.config_dump["seed_everything"])
         check_trainer_settings(self.config_dump["trainer"])
         check_numbers(self.config_dump)
+
+    @property
+    def _settings(self) -> Namespace:
+        return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+
+    @property
+    def _is_training(self) -> bool:
+        """Whether this run trains, and writes what it has trained."""
+        return self.config.get("subcommand") == "fit" and not self._settings.trainer.fast_dev_run
+
+    def before_instantiate_classes(self) -> None:
+        """Check that outputs can be written, and lock the run's directory."""
+        if self._is_training:
+            directory = self._contexts.enter_context(RunDirectory(self._settings.trainer))
+            self.save_config_kwargs = {"file": directory.config_file}
 
     def instantiate_classes(self) -> None:
         """Build data, method and trainer.
@@ -138,7 +177,8 @@ class DistillCLI(LightningCLI):
         listed = config.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
         defaults = [kind() for kind in DEFAULT_CALLBACKS if not any(isinstance(item, kind) for item in listed)]
-        if config.get("logger") is False and any(isinstance(item, LearningRateMonitor) for item in listed):
+        config = {**config, "logger": self._loggers(config)}
+        if self.subcommand == "fit" and not config["logger"] and any(isinstance(item, LearningRateMonitor) for item in listed):
             rank_zero_info("trainer.logger is false: removed the callback LearningRateMonitor, which needs a logger")
             listed = [item for item in listed if not isinstance(item, LearningRateMonitor)]
         try:
@@ -151,6 +191,16 @@ class DistillCLI(LightningCLI):
             check_strategy_class(trainer.strategy)
         verify_reads(trainer)
         return trainer
+
+    def _loggers(self, config: dict[str, Any]) -> list[Logger]:
+        """Loggers of the settings, of which those of files are for training runs only."""
+        value, is_training = config.get("logger"), self.subcommand == "fit"
+        if value in (None, True):
+            value = is_training and TensorBoardLogger(
+                config["default_root_dir"], name=None, version="", default_hp_metric=False
+            )
+        loggers = [] if value is False else value if isinstance(value, list) else [value]
+        return [logger for logger in loggers if is_training or not isinstance(logger, TensorBoardLogger | CSVLogger)]
 
     def before_fit(self) -> None:
         """Check the number of threads, and that the teacher's weights exist, before processes wait for each other."""

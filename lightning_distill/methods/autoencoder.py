@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.outputs import check_directory, writing
 
 
 class Autoencoder(LightningModule):
@@ -22,7 +23,7 @@ class Autoencoder(LightningModule):
     posteriors' means zero mean and unit variance. They are written with the weights, as a diffusers directory.
 
     Args:
-        output: Directory the trained `AutoencoderKL` is written to.
+        output: Directory the trained `AutoencoderKL` is written to. None is `vae` in the trainer's `default_root_dir`.
         block_out_channels: Channels of each level; each level but the last halves the resolution.
         layers_per_block: Residual blocks a level.
         latent_channels: Channels of the latents.
@@ -34,7 +35,7 @@ class Autoencoder(LightningModule):
 
     def __init__(
         self,
-        output: str = "runs/shapes_vae/vae",
+        output: str | None = None,
         block_out_channels: Sequence[int] = (16, 32, 64),
         layers_per_block: int = 1,
         latent_channels: int = 16,
@@ -46,7 +47,7 @@ class Autoencoder(LightningModule):
         super().__init__()
         if kl_weight <= 0:
             raise ConfigurationError(f"model.kl_weight is {kl_weight}; give a weight above 0, 1e-3 is usual")
-        self.output = Path(output)
+        self.output = output
         self.kl_weight = kl_weight
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -63,6 +64,30 @@ class Autoencoder(LightningModule):
             use_post_quant_conv=False,
         )
         self.moments: list[Tensor] = []  # mean and mean square of the latents of each of the last batches
+
+    def setup(self, stage: str) -> None:
+        """Check that the autoencoder can be written."""
+        if stage == "fit" and not self._is_dry_run:
+            check_directory(self._target, "model.output")
+
+    def on_train_start(self) -> None:
+        """Check that a new run replaces no other autoencoder.
+
+        Raises:
+            ConfigurationError: If it does.
+        """
+        if self.trainer.global_step == 0 and not self._is_dry_run and (self._target / "config.json").exists():
+            raise ConfigurationError(
+                f"model.output is {str(self._target)!r}, which has an autoencoder; set it to another directory"
+            )
+
+    @property
+    def _is_dry_run(self) -> bool:
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
+
+    @property
+    def _target(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "vae" if self.output is None else Path(self.output)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruct `batch["image"]`, (B, 3, H, W) in [-1, 1]."""
@@ -87,8 +112,9 @@ class Autoencoder(LightningModule):
         """Measure the scale of the latents and write the autoencoder."""
         mean, square = torch.stack(self.moments).mean(0).tolist()
         self.vae.register_to_config(scaling_factor=(square - mean**2) ** -0.5, shift_factor=mean)
-        if self.trainer.is_global_zero:
-            self.vae.save_pretrained(self.output)
+        if self.trainer.is_global_zero and not self._is_dry_run:
+            with writing(self._target):
+                self.vae.save_pretrained(self._target)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the scale is measured by."""

@@ -16,12 +16,13 @@ trainer:
   accelerator: cpu
   max_steps: 3
   logger: false
+  default_root_dir: run
   enable_progress_bar: false
   enable_model_summary: false
   limit_val_batches: 0
   callbacks:
   - class_path: AtomicCheckpoint
-    init_args: {dirpath: checkpoints, every_n_train_steps: 1}
+    init_args: {dirpath: "${trainer.default_root_dir}/checkpoints", every_n_train_steps: 1}
 data:
   class_path: ShapesData
   init_args: {size: 32, batch_size: "${model.init_args.width}", prompts_per_category: 1}
@@ -130,25 +131,10 @@ def test_evaluation_reads_the_config_of_fit(command):
     main([command, "--config", "top.yaml", "--trainer.limit_val_batches=1", "--ckpt_path=last"])
 
 
-def test_fit_saves_its_settings_to_the_log_directory_and_replaces_older_ones():
-    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=runs", "--trainer.logger.version=same"]
-    for width in (4, 8):
-        main(["fit", "--config", "top.yaml", *logger, f"--model.width={width}"])
-        (saved,) = Path("runs").rglob("config.yaml")
-        assert yaml.safe_load(saved.read_text())["model"]["init_args"]["width"] == width
-    main(["validate", "--config", "top.yaml", *logger])
-    assert yaml.safe_load(saved.read_text())["model"]["init_args"]["width"] == 8
-
-
-def test_fit_without_a_logger_saves_no_settings(work):
-    main(["fit", "--config", "top.yaml"])
-    assert not list(work.rglob("config.yaml"))
-
-
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_settings_override_those_of_the_checkpoint_with_a_warning(capsys):
     main(["fit", "--config", "top.yaml"])
-    resume = ["fit", "--config", "top.yaml", "--ckpt_path=checkpoints/last.ckpt", "--trainer.max_steps=5"]
+    resume = ["fit", "--config", "top.yaml", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_steps=5"]
     with pytest.warns(UserWarning, match="has other model settings") as warned:
         cli = DistillCLI([*resume, "--model.lr=0.5", "--model.pause=0.001"])
     assert cli.model.lr == 0.5
@@ -160,14 +146,14 @@ def test_settings_override_those_of_the_checkpoint_with_a_warning(capsys):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "error:.*has other model settings")
 def test_resuming_with_equal_settings_does_not_warn():
     main(["fit", "--config", "top.yaml"])
-    for path in ("last", "checkpoints/last.ckpt"):
+    for path in ("last", "run/checkpoints/last.ckpt"):
         main(["fit", "--config", "top.yaml", f"--ckpt_path={path}", "--trainer.max_steps=4"])
 
 
 def test_ckpt_path_last_without_a_checkpoint_raises(capsys, work):
     error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=last")
     assert error == (
-        f"error: ckpt_path is 'last', but there is no last checkpoint in {work / 'checkpoints'}; "
+        f"error: ckpt_path is 'last', but there is no last checkpoint in {work / 'run' / 'checkpoints'}; "
         "remove ckpt_path to start from the first step, or set it to the file of a checkpoint\n"
     )
     assert not (work / "losses.jsonl").exists()
@@ -186,7 +172,7 @@ def test_a_missing_checkpoint_raises(capsys):
 
 def test_a_truncated_checkpoint_raises(capsys):
     main(["fit", "--config", "top.yaml"])
-    content = Path("checkpoints/last.ckpt").read_bytes()
+    content = Path("run/checkpoints/last.ckpt").read_bytes()
     Path("truncated.ckpt").write_bytes(content[: len(content) // 2])
     error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=truncated.ckpt")
     assert "ckpt_path 'truncated.ckpt' is damaged" in error
@@ -237,7 +223,7 @@ def test_learning_rate_monitor_is_removed_without_a_logger(work):
 def test_a_nan_loss_exits_with_code_1(capsys):
     error = error_line(capsys, "fit", "--config", "top.yaml", "--model.break_at=1", code=1)
     assert error.startswith("error: the loss became nan at step 1; ")
-    assert torch.load("checkpoints/last.ckpt", weights_only=False)["global_step"] == 1
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=False)["global_step"] == 1
 
 
 def test_other_errors_have_a_traceback(monkeypatch):

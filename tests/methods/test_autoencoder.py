@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from lightning_distill.data.shapes_datamodule import ShapesData
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.autoencoder import Autoencoder
 from tests.methods.gaussian_runs import trainer
 
@@ -41,6 +42,15 @@ def test_resumed_run_measures_the_scale_over_earlier_batches_as_well(tmp_path: P
     config = AutoencoderKL.from_pretrained(tmp_path / "vae").config
     assert config.shift_factor == pytest.approx(moments[:, 0].mean().item())
     assert len(moments) == 4
+    with pytest.raises(ConfigurationError, match=r"model\.output is '.*vae', which has an autoencoder; set it to another"):
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(second, data)
+
+
+def test_dry_runs_write_no_autoencoder(tmp_path: Path) -> None:
+    module = Autoencoder(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2)
+    run = trainer(tmp_path, fast_dev_run=True)
+    run.fit(module, ShapesData(size=64, batch_size=16, prompts_per_category=2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_kl_weight_of_0_is_an_error() -> None:

@@ -56,7 +56,7 @@ def settings(strategy: str, base: str) -> dict:
             "log_every_n_steps": 1,
             "enable_progress_bar": False,
             "callbacks": [
-                {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 1}},
+                {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "run/checkpoints", "every_n_train_steps": 1}},
                 {"class_path": "SwitchSolution", "init_args": {"latest_step": 2}},
                 {"class_path": "LogImages", "init_args": {"columns": 1}},
                 {"class_path": "FinalReport", "init_args": {"columns": 1, "diversity_prompts": 0}},
@@ -110,11 +110,11 @@ def test_run_switches_resumes_after_a_kill_exports_and_samples(strategy: str, ba
     resumed = losses(tmp_path)[3:]
     assert resumed[0] == killed[2]  # the lost step has exactly the same loss
     assert [step for step, _, _ in resumed] == ["3", "4"]
-    rest = torch.load(tmp_path / "checkpoints" / "last.ckpt" / "rest.pt", weights_only=True)
+    rest = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt" / "rest.pt", weights_only=True)
     assert rest["global_step"] == 4
     assert (tmp_path / "run" / "images.png").is_file()
 
-    export = ["--ckpt_path", "checkpoints/last.ckpt", "--directory", "exported"]
+    export = ["--ckpt_path", "run/checkpoints/last.ckpt", "--directory", "exported"]
     lora = ["--lora", "unmerged"] if "lora" in base else []
     run_command_line(tmp_path, "export", "--config", "run.yaml", *export, *lora)
     first, second = files(tmp_path / "student"), files(tmp_path / "exported")

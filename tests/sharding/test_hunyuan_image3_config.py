@@ -32,6 +32,7 @@ def settings(teacher: str, strategy: str) -> dict:
             "strategy": strategy,
             "max_steps": 3,
             "val_check_interval": 2,
+            "default_root_dir": "run",
             "enable_progress_bar": False,
             "callbacks": [
                 {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": "checkpoints", "every_n_train_steps": 1}},

@@ -1,0 +1,253 @@
+"""The directory of a run: one run is one directory, which no other run writes to.
+
+`fit` continues the run in `trainer.default_root_dir` with a checkpoint of it. Without one it starts a new run, in the next
+numbered directory if that one has a run.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+from jsonargparse import Namespace
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_distill.commands.run_lock import LOCK, SETTING, in_use_error, lock_directory, user_of
+from lightning_distill.errors import ConfigurationError
+from lightning_distill.outputs import check_directory
+from lightning_distill.paths import expand_path
+from lightning_distill.sharding.checkpoint_files import local_path
+
+DEFAULT = "runs/run"
+"""Directory of a run without the setting `trainer.default_root_dir`."""
+CHOSEN = "LIGHTNING_DISTILL_RUN_DIRECTORY"
+"""Environment variable with the directory that the first process has chosen, for the processes that Lightning starts."""
+MARKS = (
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+    "events.out.tfevents.*",
+    "metrics.csv",
+    "summary.json",
+    "export.json",
+    "*/export.json",
+    "lightning_logs",
+)
+"""Files by which a directory has a run."""
+_REQUEUED = "hpc_ckpt_*.ckpt"  # Lightning saves it before SLURM requeues a job, and resumes from it without `--ckpt_path`
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+class Output(NamedTuple):
+    """An output directory in the settings of the trainer.
+
+    Attributes:
+        setting: Its name, such as "AtomicCheckpoint.dirpath".
+        path: The directory.
+    """
+
+    setting: str
+    path: Path
+
+
+class RunDirectory:
+    """Context of `fit`: checks that its outputs can be written, and locks its directory against other runs.
+
+    If the context is left by an error before the first step, it removes all
+    files that it has added to the directory.
+
+    Args:
+        trainer: Settings of the trainer; `choose_directory` has set their `default_root_dir`.
+
+    Attributes:
+        path: The directory.
+        config_file: File for the settings of this start: `config.yaml`, or `config-2.yaml` and so on in a continued run.
+    """
+
+    def __init__(self, trainer: Namespace) -> None:
+        self.path = Path(trainer.default_root_dir)
+        self._is_remote = _is_remote(trainer.default_root_dir)
+        self.config_file = next(
+            file for n in count(1) if not (file := self.path / ("config.yaml" if n == 1 else f"config-{n}.yaml")).exists()
+        )
+        self._outputs = output_directories(trainer)
+        self._lock: IO[str] | None = None
+        self._earlier: set[Path] = set()
+
+    def __enter__(self) -> "RunDirectory":
+        """Check the outputs and lock the directory.
+
+        Raises:
+            ConfigurationError: If an output cannot be written, or another run uses the directory.
+        """
+        if CHOSEN in os.environ or self._is_remote:
+            return self
+        for setting, path in [Output(SETTING, self.path), *self._outputs]:
+            check_directory(path, setting)
+        if any(int(os.environ.get(name) or 0) for name in _RANKS):
+            return self
+        self._earlier = {*self.path.rglob("*"), *(path for path in (self.path, *self.path.parents) if path.exists())}
+        self._lock = lock_directory(self.path)
+        os.environ[CHOSEN] = str(self.path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Release the lock, and remove what a run without a step has written."""
+        if self._lock is None:
+            return
+        del os.environ[CHOSEN]
+        refused = error is not None and not self.config_file.exists()
+        if refused:
+            for path in sorted({*self.path.rglob("*")} - {*self._earlier, self.path / LOCK}, reverse=True):
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.close()
+        for path in (self.path, *self.path.parents) if refused else ():
+            if path not in self._earlier and not any(path.iterdir()):
+                path.rmdir()
+
+
+def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
+    """Choose the directory of a run, and set the paths in the settings of the trainer that lie in another one.
+
+    Args:
+        trainer: Settings of the trainer, which are changed.
+        ckpt_path: Checkpoint that the run resumes from.
+
+    Raises:
+        ConfigurationError: If the directory has a run, or is in use, and this process cannot choose another one. Also if
+            another output directory has a run.
+    """
+    trainer.default_root_dir = str(trainer.default_root_dir or DEFAULT)
+    _move(trainer, expand_path(trainer.default_root_dir, SETTING))
+    root = Path(trainer.default_root_dir)
+    ckpt_path = ckpt_path and expand_path(str(ckpt_path), "ckpt_path")
+    if CHOSEN in os.environ:
+        _move(trainer, os.environ[CHOSEN])
+        return
+    outputs = output_directories(trainer)
+    if (
+        _is_remote(trainer.default_root_dir)
+        or _continues(ckpt_path, [Output(SETTING, root), *outputs])
+        or any(root.glob(_REQUEUED))
+    ):
+        return
+    inside = [path for _, path in outputs if _is_inside(path, root)]
+    for setting, path in outputs:
+        if path not in inside and has_run(path):
+            raise ConfigurationError(
+                f"{setting} is {str(path)!r}, which has files of another run; set it to another directory, or continue that "
+                "run with --ckpt_path"
+            )
+    earlier = _numbered_run(ckpt_path, root)
+    if earlier is not None:
+        _move(trainer, str(earlier))
+        rank_zero_info(f"{SETTING} is {str(earlier)!r}, the directory of the checkpoint")
+        return
+    if not any(map(has_run, [root, *inside])):
+        return
+    if user := user_of(root):
+        raise in_use_error(root, user)
+    if _started_by_a_launcher(trainer):
+        raise ConfigurationError(
+            f"{SETTING} is {str(root)!r}, which has a run; continue that run with --ckpt_path last, or set {SETTING} to "
+            "another directory"
+        )
+    absolute = root.absolute()
+    numbered = (absolute.with_name(f"{absolute.name}-{n}") for n in count(2))
+    free = next(path for path in numbered if not os.path.lexists(path))
+    chosen = free if root.is_absolute() or not root.name else root.with_name(free.name)
+    _move(trainer, str(chosen))
+    rank_zero_info(
+        f"{SETTING} is {str(root)!r}, which has a run; this run writes to {str(chosen)!r}. Add --ckpt_path last to continue "
+        "the other one"
+    )
+
+
+def output_directories(trainer: Namespace) -> list[Output]:
+    """Output directories in the settings of the trainer's callbacks, loggers and profiler."""
+    return [
+        Output(f"{part.class_path.rpartition('.')[2]}.{name}", Path(path))
+        for part in _parts(trainer)
+        for name, path in (part.get("init_args") or Namespace()).items()
+        if name in ("dirpath", "directory", "save_dir", "root_dir", "log_dir")
+        and isinstance(path, str)
+        and not _is_remote(path)
+        # `predict` writes this one, and checks it.
+        if not part.class_path.endswith(".WritePredictions")
+    ]
+
+
+def has_run(directory: Path) -> bool:
+    """Whether a directory has files of a run."""
+    return any(next(directory.glob(mark), None) is not None for mark in MARKS)
+
+
+def _parts(trainer: Namespace) -> Iterator[Namespace]:
+    """Settings of the objects of the trainer that write files."""
+    for name in ("callbacks", "logger", "profiler"):
+        value = trainer.get(name)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Namespace) and "class_path" in part:
+                yield part
+
+
+def _move(trainer: Namespace, chosen: str) -> None:
+    """Set the run's directory, and replace it in all paths in the settings of the trainer."""
+    for part in _parts(trainer):
+        if "init_args" in part:
+            part.init_args = _moved(part.init_args, str(trainer.default_root_dir), chosen)
+    trainer.default_root_dir = chosen
+
+
+def _moved(value: Any, root: str, chosen: str) -> Any:
+    if isinstance(value, Namespace):
+        return Namespace(**{name: _moved(each, root, chosen) for name, each in vars(value).items()})
+    if isinstance(value, dict):
+        return {name: _moved(each, root, chosen) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_moved(each, root, chosen) for each in value]
+    if isinstance(value, str):
+        # Other strings may be no paths, so that they are compared as text.
+        for text, place in ((value, root), (os.path.normpath(value), os.path.normpath(root)), (value, os.path.abspath(root))):
+            if text == place or text.startswith(f"{place}/"):
+                return f"{chosen}{text.removeprefix(place)}"
+    return value
+
+
+def _continues(ckpt_path: str | None, outputs: list[Output]) -> bool:
+    """Whether a checkpoint is one of the run in these directories."""
+    if ckpt_path in (None, "last", "best", "hpc"):
+        return ckpt_path is not None
+    local = local_path(ckpt_path)
+    return local is not None and any(_is_inside(local, path) for _, path in outputs)
+
+
+def _numbered_run(ckpt_path: str | None, root: Path) -> Path | None:
+    """The numbered directory of the same name that a checkpoint lies in, such as `runs/demo-2` for `runs/demo`."""
+    local = None if ckpt_path is None else local_path(ckpt_path)
+    for parent in () if local is None else local.absolute().parents:
+        name, _, number = parent.name.rpartition("-")
+        if number.isdecimal() and parent.with_name(name) == root.absolute():
+            return parent if root.is_absolute() else root.with_name(parent.name)
+    return None
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    return any(
+        inner.is_relative_to(outer)
+        for inner, outer in ((path.absolute(), directory.absolute()), (path.resolve(), directory.resolve()))
+    )
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _started_by_a_launcher(trainer: Namespace) -> bool:
+    """Whether processes of this run start independently of each other, so that each would choose for itself."""
+    if SLURMEnvironment.detect():
+        return int(os.environ["SLURM_NTASKS"]) > 1
+    return trainer.num_nodes > 1 or ("LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1)
