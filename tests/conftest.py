@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_runs import full_config
 
 from tests.family_table import FamilyTable
-from tests.processes import remove_distributed_variables
+from tests.processes import ROOT, remove_distributed_variables
+
+LONG = {"planning", "sharding", "test_meanflow_resume.py", "test_resume.py", "test_shipped.py"}
+"""Directories and files with most of the tests that take several seconds."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +35,12 @@ def remote_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", directory)
         patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", directory)
         yield
+
+
+@pytest.fixture(scope="session")
+def demo() -> dict[str, Any]:
+    """All settings of the demo, as the benchmarks read them."""
+    return full_config("shapes_meanflow.yaml")
 
 
 @pytest.fixture
@@ -48,6 +58,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collect outcomes, in the process that workers report to."""
     if config.getoption("--family-table") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FamilyTable(config.getoption("--family-table")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: the workers then finish at nearly the same time."""
+    items.sort(key=lambda item: item.path.relative_to(ROOT / "tests").parts[0] not in LONG)
 
 
 @pytest.fixture(autouse=True)

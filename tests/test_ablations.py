@@ -7,16 +7,10 @@ from typing import Any
 import ablations
 import pytest
 import yaml
-from training_runs import full_config
 
 from lightning_distill.commands.main import main
 
 VARIANTS = [(group, name) for group, variants in ablations.GROUPS.items() for name in variants]
-
-
-@pytest.fixture(scope="module")
-def demo() -> dict[str, Any]:
-    return full_config("shapes_meanflow.yaml")
 
 
 def flat(settings: Any, path: str = "") -> dict[str, Any]:

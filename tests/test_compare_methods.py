@@ -51,8 +51,7 @@ def test_comparison_includes_every_method_with_a_config(script) -> None:
     assert set(script.METHODS.values()) == shapes - {f"shapes_{name}.yaml" for name in OTHER_CONFIGS}
 
 
-def test_numbers_of_steps_are_scaled_together(script, tmp_path) -> None:
-    demo = script.full_config("shapes_meanflow.yaml")
+def test_numbers_of_steps_are_scaled_together(script, demo, tmp_path) -> None:
     half = script.run_config(script.scale_steps(demo, 0.5), 3, tmp_path, keep=lambda name: name == "SwitchSolution")
     model = half["model"]["init_args"]
     assert half["trainer"]["max_steps"] == 750

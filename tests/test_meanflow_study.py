@@ -24,11 +24,6 @@ def study() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def demo(study: ModuleType) -> dict[str, Any]:
-    return study.full_config("shapes_meanflow.yaml")
-
-
 def parsed(settings: dict[str, Any], path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     path.write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit) as end:

@@ -8,17 +8,21 @@ import torch
 from diffusers import FluxTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
-from tests.processes import clean_environment, run_isolated
+from tests.preloaded import with_package
 from tests.sharding.tiny_runs import SEVERAL_RUNS
 from tests.tiny import tiny_pipeline
 
 pytestmark = SEVERAL_RUNS
 STRATEGIES = ["fsdp2", pytest.param("deepspeed_stage_3", marks=pytest.mark.slow)]
 SCRIPT = """
-import json, sys, threading, time
+import ctypes, json, sys, threading, time
 from lightning import Trainer, seed_everything
 from tests.sharding.train_tiny import RepeatableMeanFlow, build_method, training_data
 from torch.utils.data import DataLoader
+
+# Allocations of 64 KiB or more return to the system at once, so that the peak is that of memory in use.
+M_MMAP_THRESHOLD = -3
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
 
 def anonymous_memory():
     with open("/proc/self/status") as file:
@@ -38,6 +42,9 @@ class Measured(RepeatableMeanFlow):
         watcher.join()
         with open(f"peak{self.global_rank}.json", "w") as file:
             json.dump(peak[0] - before, file)
+
+    def on_fit_start(self):
+        sys.exit()
 
 pretrained, strategy, devices = sys.argv[1:]
 seed_everything(0)
@@ -77,9 +84,7 @@ def with_large_encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, f
 def peak(strategy: str, directory: str, folder: Path) -> float:
     """Peak memory in MiB of loading the networks, the larger of two processes."""
     (folder / "run.py").write_text(SCRIPT)
-    # malloc returns freed memory to the system at once, so that the peak is that of memory in use.
-    environment = clean_environment(MALLOC_MMAP_THRESHOLD_="65536")
-    run_isolated(["run.py", directory, strategy, "2"], folder, environment=environment)
+    with_package().run(["run.py", directory, strategy, "2"], folder, processes=2)
     return max(json.loads((folder / f"peak{rank}.json").read_text()) for rank in (0, 1))
 
 
