@@ -11,6 +11,26 @@ Consumed = list[tuple[int, int]]
 """Samples of an epoch that all processes together have consumed: pairs of a batch size and the samples in such batches."""
 
 
+class SampleIndex(int):
+    """Index of a sample in an epoch of training.
+
+    Attributes:
+        epoch: The epoch, from 0.
+    """
+
+    epoch: int
+
+    def __new__(cls, index: int, epoch: int) -> "SampleIndex":
+        """Index with its epoch."""
+        created = super().__new__(cls, index)
+        created.epoch = epoch
+        return created
+
+    def __reduce__(self) -> tuple[type["SampleIndex"], tuple[int, int]]:
+        """Pickle for the queue to a worker process."""
+        return SampleIndex, (int(self), self.epoch)
+
+
 class EpochSampler(DistributedSampler[int]):
     """Shuffles every epoch into full batches, and saves and restores its position within an epoch.
 
@@ -52,7 +72,8 @@ class EpochSampler(DistributedSampler[int]):
         self._current, self._restored = self._restored or (self.epoch, []), None
         own = self._own_part(self._remaining(*self._current))
         self._batches = len(own) // self.batch_size
-        return iter(own)
+        epoch = self._current[0]
+        return (SampleIndex(index, epoch) for index in own)  # a dataset may vary a sample by the epoch
 
     def remaining_batches(self) -> int:
         """Batches of each process in the next iteration."""

@@ -1,16 +1,21 @@
 """LightningDataModule of prompts without images, for data-free distillation."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
+from lightning_distill.data.caption_tables import ENDINGS, CaptionColumn, read_lines, read_rows
 from lightning_distill.data.resumable import ResumableData
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.paths import expand_path
+
+TEXT_ENDING = ".txt"
+"""Ending of files with one prompt per line."""
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
@@ -38,9 +43,9 @@ class PromptDataset(Dataset[dict[str, Any]]):
 class Prompts(ResumableData):
     """Prompts from a file, without images. Training states come from trajectories of the student or of its teacher.
 
-    A text file has one prompt per line. A `.jsonl` file has one JSON object per line, with the prompt under "text". Empty lines
-    and duplicate prompts are skipped. The sample order of an epoch depends only on (`seed`, epoch). A run resumed mid-epoch
-    therefore sees the same samples as an uninterrupted run.
+    A `.txt` file has one prompt per line. A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file has the prompts in a column;
+    the JSON formats may also be lists of strings. Empty lines and duplicate prompts are skipped. The sample order of an epoch
+    depends only on (`seed`, epoch). A run resumed mid-epoch therefore sees the same samples as an uninterrupted run.
 
     Validation, test and prediction use the prompts of `validation_file`. Without one, they use `validation_samples` prompts of
     `file`, and training excludes these prompts. Hashes of the prompts select them, so the split does not depend on `seed` or on
@@ -49,6 +54,7 @@ class Prompts(ResumableData):
     Args:
         file: File of the training prompts.
         validation_file: File of the validation prompts; None uses `validation_samples` prompts of `file`.
+        caption_column: Column of the prompts in a table; None takes "text", "caption" or "prompt".
         validation_samples: Number of validation prompts from `file`; ignored if `validation_file` is set.
         batch_size: Prompts per batch and process.
         seed: Seed of the training order.
@@ -64,6 +70,7 @@ class Prompts(ResumableData):
         self,
         file: str,
         validation_file: str | None = None,
+        caption_column: str | None = None,
         validation_samples: int = 64,
         batch_size: int = 1,
         seed: int = 0,
@@ -72,8 +79,11 @@ class Prompts(ResumableData):
         super().__init__(batch_size, seed, num_workers)
         if validation_samples < 1:
             raise ConfigurationError(f"data.validation_samples is {validation_samples}; set it to 1 or more")
-        self.file = Path(file)
-        self.validation_file = None if validation_file is None else Path(validation_file)
+        self.file = Path(expand_path(file, "data.file"))
+        self.validation_file: Path | None = None
+        if validation_file is not None:
+            self.validation_file = Path(expand_path(validation_file, "data.validation_file"))
+        self.caption_column = caption_column
         self.validation_samples = validation_samples
         self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: PromptDataset | None = None
@@ -88,52 +98,56 @@ class Prompts(ResumableData):
         """
         if self._validation is None:
             if self.validation_file is None:
-                prompts = read_prompts(self.file, "data.file")
-                train, validation = split(prompts, self.validation_samples)
-                if not train:
+                prompts = read_prompts(self.file, "data.file", self.caption_column)
+                if stage in ("fit", None) and len(prompts) <= self.validation_samples:
                     raise ConfigurationError(
-                        f"data.validation_samples is {self.validation_samples}, which leaves none of the {len(prompts)} "
-                        f"prompts of {self.file} for training; lower it, or set data.validation_file"
+                        f"data.validation_samples is {self.validation_samples}, but data.file {str(self.file)!r} has only "
+                        f"{len(prompts)} prompts, so none are left for training; lower data.validation_samples, or set "
+                        "data.validation_file"
                     )
+                train, validation = split(prompts, self.validation_samples)
                 self._train, self._validation = PromptDataset(train), PromptDataset(validation)
             else:
-                self._validation = PromptDataset(read_prompts(self.validation_file, "data.validation_file"))
+                self._validation = PromptDataset(
+                    read_prompts(self.validation_file, "data.validation_file", self.caption_column)
+                )
         if stage in ("fit", None):
             if self._train is None:
-                self._train = PromptDataset(read_prompts(self.file, "data.file"))
+                self._train = PromptDataset(read_prompts(self.file, "data.file", self.caption_column))
             self.check_training_size(len(self._train))
 
 
-def read_prompts(path: Path, setting: str) -> list[str]:
+def read_prompts(path: Path, setting: str, caption_column: str | None = None) -> list[str]:
     """Unique prompts of a file, in file order.
 
     Args:
-        path: Text file, or `.jsonl` file.
+        path: Text file, or table or list with an ending of `ENDINGS`.
         setting: Name of the setting with the file, for error messages.
+        caption_column: Column of the prompts in a table; None searches it.
 
     Raises:
-        ConfigurationError: If the file is missing, a line cannot be parsed, or there are no prompts.
+        ConfigurationError: If the file is missing, has another ending, cannot be parsed, or has no prompts.
     """
     if not path.is_file():
         raise ConfigurationError(f"{setting} is {str(path)!r}, which is not a file; give a file with one prompt per line")
-    with path.open("rb") as file:
-        lines = [(number, text) for number, text in enumerate(file, start=1) if text.strip()]
-    prompts = dict.fromkeys(_parse_line(text, path, number) for number, text in lines)
+    ending = path.suffix.lower()
+    if ending != TEXT_ENDING and ending not in ENDINGS:
+        raise ConfigurationError(
+            f"{setting} is {str(path)!r}, which has the ending {path.suffix!r}; convert or rename it to one of "
+            f"{', '.join((TEXT_ENDING, *ENDINGS))}"
+        )
+    column = CaptionColumn(path, caption_column)
+    found: list[str] = []
+    for row in read_lines(path) if ending == TEXT_ENDING else read_rows(path):
+        # A list of strings has no columns.
+        captions = [column.replace_surrogates(row.values, row.place)] if isinstance(row.values, str) else column.read(row)
+        found += [caption.strip() if ending == TEXT_ENDING else caption for caption in captions if caption.strip()]
+    column.warn_of_replacements()
+    prompts = list(dict.fromkeys(found))
     if not prompts:
         raise ConfigurationError(f"{path} of {setting} is empty; write one prompt per line")
-    return list(prompts)
-
-
-def _parse_line(text: bytes, path: Path, line: int) -> str:
-    try:
-        if path.suffix != ".jsonl":
-            return text.decode().strip()
-        entry = json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ConfigurationError(f"line {line} of {path} cannot be parsed ({error}); correct or remove it") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise ConfigurationError(f'line {line} of {path} has no string under "text"; correct or remove it')
-    return str(entry["text"])
+    rank_zero_info(f"{len(prompts)} prompts in {path}, {len(found) - len(prompts)} duplicates skipped")
+    return prompts
 
 
 def split(prompts: Sequence[str], count: int) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,10 @@ def test_mid_epoch_resume_is_exact(folder, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("damage", ["missing", "not an image", "truncated"])
+@pytest.mark.parametrize("damage", ["not an image", "truncated"])
 def test_error_names_the_unreadable_image(folder, damage, num_workers):
     path = folder / "005.png"
-    if damage == "missing":
-        path.unlink()
-    elif damage == "not an image":
+    if damage == "not an image":
         path.write_text("<html>not found</html>")
     else:
         Image.fromarray(np.random.randint(0, 255, (24, 20, 3), dtype=np.uint8)).save(path)
@@ -158,16 +157,16 @@ def test_error_names_the_unreadable_image(folder, damage, num_workers):
     with pytest.raises(UnreadableImageError) as caught:
         list(loader)
     message = str(caught.value)
-    assert message.startswith(f"{path} of line 6 of {folder / 'metadata.jsonl'} cannot be decoded as an image (")
-    assert message.endswith("; replace the file or remove the line")
+    assert message.startswith(f"{path}, named in line 6 of metadata.jsonl, cannot be decoded as an image (")
+    assert message.endswith("; replace the file or remove its caption")
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{file_name: 1}", "line 3 of .*metadata.jsonl is not a JSON object"),
-        ("[1, 2]", 'line 3 of .*metadata.jsonl has no string under "file_name"'),
+        ("{file_name: 1}", "line 3 of .*metadata.jsonl is not JSON"),
+        ("[1, 2]", "line 3 of .*metadata.jsonl is not a JSON object"),
         ('{"text": "a cat"}', 'line 3 of .* has no string under "file_name"; correct or remove it'),
         ('{"file_name": "a.png"}', 'line 3 of .* has no string under "text"'),
         ('{"file_name": "a.png", "text": null}', 'line 3 of .* has no string under "text"'),
@@ -185,12 +184,83 @@ def test_metadata_line_without_utf8_raises(tmp_path):
         set_up(tmp_path)
 
 
+def test_missing_files_are_counted_before_the_first_batch(folder):
+    for name in ("005.png", "017.png"):
+        (folder / name).unlink()
+    os.mkfifo(folder / "017.png")
+    with pytest.raises(ConfigurationError) as caught:
+        set_up(folder)
+    assert str(caught.value) == (
+        f"2 image files of data.directory '{folder}' are missing or not regular files: '005.png', '017.png', first in line 6 "
+        "of metadata.jsonl; names are relative to the directory: add the files, correct the names, or remove the lines"
+    )
+    lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metadata.jsonl").write_text("".join(line for i, line in enumerate(lines) if i not in (5, 17)))
+    assert sum(len(batch["prompt"]) for batch in set_up(folder, batch_size=1).train_dataloader()) == 16
+
+
+def test_all_files_missing_by_a_wrong_prefix(folder):
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace('"file_name": "', '"file_name": "train/'))
+    with pytest.raises(
+        ConfigurationError, match=r"^20 image files of .*: 'train/000.png', 'train/001.png', 'train/002.png', ..., f"
+    ):
+        set_up(folder)
+
+
+def test_max_pixels(folder):
+    assert list(set_up(folder, max_pixels=480).train_dataloader())
+    with pytest.raises(UnreadableImageError, match=r"24 x 20 pixels are more than data\.max_pixels 479"):
+        list(set_up(folder, max_pixels=479).train_dataloader())
+
+
+# Several captions
+
+
+def list_captions(folder: Path) -> None:
+    lines = [json.dumps({"file_name": f"{i:03}.png", "text": [f"{i} {word}" for word in "abcd"]}) for i in range(20)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def epoch_captions(data: ImageFolder, epochs: int) -> list[dict[str, str]]:
+    loader = data.train_dataloader()
+    found = []
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        found.append(dict(prompt.split() for batch in loader for prompt in batch["prompt"]))
+    return found
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_chooses_one_of_several_captions(folder, num_workers):
+    list_captions(folder)
+    chosen = epoch_captions(set_up(folder, num_workers=num_workers, batch_size=1), 3)
+    assert chosen == epoch_captions(set_up(folder, batch_size=2), 3)  # as the samples, whatever their batches
+    assert chosen != epoch_captions(set_up(folder, batch_size=1, seed=1), 3)
+    assert all(len(set(epoch.values())) > 1 for epoch in chosen)
+    assert all(len({epoch[key] for epoch in chosen}) <= 3 for key in chosen[0])
+    assert sum(chosen[0][key] != chosen[1][key] for key in chosen[0]) > 6
+
+
+def test_validation_has_the_first_of_several_captions(folder):
+    list_captions(folder)
+    assert {prompt.split()[1] for prompt in prompts(set_up(folder).val_dataloader())} == {"a"}
+
+
+def test_encoding_the_first_of_several_captions_is_said(folder):
+    list_captions(folder)
+    with pytest.warns(
+        UserWarning, match=r"18 images of data\.directory have several captions: only the first of each is encoded"
+    ):
+        set_up(folder).splits()
+
+
 def test_invalid_directories_raise(folder, tmp_path):
     with pytest.raises(ConfigurationError, match=r"data.directory is '.*absent', which is not a directory"):
         set_up(tmp_path / "absent")
     with pytest.raises(ConfigurationError, match=r"data.validation_directory is '.*absent', which is not a directory"):
         set_up(folder, validation_directory=str(tmp_path / "absent"))
-    with pytest.raises(ConfigurationError, match=r"which has no metadata.jsonl; write one"):
+    with pytest.raises(ConfigurationError, match=r"which has no metadata.jsonl, and no .txt beside its 20 images"):
         set_up(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")
     with pytest.raises(ConfigurationError, match=r"metadata.jsonl of data.directory is empty"):
@@ -210,6 +280,7 @@ def test_setup_raises_for_too_few_samples(folder):
         ({"width": -512}, "data.width is -512"),
         ({"batch_size": 0}, "data.batch_size is 0"),
         ({"num_workers": -1}, "data.num_workers is -1"),
+        ({"max_pixels": 0}, "data.max_pixels is 0; set it to 1 or more pixels"),
         ({"validation_share": 0.0}, "data.validation_share is 0.0; set it above 0 and below 1"),
         ({"validation_share": 1.0}, "data.validation_share is 1.0"),
     ],

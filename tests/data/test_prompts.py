@@ -7,7 +7,9 @@ import torch
 
 from lightning_distill.commands.main import main
 from lightning_distill.data import Prompts
+from lightning_distill.data.prompts import read_prompts
 from lightning_distill.errors import ConfigurationError
+from tests.data.tables import write_table
 
 TEXTS = [f"prompt {i}" for i in range(20)]
 
@@ -72,9 +74,16 @@ def test_loader_resumes_from_its_state(file: Path) -> None:
     [
         ("absent.txt", None, "data.file is .* which is not a file"),
         ("empty.txt", b"\n\n", "is empty"),
-        ("latin.txt", b"caf\xe9\n", "line 1 of .* cannot be parsed"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2 of .* cannot be parsed"),
-        ("keyless.jsonl", b'{"caption": "a"}', 'no string under "text"'),
+        ("latin.txt", b"caf\xe9\n", "line 1 of .* is not UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2 of .* is not JSON"),
+        (
+            "keyless.jsonl",
+            b'{"words": "a"}',
+            'no string under "text", "caption" or "prompt"; set data.caption_column',
+        ),
+        ("list.yaml", b"- a\n- b", r"which has the ending '\.yaml'; convert or rename it to one of \.txt, \.jsonl, \.json, "),
+        ("prompts", b"a\nb", "which has the ending ''; convert or rename it"),
+        ("few_validation.txt", b"a\nb\nc\n", r"data\.validation_samples is 3, but data\.file .* has only 3 prompts"),
         ("few.txt", b"a\nb\nc\nd\ne\n", "2 training samples are too few for a batch"),
     ],
 )
@@ -84,6 +93,29 @@ def test_invalid_files_raise_one_line(name: str, content: bytes | None, message:
     with pytest.raises(ConfigurationError, match=message) as caught:
         set_up(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.JSON", "prompts.Csv", "prompts.tsv", "prompts.parquet"])
+def test_tables(name: str, tmp_path: Path) -> None:
+    path = write_table(tmp_path / name, [{"id": number, "prompt": text} for number, text in enumerate(TEXTS)])
+    assert read_prompts(path, "data.file") == TEXTS
+    assert read_prompts(path, "data.file", "prompt") == TEXTS
+
+
+@pytest.mark.parametrize("content", ['["a", "b", ""]', '[{"text": "a"}, {"text": ["b", "a"]}]', '"a"\n"b"\n'])
+def test_lists_in_json(content: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text(content)
+    assert read_prompts(tmp_path / "prompts.json", "data.file") == ["a", "b"]
+
+
+def test_home_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert len(texts(set_up(Path("~/prompts.txt"), validation_file="$HOME/prompts.txt").val_dataloader())) == 20
+
+
+def test_few_prompts_suffice_to_validate(tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    assert texts(set_up(tmp_path / "few.txt", "validate").val_dataloader()) == ["a", "b"]
 
 
 def test_invalid_settings_raise() -> None:
