@@ -9,6 +9,7 @@ import yaml
 
 from lightning_distill.commands.suggestions import nearest
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.paths import expand_path
 
 BASE = "base"
 LARGEST_NODE_COUNT = 100_000
@@ -37,7 +38,7 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigurationError: If there is no such file.
     """
-    path = Path(name)
+    path = Path(expand_path(name, "config"))
     if path.is_file():
         return path
     shipped = config_directory() / name

@@ -19,6 +19,7 @@ import lightning_distill.students
 from lightning_distill.commands import PROGRAM
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.outputs import atomic_file, check_file
+from lightning_distill.paths import expand_path
 from lightning_distill.students.few_step import FewStepPipeline, unwrap_tokenizer
 from lightning_distill.students.lora_student import SETTINGS, load_lora_student
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
@@ -46,6 +47,10 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         ConfigurationError: If an argument is invalid.
     """
     arguments = build_parser(name).parse_args(argv)
+    arguments.out = Path(expand_path(str(arguments.out), "--out"))
+    arguments.pipeline = expand_path(arguments.pipeline, "--pipeline")
+    if arguments.base is not None:
+        arguments.base = expand_path(arguments.base, "--base")
     if arguments.nfe < 1:
         raise ConfigurationError(f"--nfe is {arguments.nfe}; set it to at least 1 step")
     for option, value in (("height", arguments.height), ("width", arguments.width)):

@@ -27,6 +27,7 @@ from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
 from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
 from lightning_distill.commands.config_files import check_numbers, flatten
+from lightning_distill.commands.config_paths import expand_paths
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
@@ -116,6 +117,7 @@ class DistillCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, without Lightning's warning about a call from Python."""
         self.config = parser.parse_args(args)
+        expand_paths(self._settings)
         if self._is_training:
             choose_directory(self._settings.trainer, self._settings.ckpt_path)
         self._dump_config()

@@ -35,6 +35,11 @@ def test_the_working_directory_has_priority(shipped):
     assert find_config("one.yaml").read_text() == "model: mine\n"
 
 
+def test_home_directory_of_a_config(shipped, monkeypatch):
+    monkeypatch.setenv("HOME", str(shipped))
+    assert find_config("~/two.yaml") == shipped / "two.yaml"
+
+
 def test_a_path_never_names_a_shipped_config(shipped):
     with pytest.raises(ConfigurationError):
         find_config("elsewhere/one.yaml")

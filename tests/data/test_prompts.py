@@ -123,13 +123,6 @@ def test_invalid_settings_raise() -> None:
         Prompts("prompts.txt", validation_samples=0)
 
 
-def test_validation_samples_leave_prompts_for_training(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("a red circle\na blue square\n")
-    with pytest.raises(ConfigurationError, match=r"data\.validation_samples is 64, which leaves none of the 2 prompts of "):
-        Prompts(str(file), batch_size=1).setup("fit")
-
-
 def test_embedded_teacher_distillation_from_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     colors, shapes = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
