@@ -212,7 +212,16 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*has other model settings")
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow),
+    ],
+)
 def test_resume_is_exact_after_a_signal(tmp_path, sent, code):
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
     for directory in (uninterrupted, interrupted):
@@ -227,20 +236,21 @@ def test_resume_is_exact_after_a_signal(tmp_path, sent, code):
     main(command(interrupted, "--ckpt_path=last", "--seed_everything=5"))
     after = read_losses(interrupted / "losses.jsonl")
     assert after == expected[-len(after) :]
-    if sent == signal.SIGTERM:  # the checkpoint is from the signal, not from the last multiple of two
+    if sent != signal.SIGKILL:  # the checkpoint is from the signal, not from the last multiple of two
         assert len(before) + len(after) == 15
     else:
         assert 15 <= len(before) + len(after) <= 17
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("process_group", [False, True], ids=["first process", "all processes"])
-def test_two_processes_end_together_at_sigterm_and_resume(tmp_path, process_group):
-    """A cluster's scheduler signals every process of a job; `kill` signals only the first process."""
+def test_two_processes_end_together_at_a_signal_and_resume(tmp_path, process_group, sent, code):
+    """A cluster's scheduler and a terminal signal every process of a job; `kill` signals only the first process."""
     ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
     arguments = command(tmp_path, *ddp, "--trainer.callbacks.every_n_train_steps=100")  # so that only the signal saves
     losses = tmp_path / "losses.jsonl"
-    assert interrupt([*arguments, "--model.pause=0.2"], losses, 8, signal.SIGTERM, process_group) == 143
+    assert interrupt([*arguments, "--model.pause=0.2"], losses, 8, sent, process_group) == code
     before = len(losses.read_text().splitlines())
     assert 8 <= before < 30
     losses.unlink()

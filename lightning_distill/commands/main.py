@@ -61,6 +61,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _exit(str(cause), 2)
     except RunError as error:
         _exit(str(error), 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
     except OSError as error:
         if (failed := storage_error(error)) is None:
             raise

@@ -23,7 +23,7 @@ from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.predictions import WritePredictions
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.sanity import StopOnNonFinite
-from lightning_distill.callbacks.termination import EXIT_CODE, JointTermination
+from lightning_distill.callbacks.termination import EXIT_CODE, INTERRUPTED, JointTermination
 from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
 from lightning_distill.commands.config_files import check_numbers, flatten
@@ -227,6 +227,10 @@ def main(arguments: Sequence[str], name: str) -> None:
     except SIGTERMException as signal:
         # Lightning raises it without a code. The process would exit with 0, as after a complete run.
         sys.exit(EXIT_CODE if signal.code is None else signal.code)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # before or after training; Lightning's code is 1
+            sys.exit(INTERRUPTED)
+        raise
 
 
 def trainer_error(error: Exception, config: dict[str, Any]) -> ConfigurationError:
