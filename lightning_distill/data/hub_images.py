@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lightning_distill.data.image_files import ImageDecodeError, read_size
 from lightning_distill.data.source_paths import find_files, split_patterns
@@ -11,13 +11,18 @@ from lightning_distill.data.tar_captions import CAPTION_COLUMNS
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
 
+if TYPE_CHECKING:
+    import datasets
+
+_INTEGERS = ("int16", "int32", "int64", "uint16", "uint32", "uint64")
+
 
 class HubImages:
     """Random access to the samples of one split.
 
-    Image sizes are display sizes, after EXIF rotation. They come from the columns `height` and `width` if both exist. Otherwise
-    image headers are read once, and the cache of `datasets` stores the sizes. Samples without a caption or with an unreadable
-    header are skipped.
+    Image sizes are display sizes, after EXIF rotation. They come from the columns `height` and `width` if both have integers.
+    Otherwise image headers are read once, and the cache of `datasets` stores the sizes. Samples without a caption or with an
+    unreadable header are skipped and counted.
 
     Args:
         source: Hub id; directory of Parquet files or in the `imagefolder` layout; or patterns of `.parquet` files.
@@ -34,62 +39,36 @@ class HubImages:
     def __init__(
         self, source: str | list[str], split: str, image_column: str, caption_column: str | None, setting: str
     ) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ConfigurationError(
-                f'{setting} needs the package datasets; install it with pip install -c constraints.txt -e ".[data]"'
-            ) from error
-        name = source if isinstance(source, str) else ", ".join(source)
-        patterns = split_patterns(source)
-        is_parquet = bool(patterns) and all(pattern.endswith(".parquet") for pattern in patterns)
-        if len(patterns) != 1 and not is_parquet:
-            raise ConfigurationError(f"{setting} is {name!r}; give one Hub id or directory, or tar or .parquet files")
-        files = [str(path) for path in find_files(source, setting)] if is_parquet else []
-        try:
-            if is_parquet:
-                loaded = datasets.load_dataset("parquet", data_files=files, split=split)
-            else:
-                loaded = datasets.load_dataset(expand_path(patterns[0], setting), split=split)
-        except (OSError, ValueError) as error:  # from the Hub and from local files
-            reason = " ".join(str(error).split())
-            raise ConfigurationError(
-                f"{setting} is {name!r}, whose split {split!r} cannot be loaded ({reason}); correct the name, or log in to the "
-                "Hub"
-            ) from error
+        self.name = source if isinstance(source, str) else ", ".join(source)
+        self.image_column = image_column
+        loaded = _load(source, split, setting, self.name)
         columns = loaded.column_names
         if caption_column is None:
             caption_column = next((column for column in CAPTION_COLUMNS if column in columns), CAPTION_COLUMNS[0])
         for column, option in ((image_column, "image_column"), (caption_column, "caption_column")):
             if column not in columns:
                 raise ConfigurationError(
-                    f"data.{option} is {column!r}, but {name!r} has the columns {', '.join(columns)}; choose one of these"
+                    f"data.{option} is {column!r}, but {self.name!r} has the columns {', '.join(columns)}; choose one of these"
                 )
-        rows = loaded.cast_column(image_column, datasets.Image(decode=False))
-        if {"height", "width"} <= set(rows.column_names):
-            sizes = rows.select_columns(["height", "width"])
-        else:
-            sizes = rows.map(
-                _read_size, fn_kwargs={"column": image_column}, remove_columns=rows.column_names, desc="Reading sizes"
-            )
-        heights, widths, captions = [each or 0 for each in sizes["height"]], sizes["width"][:], rows[caption_column][:]
-        valid_rows = [i for i in range(len(rows)) if heights[i] > 0 and isinstance(captions[i], str)]
+        rows = _without_decoding(loaded, image_column)
+        sizes, captions = _sizes(rows, image_column), rows[caption_column][:]
         self.skipped, self.remarks = Tally(), Tally()
-        for i, (height, caption) in enumerate(zip(heights, captions, strict=True)):
-            if not height > 0:
+        self.row_numbers: list[int] = []
+        for i, ((height, width), caption) in enumerate(zip(sizes, captions, strict=True)):
+            if min(height, width) < 1:
                 self.skipped.add("images that are unreadable", f"row {i}")
             elif not isinstance(caption, str):
                 self.skipped.add("images without a caption", f"row {i}")
-        if not valid_rows:
+            else:
+                self.row_numbers.append(i)
+        if not self.row_numbers:
             raise ConfigurationError(
-                f"{setting} is {name!r}, which has no readable image with a caption; choose another data set"
+                f"{setting} is {self.name!r}, which has no readable image with a caption under {caption_column!r}, a text "
+                f"({self.skipped or 'it has no rows'}); choose another data set, or set data.caption_column"
             )
-        self.name = name
-        self.image_column = image_column
-        self.rows = rows.select(valid_rows)
-        self.row_numbers = valid_rows
-        self.captions = [captions[i] for i in valid_rows]
-        self.sizes = [(heights[i], widths[i]) for i in valid_rows]
+        self.rows = rows.select(self.row_numbers)
+        self.captions = [captions[i] for i in self.row_numbers]
+        self.sizes = [sizes[i] for i in self.row_numbers]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -109,6 +88,57 @@ class HubImages:
     def open_image(self, index: int) -> Path | BinaryIO:
         """Path or content of the image file of a sample."""
         return _open(self.rows[index][self.image_column])
+
+
+def _load(source: str | list[str], split: str, setting: str, name: str) -> "datasets.Dataset":
+    """Load the data set of a source.
+
+    Raises:
+        ConfigurationError: If `datasets` is not installed, or the data set cannot be loaded.
+    """
+    try:
+        import datasets
+        import pyarrow
+    except ImportError as error:
+        raise ConfigurationError(
+            f'{setting} needs the package datasets; install it with pip install -c constraints.txt -e ".[data]"'
+        ) from error
+    patterns = split_patterns(source)
+    is_parquet = bool(patterns) and all(pattern.endswith(".parquet") for pattern in patterns)
+    if len(patterns) != 1 and not is_parquet:
+        raise ConfigurationError(f"{setting} is {name!r}; give one Hub id or directory, or tar or .parquet files")
+    files = [str(path) for path in find_files(source, setting)] if is_parquet else []
+    try:
+        if is_parquet:
+            return datasets.load_dataset("parquet", data_files=files, split=split)
+        return datasets.load_dataset(expand_path(patterns[0], setting), split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:500]
+        raise ConfigurationError(
+            f"{setting} is {name!r}, whose split {split!r} cannot be loaded ({reason}); correct the name, replace damaged "
+            "files, or log in to the Hub"
+        ) from error
+
+
+def _without_decoding(loaded: "datasets.Dataset", column: str) -> "datasets.Dataset":
+    """Data set whose column has encoded image files or their paths."""
+    import datasets
+    import pyarrow
+
+    try:
+        return loaded.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        raise ConfigurationError(
+            f"data.image_column is {column!r}, whose values are no images but {loaded.features[column]}; choose another one of "
+            f"{', '.join(loaded.column_names)}"
+        ) from error
+
+
+def _sizes(rows: "datasets.Dataset", column: str) -> list[tuple[int, int]]:
+    """Heights and widths of the images in pixels; below 1 for images whose headers cannot be read."""
+    if any(getattr(rows.features.get(name), "dtype", "") not in _INTEGERS for name in ("height", "width")):
+        rows = rows.map(_read_size, fn_kwargs={"column": column}, remove_columns=rows.column_names, desc="Reading sizes")
+    return [(int(height or 0), int(width or 0)) for height, width in zip(rows["height"][:], rows["width"][:], strict=True)]
 
 
 def _open(image: dict[str, Any]) -> Path | BinaryIO:

@@ -14,7 +14,6 @@ from PIL import ExifTags, Image
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.data import ImageText
-from lightning_distill.data.hub_images import HubImages
 from lightning_distill.data.image_files import UnreadableImageError
 from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
@@ -191,76 +190,6 @@ def test_images_in_small_buckets_are_counted(folder: Path) -> None:
     write_shard(folder / "shards" / "003.tar", 0, 1)  # 17 images in the first bucket, 16 in each of the others
     with pytest.warns(UserWarning, match=r"never trains on 32 images, in buckets of fewer than data\.batch_size 17 images"):
         set_up(folder, batch_size=17)
-
-
-# Data sets of Hugging Face
-
-
-@pytest.fixture
-def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write the images of `folder` to two Parquet files, one caption missing, one image broken; and a validation folder."""
-    datasets = pytest.importorskip("datasets", reason='needs datasets: pip install -c constraints.txt -e ".[data]"')
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for part in range(2):
-        rows = [{"bytes": encoded_image(5 * i, SHAPES[i % 3]), "path": None} for i in range(24 * part, 24 * part + 24)]
-        captions = [f"image {i}" for i in range(24 * part, 24 * part + 24)]
-        if part:
-            rows[-1]["bytes"], captions[-2] = b"not an image", None
-            rows[-3] = None
-        columns = {"image": rows, "caption": captions, "id": list(range(24))}
-        features = datasets.Features(
-            {"image": datasets.Image(), "caption": datasets.Value("string"), "id": datasets.Value("int64")}
-        )
-        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f"{part}.parquet")
-    (tmp_path / "images").mkdir()
-    for i in range(3):
-        (tmp_path / "images" / f"{i}.png").write_bytes(encoded_image(5 * i, (32, 32)))
-    lines = [json.dumps({"file_name": f"{i}.png", "caption": f"image {i}"}) for i in range(3)]
-    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
-    return tmp_path
-
-
-def test_hugging_face_data_sets(parquet: Path) -> None:
-    sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "images")}
-    data = set_up(parquet, batch_size=2, **sources)
-    seen = []
-    for batch in data.train_dataloader():
-        assert len({tuple(image.shape) for image in batch["image"]}) == 1
-        for prompt, image in zip(batch["prompt"], batch["image"], strict=True):
-            assert torch.allclose(image, torch.tensor(int(prompt.split()[1]) * 5 / 127.5 - 1), atol=1e-5)
-            seen.append(prompt)
-    assert set(seen) <= {f"image {i}" for i in range(45)}
-    assert 42 <= len(seen) == len(set(seen))
-    (batch,) = set_up(parquet, "validate", **sources).val_dataloader()
-    assert batch["prompt"] == ["image 0", "image 1", "image 2"]
-
-
-def test_location_is_the_row_number_of_the_source(parquet: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    rows = [{"bytes": content, "path": None} for content in (b"not an image", encoded_image(1, (32, 32)))]
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    file = str(parquet / "broken.parquet")
-    datasets.Dataset.from_dict({"image": rows, "caption": ["one", "two"]}, features).to_parquet(file)
-    assert HubImages(file, "train", "image", "caption", "data.source").location(0) == f"row 1 of {file}"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"source": "absent/*.parquet"}, r"data\.source is 'absent/\*\.parquet', which matches no file"),
-        ({"source": "absent"}, r"data\.source is 'absent', whose split 'train' cannot be loaded"),
-        ({"source": ["a", "b"]}, r"data\.source is 'a, b'; give one Hub id or directory, or tar or \.parquet files"),
-        ({"source": ""}, r"data\.source is ''; give one Hub id"),
-        ({"caption_column": "text"}, r"data\.caption_column is 'text', but .* has the columns image, caption, id; choose"),
-        ({"image_column": "png"}, r"data\.image_column is 'png'"),
-        ({"validation_source": None}, r"whose split 'validation' cannot be loaded"),
-    ],
-)
-def test_invalid_data_sets_raise_one_line(settings: dict[str, Any], message: str, parquet: Path) -> None:
-    sources = {"source": str(parquet / "*.parquet"), "validation_source": str(parquet / "*.parquet")}
-    with pytest.raises(ConfigurationError, match=message) as caught:
-        set_up(parquet, **sources | settings)
-    assert "\n" not in str(caught.value)
 
 
 # Broken images
