@@ -16,11 +16,38 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.processes import ROOT, TAIL, TIMEOUT, clean_environment
+
+
+class RunningScript:
+    """A script in a forked process.
+
+    Attributes:
+        pid: Its process and process group; that of the first rank if there are several.
+        output: The joint output of all processes, after the script has ended.
+    """
+
+    def __init__(self, pid: int, codes: IO[str]) -> None:
+        self.pid = pid
+        self.output = ""
+        self._codes = codes
+        self._code: int | None = None
+
+    def wait(self, timeout: float | None) -> int | None:
+        """The first exit code other than 0, or 0; None if a process runs longer than `timeout` seconds."""
+        if self._code is None and select.select([self._codes], [], [], timeout)[0]:
+            self._code = int(self._codes.readline())
+        return self._code
+
+    def kill(self) -> None:
+        """Kill all processes, and wait until they have ended."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(None)
 
 
 class PreloadedPython:
@@ -41,25 +68,57 @@ class PreloadedPython:
             text=True,
         )
 
-    def run(
+    @contextlib.contextmanager
+    def start(
         self,
         command: Sequence[str | Path],
         directory: Path,
         *,
         processes: int = 1,
         environment: dict[str, str] | None = None,
-        timeout: float = TIMEOUT,
-        check: bool = True,
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a script in one or more forked processes; none of them outlives the call.
+    ) -> Iterator[RunningScript]:
+        """Start a script in one or more forked processes; none of them outlives the context.
 
         Args:
             command: A script or `-m` and a module, and arguments.
             directory: Working directory.
             processes: Number of processes. Several are ranks of one machine, as a launcher starts them.
             environment: Environment; None is `clean_environment()`. Variables that are read at an import have no effect.
+        """
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with tempfile.NamedTemporaryFile("w+", errors="replace") as output:
+            request = {
+                "command": [*map(str, command)],
+                "directory": str(directory),
+                "processes": processes,
+                "environment": clean_environment() if environment is None else environment,
+                "output": output.name,
+            }
+            print(json.dumps(request), file=stdin, flush=True)
+            script = RunningScript(int(stdout.readline()), stdout)
+            try:
+                yield script
+            except BaseException:  # such as the time limit of the test
+                print(output.read()[-TAIL:])
+                raise
+            finally:
+                script.kill()
+                output.seek(0)
+                script.output = output.read()
+
+    def run(
+        self, command: Sequence[str | Path], directory: Path, *, timeout: float = TIMEOUT, check: bool = True, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script to its end.
+
+        Args:
+            command: A script or `-m` and a module, and arguments.
+            directory: Working directory.
             timeout: Seconds after which all processes are killed.
             check: Whether the exit code must be 0.
+            options: Further arguments of `start`.
 
         Returns:
             The first exit code other than 0, if any, and in `stdout` the joint output of all processes.
@@ -67,47 +126,19 @@ class PreloadedPython:
         Raises:
             AssertionError: If the command fails or exceeds its time; the message ends with the output.
         """
-        line = [*map(str, command)]
-        with tempfile.NamedTemporaryFile("w+", errors="replace") as output:
-            request = {
-                "command": line,
-                "directory": str(directory),
-                "processes": processes,
-                "environment": clean_environment() if environment is None else environment,
-                "output": output.name,
-            }
-            print(json.dumps(request), file=self._stdin, flush=True)
-            group = int(self._stdout.readline())
-            try:
-                finished = bool(select.select([self._stdout], [], [], timeout)[0])
-            except BaseException:  # such as the time limit of the test
-                print(output.read()[-TAIL:])
-                raise
-            finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal.SIGKILL)
-                code = int(self._stdout.readline())
-            text = output.read()
-        if not finished:
-            raise AssertionError(f"{' '.join(line)} exceeded {timeout:g} seconds; its output:\n{text[-TAIL:]}")
+        with self.start(command, directory, **options) as script:
+            code = script.wait(timeout)
+        line = " ".join(map(str, command))
+        if code is None:
+            raise AssertionError(f"{line} exceeded {timeout:g} seconds; its output:\n{script.output[-TAIL:]}")
         if check and code != 0:
-            raise AssertionError(f"{' '.join(line)} exited with {code}; its output:\n{text[-TAIL:]}")
-        return subprocess.CompletedProcess(line, code, text)
+            raise AssertionError(f"{line} exited with {code}; its output:\n{script.output[-TAIL:]}")
+        return subprocess.CompletedProcess([*map(str, command)], code, script.output)
 
     def close(self) -> None:
         """End the process."""
-        self._stdin.close()
-        self.process.wait()
-        self._stdout.close()
+        self.process.communicate()
         self.code.cleanup()
-
-    @property
-    def _stdin(self) -> Any:
-        return self.process.stdin
-
-    @property
-    def _stdout(self) -> Any:
-        return self.process.stdout
 
 
 @functools.cache

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.commands.main import main
 from lightning_distill.data import ShapesData
 from lightning_distill.data.epoch_sampler import EpochSampler
-from tests.processes import ROOT, clean_environment, run_isolated
+from tests.preloaded import with_package
+from tests.processes import ROOT
 from tests.toy import ManualToyModule, ToyModule, read_losses
 
 STEPS_PER_EPOCH = 5
@@ -178,37 +177,28 @@ def command(directory: Path, *options: str) -> list[str]:
 
 
 def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signals, process_group: bool = False) -> int:
-    """Run a command in a subprocess, send it a signal after some steps, and return its exit code.
+    """Run a command in another process, send it a signal after some steps, and return its exit code.
 
     Args:
         arguments: Arguments of the command.
         losses: File with a line per step and process.
         after: Number of lines before the signal.
         sent: The signal.
-        process_group: Whether the processes that the command started receive the signal as well.
+        process_group: Whether the processes that Lightning starts receive the signal as well.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_distill", *arguments],
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+    with with_package().start(["-m", "lightning_distill", *arguments], ROOT) as process:
         deadline = time.monotonic() + 120
         while not losses.exists() or len(losses.read_text().splitlines()) < after:
-            assert process.poll() is None, "the run ended before it was interrupted"
+            assert process.wait(0) is None, "the run ended before it was interrupted"
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.02)
         if process_group:
             os.killpg(process.pid, sent)
         else:
-            process.send_signal(sent)
-        return process.wait(60)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.kill(process.pid, sent)
+        code = process.wait(60)
+    assert code is not None, "the run did not end"
+    return code
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*has other model settings")
@@ -255,7 +245,7 @@ def test_two_processes_end_together_at_a_signal_and_resume(tmp_path, process_gro
     assert 8 <= before < 30
     losses.unlink()
     resumed = [*arguments, "--ckpt_path=last"]
-    run_isolated(["-m", "lightning_distill", *resumed], ROOT)
+    with_package().run(["-m", "lightning_distill", *resumed], ROOT, processes=2)
     assert before + len(losses.read_text().splitlines()) == 30
 
 
@@ -267,7 +257,7 @@ def test_resume_is_exact_on_two_processes(tmp_path):
     for directory, options in ((uninterrupted, []), (resumed, resume)):
         directory.mkdir()
         arguments = command(directory, *ddp, "--trainer.callbacks.save_top_k=-1", *options)
-        run_isolated(["-m", "lightning_distill", *arguments], ROOT)
+        with_package().run(["-m", "lightning_distill", *arguments], ROOT, processes=2)
     lines = [json.loads(line) for line in (uninterrupted / "losses.jsonl").read_text().splitlines()]
     resumed_lines = [json.loads(line) for line in (resumed / "losses.jsonl").read_text().splitlines()]
     for epoch in range(3):
@@ -285,7 +275,8 @@ def test_another_number_of_processes_continues_the_epoch_without_repeats(tmp_pat
     for processes, options in ((saved, ["--trainer.max_steps=4"]), (resumed, ["--ckpt_path=last", "--trainer.max_steps=11"])):
         strategy = [f"--trainer.devices={processes}", *(["--trainer.strategy=ddp"] if processes > 1 else [])]
         data = ["--data.batch_size=4", "--data.size=44", "--trainer.max_epochs=-1"]
-        run_isolated(["-m", "lightning_distill", *command(tmp_path, *strategy, *data, *options)], ROOT)
+        arguments = command(tmp_path, *strategy, *data, *options)
+        with_package().run(["-m", "lightning_distill", *arguments], ROOT, processes=processes)
     lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert len(lines) == 4 * saved + 7 * resumed
     first = 4 + (44 - 16 * saved) // (4 * resumed)  # steps of the first epoch

@@ -17,7 +17,8 @@ from lightning_distill.commands.main import main
 from lightning_distill.commands.run_directory import CHOSEN, DEFAULT, has_run
 from lightning_distill.commands.run_lock import LOCK
 from lightning_distill.commands.training import DistillCLI
-from tests.processes import ROOT, run_isolated
+from tests.preloaded import with_package
+from tests.processes import ROOT
 
 CONFIG = """
 trainer:
@@ -186,7 +187,7 @@ def test_processes_of_a_launcher_raise_in_an_occupied_directory(capsys, monkeypa
 
 def test_processes_that_lightning_starts_use_the_same_directory(work, finished):
     arguments = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=1")
-    run_isolated(["-m", "lightning_distill", "fit", "--config", "run.yaml", *arguments], work)
+    with_package().run(["-m", "lightning_distill", "fit", "--config", "run.yaml", *arguments], work)
     assert Path(LAST).read_bytes() == finished
     assert steps("runs/demo-2") == 1
     assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2"]
