@@ -41,8 +41,8 @@ class Summary:
     """Figures of a finished run, the contents of `summary.json`. Numbers of steps are keys, as strings.
 
     Attributes:
-        teacher: Overall metric of the teacher by number of steps, in [0, 1].
-        student: Overall metric of the student by number of steps, in [0, 1].
+        teacher: Overall metric of the teacher by number of steps.
+        student: Overall metric of the student by number of steps.
         minutes: Time of training with its validations, over all resumed parts.
         categories: The metric by network, number of steps and category.
         diversity: `PromptDiversity` by network and number of steps.
@@ -166,7 +166,11 @@ class FinalReport(Callback):
             with atomic_file(directory / "images.png") as file:
                 image_grid(rows, columns).save(file, format="png")
         if module.metrics:
-            self._print(trainer, report_table(summary, _title(module)))
+            metric = next(iter(module.metrics.values()))
+            assert isinstance(metric, Metric)
+            title = f"{metric_name(metric).replace('_', ' ').capitalize()} on the validation prompts"
+            percent = is_rate(metric)
+            self._print(trainer, report_table(summary, f"{title}, %" if percent else title, percent))
         else:
             self._print(trainer, "Final report: model.metric is not set, so there are images but no accuracy.")
         self._print(trainer, f"Trained for {summary.minutes:.1f} minutes. See {directory}/images.png and summary.json.")
@@ -237,8 +241,23 @@ def validation_prompts(trainer: Trainer) -> Iterator[PromptBatch]:
             yield batch["index"].tolist(), list(batch["prompt"])
 
 
-def report_table(summary: Summary, title: str) -> Table:
-    """Table in percent: a row for each network and number of steps, a column for each category."""
+def is_rate(metric: Metric) -> bool:
+    """Whether a metric lies in [0, 1] by the bounds that torchmetrics gives its metrics."""
+    return (metric.plot_lower_bound, metric.plot_upper_bound) == (0, 1)
+
+
+def report_table(summary: Summary, title: str, percent: bool) -> Table:
+    """Table with a row for each network and number of steps, and a column for each category.
+
+    Args:
+        summary: The figures.
+        title: Title of the table.
+        percent: Whether the metric is a rate, whose values are printed in percent.
+    """
+
+    def cell(value: float) -> str:
+        return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+
     names = list(dict.fromkeys(name for rows in summary.categories.values() for row in rows.values() for name in row))
     table = Table(title=title, box=box.SIMPLE, padding=0)  # to fit 80 columns
     table.add_column("")
@@ -246,16 +265,11 @@ def report_table(summary: Summary, title: str) -> Table:
         table.add_column(name.replace("_", "\n"), justify="right")
     for network, rows in summary.categories.items():
         for nfe, categories in rows.items():
-            cells = [f"{100 * categories[name]:.1f}" if name in categories else "" for name in names]
-            cells.append(f"{100 * summary.accuracy[network][nfe]:.1f}")
+            cells = [cell(categories[name]) if name in categories else "" for name in names]
+            cells.append(cell(summary.accuracy[network][nfe]))
             if summary.diversity:
                 diversity = summary.diversity.get(network, {}).get(nfe)
                 cells.append("" if diversity is None else f"{diversity:.3f}")
             table.add_row(network, nfe, *cells)
         table.add_section()
     return table
-
-
-def _title(module: TeacherStudentBase) -> str:
-    metric = next(iter(module.metrics.values()))
-    return metric_name(metric).replace("_", " ").capitalize() + " on the validation prompts, %"

@@ -111,6 +111,11 @@ class SwitchSolution(Callback):
         self._weights: Weights | None = None
         self._warned = False
 
+    @property
+    def requires_metric(self) -> bool:
+        """Whether the switch depends on the monitored metric: without it, the switch comes at `latest_step`."""
+        return self.latest_step is None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the method's phases, and announce the target phase to the method.
 
@@ -148,7 +153,7 @@ class SwitchSolution(Callback):
         pending = self._is_pending(pl_module)
         if not pending and not self._can_roll_back(trainer):
             return
-        value = self._monitored_value(trainer, required=pending and self.latest_step is None)
+        value = self._monitored_value(trainer, required=pending and self.requires_metric)
         if value is None:
             return
         self.state.observed = value

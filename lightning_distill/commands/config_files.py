@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from lightning_distill.commands.suggestions import nearest
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
+from lightning_distill.suggestions import nearest
 
 BASE = "base"
 LARGEST_NODE_COUNT = 100_000

@@ -28,7 +28,7 @@ from lightning_distill.commands.setting_types import (
     subclass_names,
     with_article,
 )
-from lightning_distill.commands.suggestions import LISTED, suggestion
+from lightning_distill.suggestions import LISTED, suggestion
 
 OPTIONS = frozenset({"c", "h", "help", "print_config", "print_shtab"})
 """Options that are not settings."""

@@ -21,6 +21,7 @@ from lightning_distill.data.resumable import BatchDataset, ResumableData
 from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.encoder import EncodedData
+from lightning_distill.methods.setup_checks import check_image_sizes
 from lightning_distill.outputs import check_directory
 from lightning_distill.paths import expand_path
 from lightning_distill.teachers.model_adapter import ModelAdapter
@@ -128,6 +129,7 @@ def _check_inputs(model: LightningModule, data: LightningDataModule) -> tuple[Mo
             "subclass of ResumableData"
         )
     model.adapter.check()
+    check_image_sizes(model.adapter, model.validation, data)
     return model.adapter, data
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 
-from lightning_distill.commands.suggestions import nearest
+from lightning_distill.suggestions import nearest
 
 
 def interpolation_error(error: OmegaConfBaseException, known: Iterable[str]) -> str:

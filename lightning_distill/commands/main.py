@@ -11,9 +11,9 @@ from typing import NamedTuple, NoReturn
 
 from lightning_distill import __version__
 from lightning_distill.commands import PROGRAM
-from lightning_distill.commands.suggestions import nearest
 from lightning_distill.errors import RunError, find_configuration_error
 from lightning_distill.outputs import storage_error
+from lightning_distill.suggestions import nearest
 
 
 class Subcommand(NamedTuple):

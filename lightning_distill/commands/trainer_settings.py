@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_distill.commands.suggestions import suggestion
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.suggestions import suggestion
 
 SMALLEST: Mapping[str, int] = {
     "accumulate_grad_batches": 1,

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,11 @@ class ImageFolder(ResumableData):
         self.save_hyperparameters(logger=False)  # the logger's table has the model's settings, and names may clash
         self._train: ImageFolderDataset | None = None
         self._validation: ImageFolderDataset | None = None
+
+    @property
+    def image_sizes(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """Size (height, width) of all images in pixels, by the names of its settings."""
+        return {"data.height and data.width": [self.size]}
 
     def setup(self, stage: str | None = None) -> None:
         """Read the captions and look for the image files. Images are decoded when a batch is loaded.

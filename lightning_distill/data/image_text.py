@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -144,6 +145,11 @@ class ImageText(ResumableData):
         """Index the sources in one process per machine, unless they are already indexed."""
         for train in (True, False):
             self.open_source(train)
+
+    @property
+    def image_sizes(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """Sizes (height, width) of all buckets in pixels, by the names of their settings."""
+        return {"data.height, data.width and data.multiple": self.buckets}
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indices of the sources. Images are decoded when a batch is loaded.

@@ -1,6 +1,6 @@
 """Data loading that resumes mid-epoch with the exact next sample."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +43,11 @@ class ResumableData(LightningDataModule):
         self.num_workers = num_workers
         self._train: BatchDataset | None = None
         self._validation: BatchDataset | None = None
+
+    @property
+    def image_sizes(self) -> Mapping[str, Sequence[tuple[int, int]]]:
+        """Sizes (height, width) in pixels that settings give the images, by the names of these settings."""
+        return {}
 
     @property
     def training_buckets(self) -> Sequence[int] | None:

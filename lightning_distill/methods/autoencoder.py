@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods.monitors import check_monitors
 from lightning_distill.outputs import check_directory, writing
 
 
@@ -31,6 +32,9 @@ class Autoencoder(LightningModule):
         kl_weight: The weight beta, above 0. Larger values make the decoder more tolerant of imperfect latents.
         optimizer: Callable from parameters to an optimizer.
         lr_scheduler: Callable from the optimizer to a scheduler that steps once a batch, or None.
+
+    Raises:
+        ConfigurationError: If a setting is out of its range.
     """
 
     def __init__(
@@ -45,7 +49,16 @@ class Autoencoder(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        if kl_weight <= 0:
+        counts = {"layers_per_block": layers_per_block, "latent_channels": latent_channels, "norm_num_groups": norm_num_groups}
+        for name, count in counts.items():
+            if count < 1:
+                raise ConfigurationError(f"model.{name} is {count}; set it to at least 1")
+        if not block_out_channels or any(channels < 1 or channels % norm_num_groups for channels in block_out_channels):
+            raise ConfigurationError(
+                f"model.block_out_channels is {list(block_out_channels)}; list multiples of model.norm_num_groups, "
+                f"{norm_num_groups}, one a level"
+            )
+        if not kl_weight > 0:
             raise ConfigurationError(f"model.kl_weight is {kl_weight}; give a weight above 0, 1e-3 is usual")
         self.output = output
         self.kl_weight = kl_weight
@@ -66,7 +79,13 @@ class Autoencoder(LightningModule):
         self.moments: list[Tensor] = []  # mean and mean square of the latents of each of the last batches
 
     def setup(self, stage: str) -> None:
-        """Check that the autoencoder can be written."""
+        """Check the monitored metrics, and that the autoencoder can be written.
+
+        Raises:
+            ConfigurationError: If a callback monitors a metric that validation does not log, or `output` cannot be written.
+        """
+        if stage == "fit":
+            check_monitors(self.validation_metrics, self.trainer)
         if stage == "fit" and not self._is_dry_run:
             check_directory(self._target, "model.output")
 
@@ -88,6 +107,11 @@ class Autoencoder(LightningModule):
     @property
     def _target(self) -> Path:
         return Path(self.trainer.default_root_dir) / "vae" if self.output is None else Path(self.output)
+
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that validation logs, which callbacks can monitor."""
+        return ("val/mae",)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Reconstruct `batch["image"]`, (B, 3, H, W) in [-1, 1]."""

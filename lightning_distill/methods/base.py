@@ -23,8 +23,9 @@ from lightning_distill.methods.checkpoint_state import check_loaded_names, saved
 from lightning_distill.methods.encoder import Batch, BatchEncoder, encoded_data
 from lightning_distill.methods.evaluation import Evaluator, Network
 from lightning_distill.methods.guidance import Guidance
+from lightning_distill.methods.monitors import check_monitors
 from lightning_distill.methods.networks import GuidedCondition, Networks
-from lightning_distill.methods.setup_checks import check_optimizer, check_precision, check_strategy
+from lightning_distill.methods.setup_checks import check_image_sizes, check_optimizer, check_precision, check_strategy
 from lightning_distill.methods.time_embedder_drift import relative_change, report_drift
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import allow_clipping, flatten_block_state, split_parameters, unflatten_block_state
@@ -111,6 +112,10 @@ class TeacherStudentBase(LightningModule, ABC):
         cache_latents: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(adapter, ModelAdapter):
+            raise ConfigurationError(
+                f"model.adapter is {adapter!r}, which is not a ModelAdapter; set it to one, such as DiffusersAdapter"
+            )
         if _given_hyperparameters.get() is not None:
             # Settings of the command line are plain values; arguments given from Python are objects, which would be pickled.
             self.save_hyperparameters(logger=False)
@@ -242,6 +247,15 @@ class TeacherStudentBase(LightningModule, ABC):
         """
         return None
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that validation logs, which callbacks can monitor; methods with metrics of their own extend it.
+
+        A metric of several values logs its overall value under its name, and the others as `name/value`.
+        """
+        error = ("val/average_velocity_error",) if self.has_teacher and self.validation.average_velocity else ()
+        return (*error, *(f"val/{name}" for name in self.evaluator.metric_names()))
+
     # Set-up
 
     def prepare_data(self) -> None:
@@ -256,6 +270,7 @@ class TeacherStudentBase(LightningModule, ABC):
         """
         if stage == "fit":
             check_optimizer(self.optimizer, self.lr_scheduler)
+            check_monitors(self.validation_metrics, self._trainer)
         self.encoder.reset()
         self.evaluator.reset()
         self.adapter.check()
@@ -274,6 +289,7 @@ class TeacherStudentBase(LightningModule, ABC):
                 "only; add one, such as [0, 1], or set validation.average_velocity to false"
             )
         data = getattr(self._trainer, "datamodule", None)
+        check_image_sizes(self.adapter, self.validation, data)
         if stage == "fit" and self.needs_images and not getattr(data, "has_images", True):
             raise ConfigurationError(
                 f"data is {type(data).__name__}, which has no images, and {type(self).__name__} trains on them; choose data "
@@ -401,7 +417,7 @@ class TeacherStudentBase(LightningModule, ABC):
         """Log the norm of the gradients, before clipping."""
         parameters = chain.from_iterable(network.parameters() for network in self.trained_networks().values())
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if gradients and self._logs_now:
+        if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -414,7 +430,7 @@ class TeacherStudentBase(LightningModule, ABC):
         if accounting is not None:
             if accounting.steps_taken == taken:
                 return  # DeepSpeed accumulated gradients
-            if self._logs_now and (norm := accounting.gradient_norm()) is not None:
+            if (norm := accounting.gradient_norm()) is not None:
                 self.log("train/grad_norm", norm)
         if self.ema is not None:
             self.ema.update_parameters(self.student)

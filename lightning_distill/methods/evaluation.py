@@ -166,6 +166,10 @@ class Evaluator:
             assert isinstance(metric, Metric)
             yield int(nfe), metric
 
+    def metric_names(self) -> list[str]:
+        """Name of the overall value of each metric of images, such as `prompt_accuracy/nfe_4`."""
+        return [f"{metric_name(metric)}/nfe_{nfe}" for nfe, metric in self.nfe_metrics()]
+
     def seeds(self, batch: Batch) -> list[int]:
         """Noise seeds of the images of a batch."""
         return [self.options.seed + index for index in batch["index"].tolist()]
@@ -180,8 +184,7 @@ class Evaluator:
 
         A name is `prompt_accuracy/nfe_4`, or `prompt_accuracy/nfe_4/counting` for further values.
         """
-        for nfe, metric in self.nfe_metrics():
-            key = f"{metric_name(metric)}/nfe_{nfe}"
+        for key, (_, metric) in zip(self.metric_names(), self.nfe_metrics(), strict=True):
             for name, value in computed_values(metric).items():
                 overall = name == "overall"
                 yield key if overall else f"{key}/{name}", value, overall

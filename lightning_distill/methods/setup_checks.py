@@ -10,8 +10,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.encoder import BatchEncoder
+from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.optimizers import split_parameters
 from lightning_distill.sharding.protocols import Sharding
+from lightning_distill.teachers.model_adapter import ModelAdapter
 
 
 def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
@@ -77,6 +79,26 @@ def check_strategy_class(strategy: Any) -> None:
             f"trainer.strategy is a {name}, which supports neither forward-mode derivatives nor shared weights; choose fsdp2, "
             "deepspeed_stage_3 or ddp"
         )
+
+
+def check_image_sizes(adapter: ModelAdapter, validation: ValidationOptions, data: Any) -> None:
+    """Check that the teacher's family supports the image sizes of the settings.
+
+    Args:
+        adapter: Teacher family.
+        validation: Settings of validation.
+        data: DataModule of the trainer, or None. It may have `image_sizes`, sizes (height, width) by the names of settings.
+
+    Raises:
+        ConfigurationError: If it does not support a size.
+    """
+    validated = {"validation.height and validation.width": [(validation.height, validation.width)]}
+    for settings, sizes in {**validated, **getattr(data, "image_sizes", {})}.items():
+        for height, width in sizes:
+            try:
+                adapter.check_image_size(height, width)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{settings} do not fit the model: {error}") from error
 
 
 def check_precision(precision: Any, auxiliary_paths: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -103,6 +104,31 @@ class DiffusersAdapter(ModelAdapter):
             raise ConfigurationError(f"adapter.pretrained is {name!r}, a {kind}; set it to one of {', '.join(FAMILIES)}")
         self._family = FAMILIES[kind]
         self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Check an image size before anything is loaded, by a pipeline that has only an autoencoder without weights.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+
+        Raises:
+            ConfigurationError: If the family does not support the size.
+        """
+        try:
+            (self._pipeline or self._pipeline_without_weights()).latent_shape(height, width)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+
+    def _pipeline_without_weights(self) -> FewStepPipeline:
+        index = self._read(DiffusionPipeline, "model_index.json")
+        components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
+        return self.family(**{**dict.fromkeys(components), "vae": self._autoencoder(index["vae"][1])})
+
+    def _autoencoder(self, kind: str) -> nn.Module:
+        autoencoder: Any = getattr(diffusers, kind)
+        with torch.device("meta"):
+            return autoencoder.from_config(self._read(autoencoder, "vae/config.json", subfolder="vae"))
 
     def check_student(self, options: StudentOptions) -> None:
         """Check the options of a student before anything is loaded.

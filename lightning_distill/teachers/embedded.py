@@ -194,6 +194,24 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
                 f"adapter.vae is {self.pretrained!r}, which has no autoencoder; train one with fit --config shapes_vae.yaml"
             )
 
+    def check_image_size(self, height: int, width: int) -> None:
+        """Check an image size before anything is loaded.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+
+        Raises:
+            ConfigurationError: If the size is no multiple of the autoencoder's factor times the transformer's patch size.
+        """
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.pretrained))
+        parts = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"))
+        try:
+            TwoTimeFluxPipeline(vae=vae, **parts).latent_shape(height, width)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
+
     def check_student(self, options: StudentOptions) -> None:
         """Check the options of a student: the teacher has random weights, so it cannot be a base for the options.
 

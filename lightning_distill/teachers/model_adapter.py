@@ -78,6 +78,17 @@ class ModelAdapter(nn.Module, ABC):
             ConfigurationError: If the settings cannot work.
         """
 
+    def check_image_size(self, height: int, width: int) -> None:
+        """Check an image size before anything is loaded; families whose sizes only a loaded checkpoint knows accept all.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+
+        Raises:
+            ConfigurationError: If the family does not support the size.
+        """
+
     def check_student(self, options: StudentOptions) -> None:
         """Check the options of a student before anything is loaded.
 

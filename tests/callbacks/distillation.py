@@ -194,6 +194,10 @@ class Scripted(PhasedMethod):
     def objective(self, x0: Tensor, condition: Condition) -> Objective:
         return Objective(self.student(x0.flatten(1)).square().mean(1), torch.ones(len(x0)))
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        return ("val/average_velocity_error",) if self.script else ()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         values = [value for step, value in self.script.items() if step <= self.global_step]
         if values:

@@ -1,5 +1,6 @@
 """Figures of the final report in its table, its JSON file and its image grid."""
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from lightning_distill.callbacks.images import gather_prompts, unique_prompts
 from lightning_distill.callbacks.report import FinalReport, validation_prompts
@@ -18,7 +20,7 @@ from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.data import ShapesData
 from lightning_distill.data.shapes import CATEGORIES, parse_prompt
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.metrics import prompt_diversity
+from lightning_distill.metrics import PromptAccuracy, prompt_diversity
 from tests.callbacks.distillation import PixelDistillation, PixelTraining
 from tests.toy import ToyModule
 
@@ -268,3 +270,32 @@ def test_two_processes_switch_and_report_together(tmp_path):
     grids = [json.loads((tmp_path / f"columns{rank}.json").read_text()) for rank in range(2)]
     assert grids[0] == grids[1]
     assert [parse_prompt(text).category for text in grids[0]] == list(CATEGORIES)  # a single process has every other prompt
+
+
+class Distance(Metric):
+    """A metric without the bounds of a rate, 12 for a matching student."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, images: torch.Tensor, prompts: list[str]) -> None:
+        self.count += len(prompts)
+
+    def compute(self) -> torch.Tensor:
+        return torch.tensor(12.345678)
+
+
+@pytest.mark.parametrize(
+    ("metric", "title", "value", "percent"),
+    [(PromptAccuracy(), "Prompt accuracy on the validation", "100.0", True), (Distance(), "Distance on the", "12.35", False)],
+)
+def test_only_rates_are_in_percent(tmp_path, capsys, metric, title, value, percent):
+    module = PixelDistillation(strength=1.0)
+    for nfe in module.metrics:
+        module.metrics[nfe] = copy.deepcopy(metric)
+    fit(tmp_path, module, FinalReport(diversity_prompts=0))
+    output = capsys.readouterr().out
+    assert title in output
+    assert value in output
+    assert ("%" in output) == percent

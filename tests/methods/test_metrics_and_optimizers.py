@@ -60,7 +60,12 @@ def test_metric_with_several_values_but_no_overall_one_is_an_error(tmp_path: Pat
     [
         ({"optimizer": lambda p: torch.optim.AdamW(p, weight_decay=-1)}, r"model\.optimizer .*weight_decay.*correct its init"),
         ({"optimizer": lambda p: torch.optim.AdamW(p, betas=(2.0, 0.9))}, r"model\.optimizer does not accept its settings"),
-        ({"optimizer": lambda p: MuonWithAdamW(p, adamw_lr=-1)}, r"model\.optimizer does not accept its settings"),
+        ({"optimizer": lambda p: MuonWithAdamW(p, adamw_lr=-1)}, r"optimizer\.adamw_lr is -1; set it to 0 or more"),
+        (
+            {"lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            r"model\.lr_scheduler is ReduceLROnPlateau, which needs",
+        ),
+        ({"lr_scheduler": lambda o: WarmupCosine(o, -1)}, r"lr_scheduler\.total_steps is -1; .* or trainer\.max_steps"),
         (
             {"lr_scheduler": lambda o: WarmupCosine(o, 10, 10)},
             r"lr_scheduler\.warmup_steps is 10; set .* below total_steps, which is 10",

@@ -384,3 +384,17 @@ def test_rescaled_time_embedding_equals_the_original_at_a_thousandth_of_t(adapte
         for original, rescaled in pairs:
             torch.testing.assert_close(rescaled.embed_times(t, 0.4 * t), original.embed_times(t / 1000, 0.4 * t / 1000))
             assert not torch.allclose(rescaled.embed_times(t, 0.4 * t), original.embed_times(t, 0.4 * t), rtol=1e-2)
+
+
+def test_image_sizes_are_checked_before_loading(pipeline_directory: str) -> None:
+    """The autoencoder without weights supports the sizes that the loaded pipeline supports."""
+    unloaded = make_adapter(pipeline_directory)
+    loaded = load_adapter(pipeline_directory)
+    for size in (16, 20, 24, 32, 36, 64):
+        try:
+            loaded.latent_shape(size, size)
+        except ConfigurationError as error:
+            with pytest.raises(ConfigurationError, match=str(error)):
+                unloaded.check_image_size(size, size)
+        else:
+            unloaded.check_image_size(size, size)

@@ -1,6 +1,6 @@
 import pytest
 
-from lightning_distill.commands.suggestions import LISTED, nearest, suggestion
+from lightning_distill.suggestions import LISTED, nearest, suggestion
 
 
 @pytest.mark.parametrize(
