@@ -1,13 +1,17 @@
 """Captioned images from Hugging Face data sets: from the Hub, Parquet files or folders."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS
 from lightning_distill.data.image_files import ImageDecodeError, read_size
 from lightning_distill.data.source_paths import find_files, split_patterns
 from lightning_distill.data.tally import Tally
-from lightning_distill.data.tar_captions import CAPTION_COLUMNS
+from lightning_distill.data.tar_captions import as_captions
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
 
@@ -44,7 +48,13 @@ class HubImages:
         loaded = _load(source, split, setting, self.name)
         columns = loaded.column_names
         if caption_column is None:
-            caption_column = next((column for column in CAPTION_COLUMNS if column in columns), CAPTION_COLUMNS[0])
+            found = [column for column in CAPTION_COLUMNS if column in columns] or ["caption"]
+            caption_column = found[0]
+            if len(found) > 1:
+                rank_zero_warn(
+                    f"{setting} has the columns {', '.join(found)}: captions are read from {found[0]!r}; set "
+                    "data.caption_column to choose"
+                )
         for column, option in ((image_column, "image_column"), (caption_column, "caption_column")):
             if column not in columns:
                 raise ConfigurationError(
@@ -57,29 +67,29 @@ class HubImages:
         for i, ((height, width), caption) in enumerate(zip(sizes, captions, strict=True)):
             if min(height, width) < 1:
                 self.skipped.add("images that are unreadable", f"row {i}")
-            elif not isinstance(caption, str):
+            elif not as_captions(caption):
                 self.skipped.add("images without a caption", f"row {i}")
             else:
                 self.row_numbers.append(i)
         if not self.row_numbers:
             raise ConfigurationError(
-                f"{setting} is {self.name!r}, which has no readable image with a caption under {caption_column!r}, a text "
-                f"({self.skipped or 'it has no rows'}); choose another data set, or set data.caption_column"
+                f"{setting} is {self.name!r}, which has no readable image with a caption under {caption_column!r}, a text or "
+                f"a list of texts ({self.skipped or 'it has no rows'}); choose another data set, or set data.caption_column"
             )
         self.rows = rows.select(self.row_numbers)
-        self.captions = [captions[i] for i in self.row_numbers]
+        self._captions = [captions[i] for i in self.row_numbers]
         self.sizes = [sizes[i] for i in self.row_numbers]
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.sizes)
 
     def location(self, index: int) -> str:
         """Location of a sample, for messages."""
         return f"row {self.row_numbers[index]} of {self.name}"
 
-    def caption(self, index: int) -> str:
-        """Caption of a sample."""
-        return self.captions[index]
+    def captions(self, index: int) -> Sequence[str]:
+        """Captions of a sample, at least one."""
+        return as_captions(self._captions[index])
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image in pixels."""

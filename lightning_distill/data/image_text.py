@@ -43,7 +43,8 @@ class ImageText(ResumableData):
         validation_samples: Number of validation samples.
         image_column: Image column of a Hugging Face data set.
         caption_column: Caption column of a Hugging Face data set; for tar files, key of the caption in `.json` files, which
-            then win over `.txt` files. None takes `.txt` files, or the first column or key of `caption`, `text` and `prompt`.
+            then win over `.txt` files. None takes `.txt` files, or the first column or key of `text`, `caption` and `prompt`.
+            Of a list of captions, each epoch of training chooses one.
         height: Height in pixels of the reference size; all buckets have about its area.
         width: Width in pixels of the reference size; all buckets have about its area.
         multiple: Divisor of all bucket heights and widths, as required by the model's latents and patches.
@@ -52,7 +53,7 @@ class ImageText(ResumableData):
         max_pixels: Largest number of pixels of an image that is decoded.
         max_broken_share: Largest accepted share of broken images, in [0, 1).
         batch_size: Samples per batch and process.
-        seed: Seed of the training order.
+        seed: Seed of the training order, and of the choice among captions.
         num_workers: Worker processes per `DataLoader`, which decode the images; 0 decodes them in the main process, between
             training steps.
 
@@ -161,13 +162,13 @@ class ImageText(ResumableData):
         if self._validation is None:
             source = self.open_source(train=False)
             indices = list(range(min(self.validation_samples, len(source))))
-            self._validation = ImageTextDataset(source, indices, [self.size] * len(indices), self.max_pixels)
+            self._validation = ImageTextDataset(source, indices, [self.size] * len(indices), max_pixels=self.max_pixels)
         if stage in ("fit", None) and self._train is None:
             source = self.open_source(train=True)
             indices = [i for i in range(len(source)) if min(source.size(i)) >= self.min_side]
             self._train_buckets = [nearest_bucket(*source.size(i), self.buckets) for i in indices]
             sizes = [self.buckets[bucket] for bucket in self._train_buckets]
-            self._train = ImageTextDataset(source, indices, sizes, self.max_pixels)
+            self._train = ImageTextDataset(source, indices, sizes, self.seed, self.max_pixels)
             counts = Counter(self._train_buckets)
             rank_zero_info(
                 f"ImageText: {len(indices)} images in {len(counts)} buckets; skipped {len(source) - len(indices)} smaller than "
@@ -181,8 +182,11 @@ class ImageText(ResumableData):
                 )
 
     def splits(self) -> dict[str, BatchDataset]:
-        """Datasets whose batches have no sample in place of a broken one."""
+        """Datasets whose batches have no sample in place of a broken one, and the first of several captions."""
         train, validation = self.require_setup(self._train), self.require_setup(self._validation)
+        several = sum(len(train.source.captions(index)) > 1 for index in train.source_indices)
+        if several:
+            rank_zero_warn(f"{several} images of data.source have several captions: only the first of each is encoded")
         return {"train": train.without_replacement(), "validation": validation.without_replacement()}
 
     @property

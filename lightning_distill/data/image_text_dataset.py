@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch.utils.data import Dataset
 
+from lightning_distill.data.epoch_sampler import SampleIndex
 from lightning_distill.data.image_files import MAX_PIXELS, ImageDecodeError, read_image
 from lightning_distill.data.tally import Tally
 
@@ -30,8 +31,8 @@ class Source(Protocol):
     def location(self, index: int) -> str:
         """Location of a sample, for messages."""
 
-    def caption(self, index: int) -> str:
-        """Caption of a sample."""
+    def captions(self, index: int) -> Sequence[str]:
+        """Captions of a sample, at least one."""
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image in pixels."""
@@ -47,6 +48,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         source: Source of the samples.
         source_indices: Indices of the samples within the source.
         sizes: Output size (height, width) in pixels of each sample.
+        seed: Seed of the choice among several captions of an image.
         max_pixels: Largest number of pixels to decode.
         replace: Whether other samples of the same size take the place of samples that cannot be decoded.
     """
@@ -56,12 +58,14 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         source: Source,
         source_indices: Sequence[int],
         sizes: Sequence[tuple[int, int]],
+        seed: int = 0,
         max_pixels: int = MAX_PIXELS,
         replace: bool = True,
     ) -> None:
         self.source = source
         self.source_indices = list(source_indices)
         self.sizes = list(sizes)
+        self.seed = seed
         self.max_pixels = max_pixels
         self.replace = replace
 
@@ -70,7 +74,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def without_replacement(self) -> "ImageTextDataset":
         """The same samples, whose batches have no sample in place of a broken one."""
-        return ImageTextDataset(self.source, self.source_indices, self.sizes, self.max_pixels, replace=False)
+        return ImageTextDataset(self.source, self.source_indices, self.sizes, self.seed, self.max_pixels, replace=False)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Load a batch of one sample."""
@@ -78,6 +82,9 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         """Load a batch.
+
+        The caption of an image with several is chosen anew in each epoch of training, by (seed, epoch, index); without an
+        epoch, it is the first.
 
         Returns:
             `prompt`, list of B captions; `index` (B,), int64; `broken`, descriptions of the samples that cannot be decoded;
@@ -101,18 +108,25 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
                     decoded.append(candidate)
                     break
         batch: dict[str, Any] = {
-            "prompt": [self.source.caption(self.source_indices[index]) for index in decoded],
+            "prompt": [self._caption(index) for index in decoded],
             "index": torch.tensor(decoded, dtype=torch.int64),
             "broken": broken,
         }
         return {**batch, "image": torch.stack(images)} if images else batch
+
+    def _caption(self, index: int) -> str:
+        captions = self.source.captions(self.source_indices[index])
+        if len(captions) == 1 or not isinstance(index, SampleIndex):
+            return captions[0]
+        return random.Random(f"{self.seed} {index.epoch} {self.source_indices[index]}").choice(captions)
 
     def _replacements(self, index: int) -> Iterator[int]:
         """Samples of the same size in an order that depends only on the index, so that a resumed run takes the same ones."""
         generator = random.Random(index)
         same_size = self._indices_by_size[self.sizes[index]]
         for _ in range(MAX_REPLACEMENTS):
-            yield generator.choice(same_size)
+            candidate = generator.choice(same_size)
+            yield SampleIndex(candidate, index.epoch) if isinstance(index, SampleIndex) else candidate
 
     @cached_property
     def _indices_by_size(self) -> dict[tuple[int, int], list[int]]:

@@ -1,20 +1,13 @@
 """Captions of images in tar files: decoding of `.txt` and `.json` members."""
 
-import codecs
-import json
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS, decode_text, parse_json
 
 CAPTION_SUFFIXES = (".txt", ".json")
-CAPTION_COLUMNS = ("caption", "text", "prompt")
-"""Keys of captions in `.json` files, in the order in which they are tried without `caption_column`."""
 MAX_CAPTION_BYTES = 1 << 20
 """Size of the largest `.txt` or `.json` file that is read."""
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 class CaptionError(ValueError):
@@ -22,14 +15,13 @@ class CaptionError(ValueError):
 
 
 def read_text(content: bytes) -> str:
-    """Caption in a `.txt` file: UTF-8, or another UTF with a byte order mark.
+    """Caption in a `.txt` file: UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
         CaptionError: If the file is in another encoding.
     """
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
-        text = content.decode(encoding)
+        text = decode_text(content)
     except UnicodeDecodeError as error:
         raise CaptionError("images whose caption is not UTF-8") from error
     if "\0" in text:  # UTF-16 without a byte order mark, or no text at all
@@ -37,27 +29,34 @@ def read_text(content: bytes) -> str:
     return text.strip()
 
 
-def read_json(content: bytes, column: str | None) -> str:
-    """Caption in a `.json` file.
+def read_json(content: bytes, column: str | None) -> tuple[tuple[str, ...], Sequence[str]]:
+    """Captions in a `.json` file.
 
     Args:
         content: The file.
-        column: Key of the caption; None takes the first of `CAPTION_COLUMNS` that the file has.
+        column: Key of the captions; None takes the first of `CAPTION_COLUMNS` that the file has.
+
+    Returns:
+        Captions, at least one, and the keys in question that have captions.
 
     Raises:
-        CaptionError: If the file is not a JSON object, or has no string under the key.
+        CaptionError: If the file is not a JSON object, or has neither a string nor a list of strings under the key.
     """
     try:
-        entry = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(decode_text(content))
+    except ValueError as error:
         raise CaptionError("images whose caption is not valid JSON") from error
     keys = CAPTION_COLUMNS if column is None else (column,)
-    captions = [entry[key] for key in keys if isinstance(entry.get(key), str)] if isinstance(entry, dict) else []
-    if not captions:
-        wanted = " or ".join(repr(key) for key in keys)
-        raise CaptionError(f"images whose .json file has no string under {wanted}")
-    caption: str = captions[0]
-    return caption
+    found = {key: captions for key in keys if isinstance(entry, dict) and (captions := as_captions(entry.get(key)))}
+    if not found:
+        raise CaptionError(f"images whose .json file has no string under {' or '.join(map(repr, keys))}")
+    return next(iter(found.values())), list(found)
+
+
+def as_captions(value: Any) -> tuple[str, ...]:
+    """Captions in a value: one for a string, several for a list of strings, and none otherwise."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(values) if all(isinstance(each, str) for each in values) else ()
 
 
 def replace_lone_surrogates(text: str) -> str:

@@ -15,7 +15,7 @@ from lightning_distill.outputs import atomic_file
 
 INDEX = ".index.json"
 """Suffix of the index files next to the shards, which cache the contents of the headers."""
-_VERSION = 3
+_VERSION = 4
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of compressed files, and the programs that unpack them."""
 # `tarfile` raises these for damaged and for hostile files, besides its own.
@@ -34,7 +34,7 @@ def load_index(path: Path, caption_column: str | None) -> TarIndex | None:
         if json.loads(header) != {**state, "crc32": zlib.crc32(body)}:
             return None
         content = json.loads(body)
-        samples = [TarSample(**sample) for sample in content["samples"]]
+        samples = [TarSample(**{**sample, "captions": tuple(sample["captions"])}) for sample in content["samples"]]
         if not all(0 <= sample.offset <= sample.offset + sample.size <= state["size"] for sample in samples):
             return None
         return TarIndex(samples, Tally.from_json(content["skipped"]), Tally.from_json(content["remarks"]))

@@ -8,7 +8,7 @@ and links are not followed.
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from lightning_distill.data.image_files import IMAGE_SUFFIXES, ImageDecodeError, read_size
@@ -34,7 +34,7 @@ class TarSample:
         name: File name of the image within the shard.
         offset: Byte offset of the image within the shard.
         size: File size of the image in bytes.
-        caption: Caption of the image.
+        captions: Captions of the image, at least one.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
     """
@@ -42,7 +42,7 @@ class TarSample:
     name: str
     offset: int
     size: int
-    caption: str
+    captions: tuple[str, ...]
     height: int
     width: int
 
@@ -75,8 +75,9 @@ class TarMembers:
         self.skipped = Tally()
         self.remarks = Tally()
         self.images: dict[str, TarSample] = {}  # by the name up to its last dot, as all that follow; without captions
-        self.captions: dict[str, dict[str, str]] = defaultdict(dict)  # by suffix
+        self.captions: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)  # by suffix
         self.problems: dict[str, str] = {}  # captions that cannot be used
+        self.ambiguous: dict[str, str] = {}  # captions under one of several keys
         self.names: dict[str, str] = {}  # first caption file of a name
         self.skipped_images: set[str] = set()
         self.others: dict[str, str] = {}
@@ -105,7 +106,7 @@ class TarMembers:
             content = archive.extractfile(member)
             assert content is not None  # it is a file
             try:
-                self.images[key] = TarSample(member.name, member.offset_data, member.size, "", *read_size(content))
+                self.images[key] = TarSample(member.name, member.offset_data, member.size, (), *read_size(content))
             except ImageDecodeError:
                 problem = "unreadable"
         if problem is not None:
@@ -121,23 +122,28 @@ class TarMembers:
         content = archive.extractfile(member)
         assert content is not None  # it is a file
         try:
-            text = read_text(content.read()) if suffix == ".txt" else read_json(content.read(), self.caption_column)
+            if suffix == ".txt":
+                self.captions[key][suffix] = (read_text(content.read()),)
+                return
+            self.captions[key][suffix], found = read_json(content.read(), self.caption_column)
         except CaptionError as error:
             self.problems[key] = str(error)
             return
-        self.captions[key][suffix] = text
+        if len(found) > 1:
+            self.ambiguous[key] = (
+                f"captions under {found[0]!r} in a .json file that has {' and '.join(map(repr, found[1:]))} too"
+            )
 
     def index(self) -> TarIndex:
         """Samples of the shard, and counts of the files that are in none."""
         caption_keys = {key: key for key in self.images if key in self.names}
-        used = set(caption_keys.values())
-        images, captions = (key for key in self.images if key not in used), (key for key in self.names if key not in used)
+        images = [key for key in self.images if key not in caption_keys]
+        captions = [key for key in self.names if key not in caption_keys]
         caption_keys |= _pair_fields(images, captions)
         samples = []
         for key, image in self.images.items():
-            caption = self._caption(caption_keys.get(key), image.name)
-            if caption is not None:
-                samples.append(TarSample(image.name, image.offset, image.size, caption, image.height, image.width))
+            if texts := self._captions(caption_keys.get(key), image.name):
+                samples.append(replace(image, captions=texts))
         used = {*caption_keys.values(), *self.skipped_images}
         for key, name in self.names.items():
             if key not in used:
@@ -146,23 +152,25 @@ class TarMembers:
                 )
         return TarIndex(samples, self.skipped, self.remarks)
 
-    def _caption(self, key: str | None, image: str) -> str | None:
-        """Caption under a key. Without one, counts the image."""
+    def _captions(self, key: str | None, image: str) -> tuple[str, ...]:
+        """Captions under a key. Without one, counts the image."""
         if key is None:
             self.skipped.add("images without a caption", image)
-            return None
+            return ()
         order = (".txt", ".json") if self.caption_column is None else (".json", ".txt")
         captions = self.captions.get(key, {})
         found = next((suffix for suffix in order if suffix in captions), None)
         if found is None:
             self.skipped.add(self.problems[key], image)
-            return None
+            return ()
         if found == ".txt" and self.caption_column is not None:
             self.remarks.add(f"captions from .txt files, without {self.caption_column!r} in a .json file", image)
-        caption = replace_lone_surrogates(captions[found])
-        if caption != captions[found]:
+        if found == ".json" and key in self.ambiguous:
+            self.remarks.add(self.ambiguous[key], image)
+        replaced = tuple(map(replace_lone_surrogates, captions[found]))
+        if replaced != captions[found]:
             self.remarks.add("captions with half a character (a lone surrogate), replaced by U+FFFD", image)
-        return caption
+        return replaced
 
 
 def _problem(member: tarfile.TarInfo, limit: int) -> str | None:

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS
 from lightning_distill.data.image_files import IMAGE_SUFFIXES, UnreadableImageError
 from lightning_distill.data.tally import Tally
-from lightning_distill.data.tar_captions import CAPTION_COLUMNS
 from lightning_distill.data.tar_index import file_state, load_index, scan, store_index
 from lightning_distill.data.tar_members import TarSample
 from lightning_distill.errors import ConfigurationError, StorageError
@@ -81,9 +81,9 @@ class TarShards:
         number, sample = self.samples[index]
         return f"{sample.name} in {self.paths[number]}"
 
-    def caption(self, index: int) -> str:
-        """Caption of a sample."""
-        return self.samples[index][1].caption
+    def captions(self, index: int) -> Sequence[str]:
+        """Captions of a sample, at least one."""
+        return self.samples[index][1].captions
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image in pixels."""

@@ -103,7 +103,7 @@ def test_columns_of_sizes_are_used_if_they_have_integers(
         ),
         (
             "captions",
-            r"no readable image with a caption under 'caption', a text \(images without a caption: 2 \(first row 0\)\)",
+            r"with a caption under 'caption', a text or a list of texts \(images without a caption: 2 \(first row 0\)\)",
         ),
     ],
 )
@@ -141,3 +141,24 @@ def test_invalid_data_sets_raise_one_line(settings: dict[str, Any], message: str
     with pytest.raises(ConfigurationError, match=message) as caught:
         set_up(parquet, **sources | settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("parquet")
+def test_lists_of_captions_and_several_columns(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "image": [{"bytes": encoded_image(1), "path": None}] * 3,
+        "text": [["a", "b"], ["c"], []],
+        "prompt": ["x", "y", "z"],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.List(datasets.Value("string")), "prompt": datasets.Value("string")}
+    )
+    file = str(tmp_path / "lists.parquet")
+    datasets.Dataset.from_dict(columns, features).to_parquet(file)
+    with pytest.warns(
+        UserWarning, match=r"data\.source has the columns text, prompt: captions are read from 'text'; set data\.capt"
+    ):
+        source = HubImages(file, "train", "image", None, "data.source")
+    assert [source.captions(index) for index in range(len(source))] == [("a", "b"), ("c",)]
+    assert str(source.skipped) == "images without a caption: 1 (first row 2)"

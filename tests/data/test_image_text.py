@@ -18,7 +18,7 @@ from lightning_distill.data.image_files import UnreadableImageError
 from lightning_distill.data.tar_shards import TarShards
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods import FlowMatching, MeanFlow
-from tests.data.tar_files import add, encoded_image
+from tests.data.tar_files import add, encoded_image, write_tar
 from tests.methods.gaussian_adapter import GaussianAdapter
 from tests.methods.gaussian_runs import VALIDATION
 from tests.toy import ToyModule, read_losses
@@ -231,6 +231,31 @@ def test_replacements_are_of_the_same_size_and_repeatable(folder: Path) -> None:
         assert train.sizes[int(batch["index"])] == train.sizes[index]
         assert torch.equal(train[index]["index"], batch["index"])
         assert data.splits()["train"][index]["prompt"] == []
+
+
+def test_each_epoch_chooses_one_of_several_captions(tmp_path: Path) -> None:
+    members = []
+    for i in range(12):
+        members += [
+            (f"{i}.png", encoded_image(i, (32, 32))),
+            (f"{i}.json", json.dumps({"text": [f"{i} {c}" for c in "abc"]}).encode()),
+        ]
+    source = str(write_tar(tmp_path / "x.tar", members))
+
+    def epoch(number: int, num_workers: int = 0) -> dict[int, str]:
+        data = set_up(tmp_path, source=source, validation_source=source, num_workers=num_workers)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(number)
+        return {int(index): prompt for batch in loader for index, prompt in zip(batch["index"], batch["prompt"], strict=True)}
+
+    first = epoch(0)
+    assert all(prompt.split()[0] == str(index) for index, prompt in first.items())
+    assert first == epoch(0, num_workers=1) != epoch(1)
+    assert len({prompt[-1] for prompt in first.values()}) > 1
+    data = set_up(tmp_path, source=source, validation_source=source)
+    assert [prompt for batch in data.val_dataloader() for prompt in batch["prompt"]] == [f"{i} a" for i in range(12)]
+    with pytest.warns(UserWarning, match=r"12 images of data\.source have several captions: only the first of each is encoded"):
+        assert data.splits()["train"][3]["prompt"] == ["3 a"]
 
 
 def test_images_above_max_pixels_are_broken(folder: Path) -> None:

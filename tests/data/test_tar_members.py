@@ -17,7 +17,7 @@ PNG = encoded_image(0)
 def found(path: Path, members: list[tuple[str, bytes]], column: str | None = None) -> tuple[dict[str, str], str, str]:
     """Captions by image, and the counts of skipped and remarkable files, of a shard with these members."""
     index = scan(write_tar(path / "x.tar", members), column)
-    return {sample.name: sample.caption for sample in index.samples}, str(index.skipped), str(index.remarks)
+    return {sample.name: " | ".join(sample.captions) for sample in index.samples}, str(index.skipped), str(index.remarks)
 
 
 # Captions
@@ -31,6 +31,17 @@ def test_an_explicit_column_wins_over_text_files(tmp_path: Path, order: int) -> 
     assert found(tmp_path, members, "caption")[0] == {"a.png": "plain"}
     remark = "captions from .txt files, without 'absent' in a .json file: 1 (first a.png)"
     assert found(tmp_path, members, "absent") == ({"a.png": "old"}, "", remark)
+
+
+def test_several_captions_and_several_keys(tmp_path: Path) -> None:
+    members = [("a.png", PNG), ("a.json", b'{"caption": ["one", "cut \\ud83d"], "prompt": "three"}')]
+    samples, _, remarks = found(tmp_path, members)
+    assert samples == {"a.png": "one | cut \ufffd"}
+    assert remarks.split("; ") == [
+        "captions under 'caption' in a .json file that has 'prompt' too: 1 (first a.png)",
+        "captions with half a character (a lone surrogate), replaced by U+FFFD: 1 (first a.png)",
+    ]
+    assert found(tmp_path, members, "prompt") == ({"a.png": "three"}, "", "")
 
 
 def test_a_json_caption_serves_where_the_text_cannot_be_read(tmp_path: Path) -> None:
@@ -53,7 +64,7 @@ def test_captions_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     assert skipped.split("; ") == [
         "images whose caption is not UTF-8: 1 (first latin.png)",
         "images whose caption is not valid JSON: 1 (first deep.png)",
-        "images whose .json file has no string under 'caption' or 'text' or 'prompt': 1 (first number.png)",
+        "images whose .json file has no string under 'text' or 'caption' or 'prompt': 1 (first number.png)",
         "images whose caption is larger than 1 MiB: 1 (first long.png)",
     ]
 
@@ -113,7 +124,7 @@ def test_what_has_no_partner_is_counted(tmp_path: Path) -> None:
 def test_the_last_member_of_a_name_counts(tmp_path: Path) -> None:
     members = [("a.png", PNG), ("a.txt", b"old"), ("a.png", encoded_image(0, (4, 5))), ("a.txt", b"new")]
     (sample,) = scan(write_tar(tmp_path / "x.tar", members), None).samples
-    assert (sample.caption, sample.height, sample.width) == ("new", 5, 4)
+    assert (sample.captions, sample.height, sample.width) == (("new",), 5, 4)
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "WEBP", "GIF", "BMP", "TIFF", "JPEG"])
@@ -151,7 +162,7 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes) -> None
             archive.addfile(info)
         add(archive, "c.txt", b"c")
     index = scan(tmp_path / "x.tar", None)
-    assert [sample.caption for sample in index.samples] == ["a"]
+    assert [sample.captions for sample in index.samples] == [("a",)]
     assert str(index.skipped) == (
         "images that are of a special type (link, device or sparse): 1 (first c.png); images whose caption is of a special "
         "type (link, device or sparse): 1 (first b.png)"
@@ -164,6 +175,6 @@ def test_sparse_members_are_not_unpacked(tmp_path: Path) -> None:
     content += bytes(-len(content) % 512)
     path.write_bytes(content + sparse_member("b.txt", 1 << 40) + sparse_member("c.png", 1 << 40) + bytes(1024))
     index = scan(path, None)
-    assert [sample.caption for sample in index.samples] == ["a"]
+    assert [sample.captions for sample in index.samples] == [("a",)]
     assert "images whose caption is of a special type (link, device or sparse): 1 (first b.png)" in str(index.skipped)
     assert "images that are of a special type (link, device or sparse): 1 (first c.png)" in str(index.skipped)
