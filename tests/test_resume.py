@@ -201,7 +201,7 @@ def interrupt(arguments: list[str], losses: Path, after: int, sent: signal.Signa
     return code
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*has other model settings")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*has other settings")
 @pytest.mark.parametrize(
     ("sent", "code"),
     [

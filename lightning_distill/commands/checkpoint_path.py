@@ -56,8 +56,7 @@ def check_checkpoint(path: str, trainer: Trainer, resumes: bool) -> dict[str, An
         resumes: Whether training continues from it, and not only its weights are used.
 
     Returns:
-        The contents, whose tensors are read when they are used. None for a URL, which is verified at loading, and in all
-        processes but the first for a directory.
+        The contents, whose tensors are read when they are used. None for a URL, which is verified at loading.
 
     Raises:
         ConfigurationError: If it is damaged, or another strategy saved it.
@@ -72,7 +71,7 @@ def check_checkpoint(path: str, trainer: Trainer, resumes: bool) -> dict[str, An
         )
     if local.is_dir():
         check_directory(local)
-        return read_checkpoint(local) if trainer.is_global_zero else None
+        return read_checkpoint(local)
     content = read_checkpoint(local, mmap=True)
     if isinstance(trainer.strategy, Sharding):
         raise ConfigurationError(

@@ -26,9 +26,10 @@ from lightning_distill.callbacks.sanity import StopOnNonFinite
 from lightning_distill.callbacks.termination import EXIT_CODE, INTERRUPTED, JointTermination
 from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
-from lightning_distill.commands.config_files import check_numbers, flatten
+from lightning_distill.commands.config_files import check_numbers
 from lightning_distill.commands.config_paths import expand_paths
 from lightning_distill.commands.parser import DistillParser, NamedConfig
+from lightning_distill.commands.resume_report import RecordSettings, check_resumable, differences, nothing_left
 from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
 from lightning_distill.errors import ConfigurationError, find_configuration_error
@@ -81,6 +82,9 @@ class DistillCLI(LightningCLI):
     Raises:
         ConfigurationError: If a setting is invalid.
     """
+
+    _nothing_left: str | None = None
+    """Why a resumed run has nothing to train, if it has not."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -162,23 +166,11 @@ class DistillCLI(LightningCLI):
         if path not in (None, "last", "best", "hpc"):
             check_exists(str(path))
 
-    def _report_differences(self, path: str, content: dict[str, Any]) -> None:
-        """Warn once about model settings that differ from those of the checkpoint."""
-        saved = _saved_settings(content)
-        model = self.config_dump["model"]
-        current = flatten({"class_path": model["class_path"], **model.get("init_args", {}), **model.get("dict_kwargs", {})})
-        differing = [
-            f"{name} {current.get(name, 'unset')} (checkpoint: {saved.get(name, 'unset')})"
-            for name in sorted(saved.keys() | current.keys())
-            if saved and saved.get(name) != current.get(name)
-        ]
-        if differing:
-            rank_zero_warn(f"checkpoint {path} has other model settings; this run uses its own: {', '.join(differing)}")
-
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         listed = config.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
         defaults = [kind() for kind in DEFAULT_CALLBACKS if not any(isinstance(item, kind) for item in listed)]
+        defaults.append(RecordSettings(self.config_dump))
         config = {**config, "logger": self._loggers(config)}
         if self.subcommand == "fit" and not config["logger"] and any(isinstance(item, LearningRateMonitor) for item in listed):
             rank_zero_info("trainer.logger is false: removed the callback LearningRateMonitor, which needs a logger")
@@ -216,8 +208,24 @@ class DistillCLI(LightningCLI):
             path = kwargs["ckpt_path"] = find_checkpoint(str(path), self.trainer)
             content = check_checkpoint(path, self.trainer, resumes=subcommand == "fit")
             if content is not None:
-                self._report_differences(path, content)
+                self._compare_settings(content, path, resumes=subcommand == "fit")
         return kwargs
+
+    def _compare_settings(self, checkpoint: dict[str, Any], path: str, resumes: bool) -> None:
+        """Warn once about settings that differ from those of the checkpoint, and find out whether anything is left to train."""
+        check_resumable(self.config_dump, checkpoint, path, resumes)
+        if not resumes:
+            return
+        self._nothing_left = nothing_left(self.trainer, checkpoint, path)
+        if not self._nothing_left and (changed := differences(self.config_dump, checkpoint)):
+            rank_zero_warn(f"checkpoint {path} has other settings; this run uses its own: {', '.join(changed)}")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, unless the checkpoint has reached the last step already; then no model loads."""
+        if self._nothing_left:
+            rank_zero_warn(self._nothing_left)
+        else:
+            self.trainer.fit(**kwargs)
 
 
 def main(arguments: Sequence[str], name: str) -> None:
@@ -245,14 +253,6 @@ def trainer_error(error: Exception, config: dict[str, Any]) -> ConfigurationErro
     if config["accelerator"] not in ("auto", "cpu"):
         remedy = f"trainer.accelerator is {config['accelerator']!r}; set it to 'auto' or 'cpu' to run without a GPU"
     return ConfigurationError(f"the settings of the trainer are invalid, or unsupported on this machine ({reason}); {remedy}")
-
-
-def _saved_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    saved = dict(checkpoint.get("hyper_parameters", {}))
-    saved.pop("_instantiator", None)
-    if "_class_path" in saved:
-        saved["class_path"] = saved.pop("_class_path")
-    return flatten(saved) if saved else {}
 
 
 def warn_oversubscription(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import check_export_directory, export_student
 from lightning_distill.methods.base import TeacherStudentBase
+from lightning_distill.methods.checkpoint_state import Shape, check_lora_rank, check_shapes
 from lightning_distill.sharding.checkpoint_files import (
     ShardReader,
     check_undamaged,
@@ -76,13 +77,14 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     stored = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
     if module.student_options.lora is None:
         student = module.adapter.meta_student(module.student_options)
-        _check_names(stored, student.state_dict())
+        _check_weights(stored, names, student.state_dict())
         stream_weights(student, lambda names: _read_renamed(read, stored, names), options.max_shard_size)
         module.adapter.load()
     else:
+        check_lora_rank({name: names[name] for name in stored.values()}, module.student_options.lora.rank)
         module.configure_model()
         student = module.student
-        _check_names(stored, {name: p for name, p in student.named_parameters() if p.requires_grad})
+        _check_weights(stored, names, {name: p for name, p in student.named_parameters() if p.requires_grad})
         values = read(stored.values())
         student.load_state_dict({name: values[stored[name]] for name in stored}, strict=False)
     card = ModelCard.from_method(module, steps=step)
@@ -91,8 +93,8 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     return target
 
 
-def _open(ckpt_path: str) -> tuple[list[str], Read, int]:
-    """Names of a checkpoint's weights, a function that reads them, and the checkpoint's number of optimizer steps."""
+def _open(ckpt_path: str) -> tuple[dict[str, Shape], Read, int]:
+    """Shapes of a checkpoint's weights by name, a function that reads them, and the checkpoint's number of optimizer steps."""
     path = local_path(ckpt_path)
     if path is None:
         raise ConfigurationError(f"ckpt_path {ckpt_path!r} is not a local path; copy the checkpoint to this machine first")
@@ -101,7 +103,8 @@ def _open(ckpt_path: str) -> tuple[list[str], Read, int]:
     step: int = rest["global_step"]
     if not path.is_dir():
         state: dict[str, Tensor] = rest["state_dict"]
-        return list(state), lambda names: {name: _finite(name, state[name], ckpt_path) for name in names}, step
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        return shapes, lambda names: {name: _finite(name, state[name], ckpt_path) for name in names}, step
     check_undamaged(path)
     metadata: dict[str, Any] = dict(ShardReader(path).read_metadata().state_dict_metadata)
     weights = {name.removeprefix("weights."): value for name, value in metadata.items() if name.startswith("weights.")}
@@ -112,7 +115,7 @@ def _open(ckpt_path: str) -> tuple[list[str], Read, int]:
         load_shards({"weights": tensors}, path, no_dist=True)
         return {name: _finite(name, value, ckpt_path) for name, value in tensors.items()}
 
-    return list(weights), read_shards, step
+    return {name: tuple(value.size) for name, value in weights.items()}, read_shards, step
 
 
 def _finite(name: str, value: Tensor, ckpt_path: str) -> Tensor:
@@ -130,13 +133,18 @@ def _prefix(options: CheckpointExport, names: Iterable[str]) -> str:
     return "networks.ema.module." if has_ema and options.weights != "last" else "networks.student."
 
 
-def _check_names(stored: Mapping[str, str], expected: Mapping[str, Tensor]) -> None:
+def _check_weights(stored: Mapping[str, str], shapes: Mapping[str, Shape], expected: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of the student's weights in a checkpoint with those of this configuration."""
     differing = sorted(stored.keys() ^ expected.keys())
     if differing:
         raise ConfigurationError(
             f"the student in the checkpoint and the student of this configuration differ in {differing[0]!r} and "
             f"{len(differing) - 1} more weights; use the model settings of the training"
         )
+    check_shapes(
+        {name: shapes[original] for name, original in stored.items()},
+        {name: tuple(value.shape) for name, value in expected.items()},
+    )
 
 
 def _read_renamed(read: Read, stored: Mapping[str, str], names: Iterable[str]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.auxiliary import AuxiliaryLoss, AuxiliaryNetworks
-from lightning_distill.methods.checkpoint_state import check_loaded_names, saved_names, unshared
+from lightning_distill.methods.checkpoint_state import check_loaded_weights, saved_names, unshared
 from lightning_distill.methods.encoder import Batch, BatchEncoder, encoded_data
 from lightning_distill.methods.evaluation import Evaluator, Network
 from lightning_distill.methods.guidance import Guidance
@@ -546,7 +546,9 @@ class TeacherStudentBase(LightningModule, ABC):
         if self.sharding is not None:  # which has checked its weights
             return
         checkpoint["optimizer_states"] = unflatten_block_state(checkpoint.get("optimizer_states", []))
-        check_loaded_names(checkpoint["state_dict"], self.saved_names(), ("networks.student.", "networks.adapter."))
+        names = self.saved_names()
+        expected = {name: value for name, value in self.state_dict().items() if name in names}
+        check_loaded_weights(checkpoint["state_dict"], expected, ("networks.student.", "networks.adapter."))
 
     def _current_device(self) -> torch.device:
         return self.device

@@ -1,12 +1,16 @@
 """The weights that a method's checkpoints hold: what trains and its EMA, never the teacher."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.shared_weights import shared_names
+
+Shape = tuple[int, ...]
+
+LORA_A = ".lora_A."
+"""Part of the names of LoRA weights whose rows are the rank."""
 
 
 def saved_names(names: Iterable[str], frozen: tuple[str, ...], trained: tuple[str, ...]) -> list[str]:
@@ -26,25 +30,66 @@ def unshared(names: Iterable[str], module: nn.Module, teacher: nn.Module | None)
     return [name for name in names if name not in shared]
 
 
-def check_loaded_names(found: Mapping[str, Any], expected: set[str], trained: tuple[str, ...]) -> None:
+def check_loaded_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], trained: tuple[str, ...]) -> None:
     """Compare the weights of a checkpoint with those of this configuration; loading is not strict.
 
     Args:
         found: Weights of the checkpoint by name.
-        expected: Names of the weights that checkpoints of this configuration hold.
+        expected: The weights that checkpoints of this configuration hold, by name.
         trained: Prefixes of the weights of the trainer's optimizer; others may be left over, such as a critic that is no
             longer configured.
 
     Raises:
-        ConfigurationError: If a weight of this configuration is missing, or the checkpoint has other weights of a student.
+        ConfigurationError: If a weight of this configuration is missing or has another shape, or the checkpoint has other
+            weights of a student.
     """
-    if surplus := sorted(name for name in found.keys() - expected if name.startswith(trained)):
+    if surplus := sorted(name for name in found.keys() - expected.keys() if name.startswith(trained)):
         raise ConfigurationError(
             f"the checkpoint has the weight {surplus[0]!r} and {len(surplus) - 1} more that this configuration lacks; resume "
             "with the model settings it was trained with"
         )
-    if missing := sorted(expected - found.keys()):
+    if missing := sorted(expected.keys() - found.keys()):
         raise ConfigurationError(
             f"the checkpoint lacks the weight {missing[0]!r} and {len(missing) - 1} more of this configuration; resume with "
             "the model settings it was trained with"
         )
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    check_shapes({name: tuple(found[name].shape) for name in expected}, shapes)
+
+
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Compare the shapes of a checkpoint's weights with those of this configuration.
+
+    Args:
+        found: Shapes in the checkpoint by name.
+        expected: Shapes in this configuration by name, some or all of the same names.
+
+    Raises:
+        ConfigurationError: If one differs.
+    """
+    for name in expected:
+        if found[name] == expected[name]:
+            continue
+        if LORA_A in name:
+            check_lora_rank({name: found[name]}, expected[name][0])
+        raise ConfigurationError(
+            f"the weight {name!r} has shape {found[name]} in the checkpoint, and {expected[name]} in this configuration; use "
+            "the model settings it was trained with"
+        )
+
+
+def check_lora_rank(found: Mapping[str, Shape], rank: int) -> None:
+    """Compare the rank of a checkpoint's LoRA weights with that of this configuration.
+
+    Args:
+        found: Shapes of the checkpoint's weights by name.
+        rank: Configured rank.
+
+    Raises:
+        ConfigurationError: If it differs.
+    """
+    for name, shape in found.items():
+        if LORA_A in name and shape[0] != rank:
+            raise ConfigurationError(
+                f"student.lora.rank is {rank}, and the checkpoint has LoRA weights of rank {shape[0]}; set it to {shape[0]}"
+            )

@@ -131,25 +131,6 @@ def test_evaluation_reads_the_config_of_fit(command):
     main([command, "--config", "top.yaml", "--trainer.limit_val_batches=1", "--ckpt_path=last"])
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_settings_override_those_of_the_checkpoint_with_a_warning(capsys):
-    main(["fit", "--config", "top.yaml"])
-    resume = ["fit", "--config", "top.yaml", "--ckpt_path=run/checkpoints/last.ckpt", "--trainer.max_steps=5"]
-    with pytest.warns(UserWarning, match="has other model settings") as warned:
-        cli = DistillCLI([*resume, "--model.lr=0.5", "--model.pause=0.001"])
-    assert cli.model.lr == 0.5
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.5
-    (message,) = [str(item.message) for item in warned if "has other model settings" in str(item.message)]
-    assert "this run uses its own: lr 0.5 (checkpoint: 0.01), pause 0.001 (checkpoint: 0.0)" in message
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "error:.*has other model settings")
-def test_resuming_with_equal_settings_does_not_warn():
-    main(["fit", "--config", "top.yaml"])
-    for path in ("last", "run/checkpoints/last.ckpt"):
-        main(["fit", "--config", "top.yaml", f"--ckpt_path={path}", "--trainer.max_steps=4"])
-
-
 def test_ckpt_path_last_without_a_checkpoint_raises(capsys, work):
     error = error_line(capsys, "fit", "--config", "top.yaml", "--ckpt_path=last")
     assert error == (
