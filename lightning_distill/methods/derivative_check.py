@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -26,7 +26,11 @@ from lightning_distill.methods.networks import Networks, StudentDerivative
 
 SAMPLES = 2
 TOLERANCE = {torch.float32: 0.05, torch.float16: 0.2, torch.bfloat16: 0.2}
-"""Largest relative difference from differences in float32 that is taken for rounding, by the precision of the run."""
+"""Largest relative difference from differences in float32 that is taken for rounding, by the precision of the run.
+
+To it comes what the differences themselves resolve. In 24 steps of a small FLUX student at high learning rates, an exact
+derivative differed from them by up to 0.15, and never by more than their resolution.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class DerivativeReport:
         fused: Whether fused attention was allowed in all of them.
         blocks: Why the derivative goes through attention in blocks and not by a kernel; None where it goes by the kernel.
         difference: Relative difference of the derivative from differences in float32, or None where weights are not float32.
+        resolution: Relative change of these differences when their step is halved, which bounds their error.
         compiled: Names of compiled modules, which run eagerly within the derivative.
         sharded: Whether weights are sharded.
     """
@@ -50,6 +55,7 @@ class DerivativeReport:
     fused: bool
     blocks: str | None
     difference: float | None
+    resolution: float | None
     compiled: tuple[str, ...]
     sharded: bool
 
@@ -67,7 +73,7 @@ class DerivativeReport:
         if self.difference is None:
             parts.append("not compared with differences in float32, since the weights are not in it")
         else:
-            parts.append(f"{self.difference:.1e} from differences in float32")
+            parts.append(f"{self.difference:.1e} from differences in float32, which resolve {self.resolution:.1e}")
         if self.compiled:
             parts.append(f"{len(self.compiled)} compiled modules run eagerly within it ({self.compiled[0]})")
         if self.sharded:
@@ -81,8 +87,11 @@ def check_derivative(
     latent_shape: tuple[int, ...],
     device: torch.device,
     forward_context: Callable[[], AbstractContextManager[Any]],
+    resumes: bool = False,
 ) -> DerivativeReport:
     """Evaluate the derivative of the student on a probe batch, as in training, and compare it with float32 differences.
+
+    Where the student's velocities change fast, differences are inaccurate as well. A second step tells how much.
 
     Args:
         derivative: How the derivative is evaluated; its `dtype` is set.
@@ -90,6 +99,7 @@ def check_derivative(
         latent_shape: Shape (C, h, w) of the latents.
         device: Device of the networks.
         forward_context: The trainer's context of a forward pass.
+        resumes: Whether the run resumes from a checkpoint, whose run has passed this check. A difference is then a warning.
 
     Raises:
         ConfigurationError: If the student has no derivative, or differences give another one.
@@ -101,10 +111,13 @@ def check_derivative(
         student.eval()  # dropout would differ between passes
         try:
             with networks.adapter.frozen_routing():
-                found, reference, seen = _measure(derivative, networks, latent_shape, device, forward_context)
+                found, differences, seen = _measure(derivative, networks, latent_shape, device, forward_context)
         finally:
             student.train(training)
-    difference = None if reference is None else ((found.float() - reference).norm() / reference.norm().clamp_min(1e-6)).item()
+    difference = resolution = None
+    if differences is not None:
+        coarse, fine = differences
+        difference, resolution = _relative(found.float(), fine), _relative(coarse, fine)
     report = DerivativeReport(
         kind=derivative.kind,
         precision=dtype,
@@ -112,15 +125,19 @@ def check_derivative(
         fused=seen.fused,
         blocks=seen.blocks,
         difference=difference,
+        resolution=resolution,
         compiled=tuple(name for name, part in student.named_modules() if isinstance(part, torch._dynamo.OptimizedModule)),
         sharded=any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in student.parameters()),
     )
-    if difference is not None and not difference <= TOLERANCE.get(dtype, 0.05):
+    if difference is not None and not difference <= TOLERANCE.get(dtype, 0.05) + (resolution or 0.0):
         remedy = "to finite_difference, if an operation has a wrong derivative" if derivative.kind == "exact" else "to exact"
-        raise ConfigurationError(
-            f"the student's derivative differs from float32 differences by {difference:.2g} of its size; set trainer.precision "
-            f"to 32-true if that is rounding, or model.derivative {remedy}"
+        message = (
+            f"the student's derivative differs from float32 differences by {difference:.2g} of its size, and they resolve "
+            f"{resolution:.2g}; set trainer.precision to 32-true if that is rounding, or model.derivative {remedy}"
         )
+        if not resumes:
+            raise ConfigurationError(message)
+        rank_zero_warn(message)
     return report
 
 
@@ -130,6 +147,10 @@ def report_derivative(report: DerivativeReport, loggers: Iterable[Any]) -> None:
     if report.difference is not None:
         for logger in loggers:
             logger.log_metrics({"derivative/difference": report.difference}, step=0)
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).norm() / reference.norm().clamp_min(1e-6)).item()
 
 
 def compute_dtype(student: nn.Module, device: torch.device, forward_context: AbstractContextManager[Any]) -> torch.dtype:
@@ -161,7 +182,8 @@ def _measure(
     latent_shape: tuple[int, ...],
     device: torch.device,
     forward_context: Callable[[], AbstractContextManager[Any]],
-) -> tuple[Tensor, Tensor | None, _AttentionCalls]:
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None, _AttentionCalls]:
+    """The derivative, its differences with two steps, the second half of the first, and what attention was called."""
     adapter, student = networks.adapter, networks.student
     x = torch.randn(SAMPLES, *latent_shape, generator=torch.Generator().manual_seed(0)).to(device)
     t = torch.tensor([0.4, 0.8], device=device)
@@ -179,7 +201,8 @@ def _measure(
         return found, None, seen
     step = difference_step(adapter.time_frequency(derivative.options), torch.float32)
     with torch.autocast(device.type, enabled=False):
-        return found, finite_difference(average_velocity, x, r, t, v, step).float(), seen
+        coarse, fine = (finite_difference(average_velocity, x, r, t, v, h).float() for h in (step, step / 2))
+        return found, (coarse, fine), seen
 
 
 def _evaluate(derivative: StudentDerivative, fn: AverageVelocityFn, x: Tensor, r: Tensor, t: Tensor, v: Tensor) -> Tensor:

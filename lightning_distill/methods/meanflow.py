@@ -239,7 +239,9 @@ class MeanFlow(TrajectoryRegression):
         super().on_fit_start()
         if "differential" in self._expected_phases | {self.solution}:
             context = self.trainer.precision_plugin.forward_context
-            report = check_derivative(self.derivative, self.networks, self.evaluator.latent_shape, self.device, context)
+            place = self.evaluator.latent_shape, self.device
+            resumes = self.trainer.ckpt_path is not None
+            report = check_derivative(self.derivative, self.networks, *place, context, resumes)
             report_derivative(report, self.loggers)
 
     def fix_random_choices(self) -> None:

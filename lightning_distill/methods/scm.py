@@ -164,7 +164,9 @@ class SCM(TrajectoryRegression):
         """Check the student's derivative before the first step."""
         super().on_fit_start()
         context = self.trainer.precision_plugin.forward_context
-        report = check_derivative(self.derivative, self.networks, self.evaluator.latent_shape, self.device, context)
+        place = self.evaluator.latent_shape, self.device
+        resumes = self.trainer.ckpt_path is not None
+        report = check_derivative(self.derivative, self.networks, *place, context, resumes)
         report_derivative(report, self.loggers)
 
     def expected_calls(self, phase: str) -> dict[str, float]:

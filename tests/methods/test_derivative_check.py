@@ -126,6 +126,37 @@ def test_wrong_derivative_is_an_error_and_finite_differences_replace_it(tmp_path
     fit(tmp_path, method(WrongStudent(), derivative="finite_difference"))
 
 
+def test_wrong_derivative_is_a_warning_when_a_run_resumes(tmp_path: Path) -> None:
+    module = method(WrongStudent(), derivative="finite_difference")
+    quiet = {"limit_val_batches": 0, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(default_root_dir=tmp_path, max_steps=1, **quiet)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = Trainer(default_root_dir=tmp_path, max_steps=2, **quiet)
+    with pytest.warns(UserWarning, match="derivative differs from float32 differences"):
+        resumed.fit(method(WrongStudent()), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.global_step == 2
+
+
+class RoughStudent(Student):
+    """A student whose velocities change too fast in t for differences with the usual step."""
+
+    def operation(self, t: Tensor) -> Tensor:
+        return t + 0.02 * torch.sin(400 * t)
+
+
+def test_tolerance_follows_the_resolution_of_differences(tmp_path: Path) -> None:
+    module = method(RoughStudent())
+    fit(tmp_path, module)
+    report = check(module)
+    assert report.difference is not None
+    assert report.resolution is not None
+    assert 0.05 < report.difference < report.resolution
+    smooth = method()
+    fit(tmp_path, smooth)
+    assert (check(smooth).resolution or 1.0) < 0.01
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_targets_of_finite_differences_are_close_to_exact_ones(precision: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -202,6 +233,6 @@ class RoutingAdapter(GaussianAdapter):
 def test_passes_of_one_derivative_have_the_same_frozen_routing(derivative: str, passes: int, tmp_path: Path) -> None:
     adapter = RoutingAdapter()
     fit(tmp_path, method(adapter=adapter, derivative=derivative))
-    # The check: a derivative and the differences that it is compared with. Then the passes of one training step.
-    checked = {"exact": 3, "finite_difference": 4}[derivative]
+    # The check: a derivative and the two differences that it is compared with. Then the passes of one training step.
+    checked = {"exact": 5, "finite_difference": 6}[derivative]
     assert adapter.recorded == [1] * checked + [2] * passes
