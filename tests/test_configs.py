@@ -22,6 +22,7 @@ from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, save_tiny_pipeline
 FLUX = "flux_meanflow.yaml"
 FLUX_LORA = "flux_meanflow_lora.yaml"
 HUNYUAN = "hunyuan_image3_meanflow.yaml"
+SHORT_VALIDATION = [f"--model.validation.{setting}" for setting in ("height=32", "width=32", "teacher_nfe=2", "solver_steps=2")]
 NO_GPU = not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
@@ -165,7 +166,7 @@ def two_steps(name: str, teacher: str, images: Path, *further: str) -> None:
         [
             *("fit", "--config", name, "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
             "--trainer.strategy=auto",
-            *(f"--model.adapter.pretrained={teacher}", "--model.validation.height=32", "--model.validation.width=32"),
+            *(f"--model.adapter.pretrained={teacher}", *SHORT_VALIDATION),
             *(f"--data.directory={images}", "--data.validation_share=0.25", "--data.batch_size=4", "--data.num_workers=0"),
             *further,
         ]
@@ -220,7 +221,7 @@ def test_two_steps_from_prompts_on_the_cpu(tmp_path, name):
             *("fit", "--config", f"flux_{name}.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=2"),
             *("--trainer.strategy=auto", f"--model.adapter.pretrained={teacher}", "--data.file=prompts.txt"),
             *("--trainer.val_check_interval=2", "--data.validation_samples=4", "--data.batch_size=4"),
-            *("--model.validation.height=32", "--model.validation.width=32", "--model.validation.nfe=[1,2]"),
+            *(*SHORT_VALIDATION, "--model.validation.nfe=[1,2]"),
         ]
     )
     assert_trained(tmp_path / "runs" / f"flux_{name}", {"networks.student", "matching.critic"})

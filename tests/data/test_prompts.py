@@ -131,7 +131,7 @@ def test_embedded_teacher_distillation_from_prompts(tmp_path: Path, monkeypatch:
         """base: shapes_student.yaml
 model:
   class_path: MeanFlow
-  init_args: {solution: bootstrapped, trajectory_fraction: 1.0, validation: {nfe: [1]}}
+  init_args: {solution: bootstrapped, trajectory_fraction: 1.0, validation: {nfe: [1], teacher_nfe: 2, solver_steps: 2}}
 data:
   class_path: Prompts
   init_args: {file: prompts.txt, validation_samples: 4, batch_size: 4}
