@@ -76,11 +76,31 @@ def test_config_parses_and_prints_its_settings(capsys, name):
     assert config["model"]["class_path"].startswith("lightning_distill.methods.")
     assert config["data"]["class_path"].startswith("lightning_distill.data.")
     own = yaml.safe_load((config_directory() / name).read_text())
-    given = {path: value for path, value in flatten(own).items() if path.startswith("trainer.") and "callbacks" not in path}
+    given = {
+        path: value
+        for path, value in flatten(own).items()
+        if path.startswith("trainer.") and "callbacks" not in path and "${" not in str(value)
+    }
     found = flatten(config)
     assert {path: found[path] for path in given if not path.endswith("class_path")} == {
         path: value for path, value in given.items() if not path.endswith("class_path")
     }
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_one_setting_moves_all_outputs(capsys, name):
+    config = flatten(print_config(capsys, name, "--trainer.default_root_dir=elsewhere")["trainer"])
+    outputs = [config[path] for path in config if path.endswith(("_dir", "dirpath", "directory")) and config[path] is not None]
+    assert len(outputs) > 1
+    assert all(path.split("/")[0] == "elsewhere" for path in outputs)
+    versions = [value for path, value in config.items() if path.startswith("logger.") and path.endswith((".name", ".version"))]
+    assert not any(versions)  # one entry of TensorBoard is one run
+
+
+def test_configs_have_directories_of_their_own(capsys):
+    names = [name for name in shipped_configs() if name != "shapes_student.yaml"]
+    directories = [yaml.safe_load((config_directory() / name).read_text())["trainer"]["default_root_dir"] for name in names]
+    assert len({*directories}) == len(directories)
 
 
 @pytest.mark.parametrize("name", shipped_configs())
