@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.outputs import atomic_file, check_directory
+from lightning_distill.paths import expand_path
 
 
 class WritePredictions(Callback):
@@ -21,7 +22,7 @@ class WritePredictions(Callback):
     """
 
     def __init__(self, directory: str | None = None) -> None:
-        self.directory = directory
+        self.directory = directory and expand_path(directory, "WritePredictions.directory")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check before sampling that files can be written, and that none would be overwritten.

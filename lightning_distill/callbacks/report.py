@@ -31,6 +31,7 @@ from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.evaluation import Network, computed_values, metric_name
 from lightning_distill.metrics.diversity import PromptDiversity
 from lightning_distill.outputs import atomic_file, check_directory
+from lightning_distill.paths import expand_path
 
 PromptBatch = tuple[list[int], list[str]]
 """Indices in the data set, and the captions of these indices."""
@@ -117,7 +118,7 @@ class FinalReport(Callback):
             raise ConfigurationError(
                 f"FinalReport.diversity_seeds is {diversity_seeds}; set it to at least 2, because diversity compares images"
             )
-        self.directory = directory
+        self.directory = directory and expand_path(directory, "FinalReport.directory")
         self.noises = noises
         self.seed = seed
         self.columns = columns

@@ -122,6 +122,9 @@ def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
     """
     trainer.default_root_dir = str(trainer.default_root_dir or DEFAULT)
     _move(trainer, expand_path(trainer.default_root_dir, SETTING))
+    for part in _parts(trainer):
+        for name in _output_names(part):
+            part.init_args[name] = expand_path(part.init_args[name], f"{_class_name(part)}.{name}")
     root = Path(trainer.default_root_dir)
     ckpt_path = ckpt_path and expand_path(str(ckpt_path), "ckpt_path")
     if CHOSEN in os.environ:
@@ -169,14 +172,10 @@ def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
 def output_directories(trainer: Namespace) -> list[Output]:
     """Output directories in the settings of the trainer's callbacks, loggers and profiler."""
     return [
-        Output(f"{part.class_path.rpartition('.')[2]}.{name}", Path(path))
+        Output(f"{_class_name(part)}.{name}", Path(part.init_args[name]))
         for part in _parts(trainer)
-        for name, path in (part.get("init_args") or Namespace()).items()
-        if name in ("dirpath", "directory", "save_dir", "root_dir", "log_dir")
-        and isinstance(path, str)
-        and not _is_remote(path)
-        # `predict` writes this one, and checks it.
-        if not part.class_path.endswith(".WritePredictions")
+        for name in _output_names(part)
+        if _class_name(part) != "WritePredictions"  # which `predict` writes, and checks
     ]
 
 
@@ -192,6 +191,17 @@ def _parts(trainer: Namespace) -> Iterator[Namespace]:
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, Namespace) and "class_path" in part:
                 yield part
+
+
+def _class_name(part: Namespace) -> str:
+    return str(part.class_path).rpartition(".")[2]
+
+
+def _output_names(part: Namespace) -> list[str]:
+    """Names of the arguments of an object that are local output directories."""
+    names = ("dirpath", "directory", "save_dir", "root_dir", "log_dir")
+    values = part.get("init_args") or Namespace()
+    return [name for name in names if isinstance(value := values.get(name), str) and not _is_remote(value)]
 
 
 def _move(trainer: Namespace, chosen: str) -> None:

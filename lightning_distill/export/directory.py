@@ -14,6 +14,7 @@ from lightning_distill import __version__
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard, render_card
 from lightning_distill.outputs import check_directory, sync, writing
+from lightning_distill.paths import expand_path
 from lightning_distill.students.lora_student import PREFIX, lora_layers, lora_weights, time_weights
 from lightning_distill.teachers.families import two_time
 from lightning_distill.teachers.model_adapter import ModelAdapter
@@ -90,8 +91,8 @@ def check_export_directory(directory: str | Path, setting: str = "directory") ->
     Raises:
         ConfigurationError: If the directory cannot be written, or has files that are not an earlier export.
     """
+    directory = Path(expand_path(str(directory), setting))
     check_directory(directory, setting)
-    directory = Path(directory)
     occupied = any(directory.iterdir()) if directory.is_dir() else directory.exists()
     if occupied and not (directory / MARK).is_file():
         raise ConfigurationError(

@@ -15,6 +15,7 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.encoder import EncodedData
 from lightning_distill.outputs import check_file, writing
+from lightning_distill.paths import expand_path
 from lightning_distill.planning import hunyuan_image3
 from lightning_distill.planning.fake_pipeline import pipeline_config_directory
 from lightning_distill.planning.machine import STRATEGIES, Machine, Plan, Strategy, plan_for, smallest_gpu_count
@@ -56,7 +57,7 @@ class PlanOptions:
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}; set it to at least 1, or omit it for the trainer's number")
         if self.json is not None:
-            check_file(self.json, "json")
+            check_file(expand_path(self.json, "json"), "json")
         if not 0 <= self.reserve < self.gpu_memory:
             raise ConfigurationError(
                 f"reserve is {self.reserve} and gpu_memory is {self.gpu_memory}; set reserve to at least 0 and below gpu_memory"
@@ -139,9 +140,10 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
     console.print(plan_table(result, f"{_machine_label(machine)}, {result.strategy}, {_batch_label(model, data)}"))
     console.print(verdict(result, machine, smallest, alternatives))
     if options.json is not None:
-        with writing(options.json):
-            Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.json).write_text(json.dumps(plan_numbers(result, machine, smallest, alternatives), indent=2) + "\n")
+        file = Path(expand_path(options.json, "json"))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(plan_numbers(result, machine, smallest, alternatives), indent=2) + "\n")
     return result
 
 

@@ -326,3 +326,16 @@ def test_curves_of_runs_are_entries_of_their_directories():
     (logger,) = cli.trainer.loggers
     assert isinstance(logger, TensorBoardLogger)
     assert os.path.normpath(logger.log_dir) == "runs/demo"
+
+
+def test_home_directory_and_variables_in_outputs(monkeypatch, work):
+    monkeypatch.setenv("HOME", str(work / "home"))
+    monkeypatch.setenv("BIG", str(work / "big"))
+    fit(
+        "--trainer.default_root_dir=~/run",
+        "--trainer.callbacks+=AtomicCheckpoint",
+        "--trainer.callbacks.dirpath=$BIG/checkpoints",
+    )
+    assert steps(str(work / "home" / "run")) == 2
+    assert steps(str(work / "big")) == 2
+    assert sorted(path.name for path in work.iterdir()) == ["big", "home", "run.yaml"]
