@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 
 from lightning_distill.paths import expand_path
 
-_PATH_SETTING = re.compile(r"(?:^|[._])(?:path|dir|dirpath|directory|file|source|pretrained|out)$")
+_PATH_SETTING = re.compile(r"(?:^|[._])(?:path|dir|dirpath|directory|file|source|pretrained|model_config|out)$")
 """Names of settings that are paths, also those of loggers and of classes of the user."""
 _STRUCTURE = ("init_args", "dict_kwargs")
 """Keys of a config that are no part of a setting's dotted name."""
