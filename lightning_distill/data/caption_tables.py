@@ -41,9 +41,23 @@ def decode_text(content: bytes) -> str:
     Raises:
         UnicodeDecodeError: If the content is neither UTF-8, nor UTF-16 with a byte order mark.
     """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    return content.decode("utf-8-sig")
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if wide else "utf-8-sig")
+    if "\0" in text:  # UTF-16 without a byte order mark, UTF-32, or no text at all
+        position = content.index(0)
+        raise UnicodeDecodeError("utf-8", content, position, position + 1, "null character, as in other encodings")
+    return text
+
+
+def as_captions(value: Any) -> tuple[str, ...]:
+    """Captions in a value: one for a string, several for a list of strings, and none otherwise."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(values) if all(isinstance(each, str) for each in values) else ()
+
+
+def replace_lone_surrogates(text: str) -> str:
+    """Text with U+FFFD for each half of a character that JSON escapes cut off, which tokenizers cannot encode."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 def parse_json(text: str) -> Any:
@@ -193,9 +207,7 @@ class CaptionColumn:
         if not isinstance(row.values, dict):
             raise ConfigurationError(f"{row.place} of {self.path} is not a JSON object; correct or remove it")
         self.name = self.name or self._find(row)
-        value = row.values.get(self.name)
-        captions: list[Any] = value if isinstance(value, list) else [value]
-        if not captions or not all(isinstance(caption, str) for caption in captions):
+        if not (captions := as_captions(row.values.get(self.name))):
             raise ConfigurationError(
                 f'{row.place} of {self.path} has no string under "{self.name}"; correct or remove it, or set '
                 f"data.caption_column to one of {', '.join(map(str, row.values))}"
@@ -204,7 +216,7 @@ class CaptionColumn:
 
     def replace_surrogates(self, caption: str, place: str) -> str:
         """Caption with U+FFFD for each half of a surrogate pair, which no tokenizer can encode."""
-        replaced = _SURROGATE.sub("\ufffd", caption)
+        replaced = replace_lone_surrogates(caption)
         if replaced != caption:
             self._replaced.append(place)
         return replaced

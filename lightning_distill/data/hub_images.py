@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_distill.data.caption_tables import CAPTION_COLUMNS
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS, as_captions
 from lightning_distill.data.image_files import ImageDecodeError, read_size
 from lightning_distill.data.source_paths import find_files, split_patterns
 from lightning_distill.data.tally import Tally
-from lightning_distill.data.tar_captions import as_captions
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
 

@@ -1,9 +1,8 @@
 """Captions of images in tar files: decoding of `.txt` and `.json` members."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from lightning_distill.data.caption_tables import CAPTION_COLUMNS, decode_text, parse_json
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS, as_captions, decode_text, parse_json
 
 CAPTION_SUFFIXES = (".txt", ".json")
 MAX_CAPTION_BYTES = 1 << 20
@@ -21,12 +20,9 @@ def read_text(content: bytes) -> str:
         CaptionError: If the file is in another encoding.
     """
     try:
-        text = decode_text(content)
+        return decode_text(content).strip()
     except UnicodeDecodeError as error:
         raise CaptionError("images whose caption is not UTF-8") from error
-    if "\0" in text:  # UTF-16 without a byte order mark, or no text at all
-        raise CaptionError("images whose caption is not UTF-8")
-    return text.strip()
 
 
 def read_json(content: bytes, column: str | None) -> tuple[tuple[str, ...], Sequence[str]]:
@@ -51,14 +47,3 @@ def read_json(content: bytes, column: str | None) -> tuple[tuple[str, ...], Sequ
     if not found:
         raise CaptionError(f"images whose .json file has no string under {' or '.join(map(repr, keys))}")
     return next(iter(found.values())), list(found)
-
-
-def as_captions(value: Any) -> tuple[str, ...]:
-    """Captions in a value: one for a string, several for a list of strings, and none otherwise."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(values) if all(isinstance(each, str) for each in values) else ()
-
-
-def replace_lone_surrogates(text: str) -> str:
-    """Text with U+FFFD for each half of a character that JSON escapes cut off, which tokenizers cannot encode."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

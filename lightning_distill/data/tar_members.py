@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
+from lightning_distill.data.caption_tables import replace_lone_surrogates
 from lightning_distill.data.image_files import IMAGE_SUFFIXES, ImageDecodeError, read_size
 from lightning_distill.data.tally import Tally
 from lightning_distill.data.tar_captions import (
@@ -19,7 +20,6 @@ from lightning_distill.data.tar_captions import (
     CaptionError,
     read_json,
     read_text,
-    replace_lone_surrogates,
 )
 
 MAX_IMAGE_BYTES = 1 << 28

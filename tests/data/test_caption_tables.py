@@ -110,6 +110,12 @@ def test_rows_without_caption_raise(value: Any) -> None:
         CaptionColumn(Path("t"), None).read(Row("row 3", [value]))
 
 
+@pytest.mark.parametrize("content", [b"caf\xe9", "wide".encode("utf-16-le"), "a".encode("utf-32"), b"\xff\xfea", b"\xed\xa0\xbd"])
+def test_other_encodings_raise(content: bytes) -> None:
+    with pytest.raises(UnicodeDecodeError):
+        decode_text(content)
+
+
 def test_half_surrogate_pairs_are_replaced_with_one_warning() -> None:
     column = CaptionColumn(Path("t.jsonl"), None)
     texts = [json.loads(f'"{text}"') for text in (r"cut \ud83d", r"whole \ud83d\ude00", r"\ude00 cut")]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lightning_distill.data.tar_captions import CaptionError, read_json, read_text, replace_lone_surrogates
+from lightning_distill.data.tar_captions import CaptionError, read_json, read_text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -55,9 +55,3 @@ def test_keys_of_json_captions(entry: dict[str, object], column: str | None, exp
 def test_json_files_without_a_caption_raise(content: bytes, message: str) -> None:
     with pytest.raises(CaptionError, match=message):
         read_json(content, None)
-
-
-def test_lone_surrogates_are_replaced() -> None:
-    assert replace_lone_surrogates("a \ud83d b") == "a \ufffd b"
-    assert replace_lone_surrogates("cut \ud83d") == "cut \ufffd"
-    assert replace_lone_surrogates("whole 😀 ü") == "whole 😀 ü"
