@@ -5,11 +5,11 @@ of webdataset also allows fields, as in `0001.image.jpg` and `0001.caption.txt`.
 and links are not followed.
 """
 
+import posixpath
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 
 from lightning_distill.data.caption_tables import replace_lone_surrogates
 from lightning_distill.data.image_files import IMAGE_SUFFIXES, ImageDecodeError, read_size
@@ -84,12 +84,11 @@ class TarMembers:
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """Read a member: the header of an image, the text of a caption."""
-        path = PurePosixPath(member.name)
-        suffix = path.suffix.lower()
-        key = member.name.removesuffix(path.suffix)
-        if suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES):
+        key, suffix = posixpath.splitext(member.name)
+        suffix = suffix.lower()
+        if suffix not in IMAGE_SUFFIXES and suffix not in CAPTION_SUFFIXES:
             self.others.setdefault(key, member.name)
-        elif path.is_absolute() or ".." in path.parts:
+        elif key.startswith("/") or ".." in key.split("/"):
             self.skipped.add("files whose names lead out of the tar file", member.name)
         elif suffix in IMAGE_SUFFIXES:
             self._add_image(archive, member, key)
