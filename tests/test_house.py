@@ -1,6 +1,7 @@
 """The structure of the package: what CONTRIBUTING promises, as tests."""
 
 import ast
+import os
 import re
 import sys
 from collections import defaultdict
@@ -94,8 +95,8 @@ def test_no_private_names_of_other_modules() -> None:
     """Private names of libraries are not meant; those of a class may be used by its subclasses."""
     modules = list(sources())
     private = {name: own_private_names(tree) for name, _, tree in modules}
-    classes = (LightningModule(), Trainer, torch.Tensor, ModelMixin, ModelCheckpoint)
-    libraries = {*chain.from_iterable(map(dir, classes)), "_modules", "_parameters"}
+    owners = (LightningModule(), Trainer, torch.Tensor, ModelMixin, ModelCheckpoint, os)
+    libraries = {*chain.from_iterable(map(dir, owners)), "_modules", "_parameters"}
     everywhere = set().union(*private.values()) - libraries
     found = []
     for name, path, tree in modules:
