@@ -1,5 +1,6 @@
 """Joint end of all processes at a signal, with a complete checkpoint."""
 
+import atexit
 import os
 import signal
 import threading
@@ -101,9 +102,15 @@ class JointTermination(Callback):
         self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the previous handlers, unless a signal is the cause: another one must not interrupt saving."""
-        if not isinstance(exception, SIGTERMException):
-            self._restore_handlers()
+        """Restore the previous handlers, unless a signal is the cause: another one must not interrupt saving.
+
+        After an error, no process that Lightning has started outlives the first: one that hangs would hold its memory.
+        """
+        if isinstance(exception, SIGTERMException):
+            return
+        self._restore_handlers()
+        if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+            atexit.register(launcher.kill, signal.SIGKILL)
 
     def _end_if_signalled(self, trainer: Trainer) -> None:
         if not self._previous or not trainer.strategy.reduce_boolean_decision(self._received > 0, all=False):

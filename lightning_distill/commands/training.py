@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 import lightning_distill.sharding.strategies  # noqa: F401  # registers the names of the strategies
 from lightning_distill.callbacks.checkpoint_io import verify_reads
@@ -29,10 +30,11 @@ from lightning_distill.commands.checkpoint_path import check_checkpoint, check_e
 from lightning_distill.commands.config_files import check_numbers
 from lightning_distill.commands.config_paths import expand_paths
 from lightning_distill.commands.parser import DistillParser, NamedConfig
+from lightning_distill.commands.process_errors import check_port, process_error
 from lightning_distill.commands.resume_report import RecordSettings, check_resumable, differences, nothing_left
 from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
-from lightning_distill.errors import ConfigurationError, find_configuration_error
+from lightning_distill.errors import ConfigurationError, RunError, find_configuration_error
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.setup_checks import check_strategy_class
 from lightning_distill.outputs import atomic_file
@@ -199,6 +201,7 @@ class DistillCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the number of threads, and that the teacher's weights exist, before processes wait for each other."""
         warn_oversubscription(self.trainer)
+        check_port(self.trainer)
         if isinstance(self.model, TeacherStudentBase):
             self.model.prepare_data()
 
@@ -239,6 +242,10 @@ def main(arguments: Sequence[str], name: str) -> None:
         if isinstance(end.__context__, KeyboardInterrupt):  # before or after training; Lightning's code is 1
             sys.exit(INTERRUPTED)
         raise
+    except (RuntimeError, CheckpointException) as error:
+        if isinstance(error, RunError) or (lost := process_error(error)) is None:
+            raise
+        raise lost from error
 
 
 def trainer_error(error: Exception, config: dict[str, Any]) -> ConfigurationError:
