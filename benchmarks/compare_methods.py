@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import events, full_config, run_config, scale_steps, single_process, train
 
-from lightning_distill.commands.sample import load_pipeline
+from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.data.shapes import CATEGORIES, render, sample_scene
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import AutoencoderFeatures, FrechetDistance

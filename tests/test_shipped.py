@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from lightning_distill.callbacks.images import unique_prompts
 from lightning_distill.commands.config_files import shipped_configs
 from lightning_distill.commands.main import main
-from lightning_distill.commands.sample import foreign_code, is_own_code, load_pipeline, sample
+from lightning_distill.commands.pipelines import foreign_code, is_own_code, load_pipeline
+from lightning_distill.commands.sample import sample
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
+from lightning_distill.digests import file_names, find_damage, read_manifest
 from lightning_distill.metrics import prompt_accuracy
 from lightning_distill.teachers import load_shipped_student, resolve_pretrained, save_shipped_student
 from lightning_distill.teachers.shipped import SHARED_COMPONENTS
@@ -140,6 +142,12 @@ def test_shipped_and_saved_student_sample_the_same_images(saved_student: Path) -
     for pipeline in (shipped, saved):
         pipeline.set_progress_bar_config(disable=True)
     assert torch.equal(sample(shipped, prompts, nfe=2), sample(saved, prompts, nfe=2))
+
+
+@pytest.mark.parametrize("directory", [TEACHER, STUDENT])
+def test_shipped_digests_are_those_of_the_files(directory: Path) -> None:
+    assert find_damage(directory) is None
+    assert read_manifest(directory).keys() == set(file_names(directory))
 
 
 def test_shipped_student_loads_in_lower_precision() -> None:

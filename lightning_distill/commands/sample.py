@@ -1,8 +1,8 @@
 """`lightning-distill sample`: generate images with a pipeline directory."""
 
 import argparse
-import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-import lightning_distill.students
 from lightning_distill.commands import PROGRAM
+from lightning_distill.commands.pipelines import is_student, load_pipeline
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.outputs import atomic_file, check_file
 from lightning_distill.paths import expand_path
 from lightning_distill.students.few_step import FewStepPipeline, unwrap_tokenizer
-from lightning_distill.students.lora_student import SETTINGS, load_lora_student
-from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.families import FAMILIES, stock_options
-from lightning_distill.teachers.hunyuan_image3.directory import is_hunyuan_image3, published_class, read_config
-from lightning_distill.teachers.hunyuan_image3.directory import is_student as is_student_config
-from lightning_distill.teachers.registry import SHIPPED, resolve_pretrained
-from lightning_distill.teachers.shipped import has_shared_components, load_shipped_student
+from lightning_distill.teachers.registry import SHIPPED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OWN_CODE = Path(lightning_distill.students.__file__).parent
 BATCH_SIZE = 8
 GAP = 2
 """White pixels between the images of a grid, before enlargement."""
@@ -47,10 +41,6 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         ConfigurationError: If an argument is invalid.
     """
     arguments = build_parser(name).parse_args(argv)
-    arguments.out = Path(expand_path(str(arguments.out), "--out"))
-    arguments.pipeline = expand_path(arguments.pipeline, "--pipeline")
-    if arguments.base is not None:
-        arguments.base = expand_path(arguments.base, "--base")
     if arguments.nfe < 1:
         raise ConfigurationError(f"--nfe is {arguments.nfe}; set it to at least 1 step")
     for option, value in (("height", arguments.height), ("width", arguments.width)):
@@ -62,13 +52,16 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         )
     if arguments.scale < 1:
         raise ConfigurationError(f"--scale is {arguments.scale}; set it to an integer of at least 1")
-    if arguments.out.suffix.lower() != ".png":
-        raise ConfigurationError(f"--out is {str(arguments.out)!r}; set it to a file name that ends in .png")
-    check_file(arguments.out, "--out")
+    out = Path(expand_path(arguments.out, "--out"))
+    if out.suffix.lower() != ".png":
+        raise ConfigurationError(f"--out is {str(out)!r}; set it to a file name that ends in .png")
+    check_file(out, "--out")
+    base = None if arguments.base is None else expand_path(arguments.base, "--base")
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     dtype = DTYPES[arguments.torch_dtype]
-    pipeline = load_pipeline(arguments.pipeline, arguments.trust_remote_code, dtype, arguments.base)
+    name = expand_path(arguments.pipeline, "--pipeline")
+    pipeline = load_pipeline(name, arguments.trust_remote_code, dtype, base)
     if isinstance(pipeline, DiffusionPipeline):
         pipeline.set_progress_bar_config(disable=True)
     images = sample(
@@ -79,19 +72,22 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         height=arguments.height,
         width=arguments.width,
         guidance_scale=arguments.guidance_scale,
+        scale=arguments.scale,
     )
-    write_grid(images, arguments.out, arguments.scale)
-    print(f"wrote {arguments.out}")
+    write_grid(images, out, arguments.scale)
+    print(f"wrote {out}")
 
 
 def build_parser(name: str = "sample") -> argparse.ArgumentParser:
     """Parser of the arguments."""
-    parser = argparse.ArgumentParser(f"{PROGRAM} {name}", description="Generate images with a pipeline directory.")
+    parser = argparse.ArgumentParser(
+        f"{PROGRAM} {name}", description="Generate images with a pipeline directory.", allow_abbrev=False
+    )
     known = f"directory of an exported student or of a stock pipeline of a known family, or {', '.join(SHIPPED)}"
     parser.add_argument("--pipeline", required=True, help=known)
     parser.add_argument("--base", help="base of a student exported without it: directory or hub id (default: its teacher)")
     parser.add_argument("--prompt", action="append", required=True, help="several prompts give a grid of images")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--out", required=True, help="PNG file to write")
     parser.add_argument("--nfe", type=int, default=4, help="steps (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="image i starts from the noise of seed + i (default: 0)")
     parser.add_argument("--height", type=int, help="pixels (default: training size of the autoencoder)")
@@ -109,136 +105,6 @@ def build_parser(name: str = "sample") -> argparse.ArgumentParser:
     return parser
 
 
-def load_pipeline(
-    name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32, base: str | None = None
-) -> DiffusionPipeline | PreTrainedModel:
-    """Load a pipeline or a student of HunyuanImage 3.0, to the GPU if there is one.
-
-    Args:
-        name: Shipped name or directory.
-        trust_remote_code: Whether to run Python files in the directory that are not of this package.
-        torch_dtype: dtype of the weights.
-        base: Base of a LoRA student that was exported without it: shipped name, directory or hub id; None means its teacher.
-
-    Raises:
-        ConfigurationError: If there is no pipeline of a known family, it has untrusted code, or its base is missing.
-    """
-    directory = Path(resolve_pretrained(name))
-    if (directory / SETTINGS).is_file():
-        return _on_base(name, directory, base, torch_dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    if base is not None:
-        raise ConfigurationError(f"--base is {base!r}, but --pipeline {name!r} is a complete pipeline; leave --base out")
-    config = read_config(directory)
-    is_pipeline = (directory / "model_index.json").is_file()
-    if not is_pipeline and not is_hunyuan_image3(config):
-        raise ConfigurationError(
-            f"--pipeline is {name!r}, which has no model_index.json; choose a pipeline directory or one of {', '.join(SHIPPED)}"
-        )
-    if not is_pipeline and not is_student_config(config):
-        raise ConfigurationError(
-            f"--pipeline is {name!r}, HunyuanImage 3.0 itself; sample by its generate_image, or choose an exported student"
-        )
-    if is_pipeline:
-        _check_json(name, directory / "model_index.json")
-    if not trust_remote_code and (foreign := foreign_code(directory)):
-        raise ConfigurationError(
-            f"--pipeline {name!r} brings code of its own ({', '.join(foreign)}); read it, and add --trust_remote_code to run it"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not is_pipeline:
-        # `AutoModelForCausalLM` would confuse different directories of the same name within one process.
-        kind: Any = published_class(directory)
-        model = kind.from_pretrained(directory, dtype=torch_dtype, use_safetensors=True)
-        model.load_tokenizer(str(directory))
-        return model.eval().to(device)
-    try:
-        if has_shared_components(directory):
-            pipeline = load_shipped_student(name, torch_dtype)
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(
-                directory, torch_dtype=torch_dtype, use_safetensors=True, trust_remote_code=True
-            )
-    except OSError as error:  # a component is missing or unreadable
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"--pipeline {name!r} cannot be loaded ({reason}); export or download it again") from error
-    if not is_student(pipeline) and type(pipeline).__name__ not in FAMILIES:
-        raise ConfigurationError(
-            f"--pipeline {name!r} is a {type(pipeline).__name__}; choose an exported student, or one of {', '.join(FAMILIES)}"
-        )
-    return pipeline.to(device)
-
-
-def _check_json(name: str, file: Path) -> None:
-    try:
-        json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--pipeline {name!r} has a {file.name} that cannot be read ({error}); export or download it again"
-        ) from error
-
-
-def _on_base(name: str, directory: Path, base: str | None, torch_dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a LoRA student on its base with the code of this package. Code in the directory is not run."""
-    settings = json.loads((directory / SETTINGS).read_text())
-    kind = settings["pipeline"][1]
-    if kind not in {family.__name__ for family in FAMILIES.values()}:
-        raise ConfigurationError(
-            f"--pipeline {name!r} has the pipeline class {kind}, which this version does not know; update lightning-distill"
-        )
-    base, _, revision = (base or settings["base_model"]).partition("@")
-    try:
-        DiffusersAdapter(base, revision=revision or None).check()
-        stock = DiffusionPipeline.from_pretrained(
-            resolve_pretrained(base), revision=revision or None, torch_dtype=torch_dtype, use_safetensors=True
-        )
-    except (ConfigurationError, OSError) as error:
-        reason = " ".join(str(error).split()).removeprefix("adapter.pretrained is ")
-        raise ConfigurationError(
-            f"--pipeline {name!r} has only the LoRA weights of a student, whose base cannot be loaded ({reason}); set --base "
-            "to the directory or hub id of its base"
-        ) from error
-    try:
-        return load_lora_student(stock, directory)
-    except ValueError as error:
-        raise ConfigurationError(f"--pipeline {name!r} does not fit the base {base!r}: {error}") from error
-
-
-def is_own_code(file: Path) -> bool:
-    """Whether a file in a pipeline directory equals the file that this package exports, byte for byte."""
-    own = OWN_CODE / file.name
-    return own.is_file() and own.read_bytes() == file.read_bytes()
-
-
-def foreign_code(directory: Path) -> list[str]:
-    """Code that a trusted load could run besides this package's: files in the directory, and references to other places."""
-    files = {file for pattern in ("*.py", "*/*.py", "**/*.py") for file in directory.glob(pattern)}
-    foreign = [str(file.relative_to(directory)) for file in sorted(files) if not is_own_code(file)]
-    # A plain module name refers to a file in the directory. Paths and other repositories refer to unchecked code.
-    return foreign + [each for each in _code_references(directory) if not all(part.isidentifier() for part in each.split("."))]
-
-
-def _code_references(directory: Path) -> Iterator[str]:
-    """References to modules and classes in the index of a pipeline and the configs of its components."""
-    index = directory / "model_index.json"
-    for references in json.loads(index.read_text()).values() if index.is_file() else ():
-        if isinstance(references, list):
-            yield from (reference for reference in references if isinstance(reference, str))
-    for file in sorted(directory.glob("**/*.json")):
-        if '"auto_map"' in (text := file.read_text(errors="replace")):
-            yield from _auto_maps(json.loads(text))
-
-
-def _auto_maps(value: Any, inside: bool = False) -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, each in value.items():
-            yield from _auto_maps(each, inside or name == "auto_map")
-    elif isinstance(value, list):
-        for each in value:
-            yield from _auto_maps(each, inside)
-    elif inside and isinstance(value, str):
-        yield value
-
-
 def sample(
     pipeline: DiffusionPipeline | PreTrainedModel,
     prompts: Sequence[str],
@@ -248,6 +114,7 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     guidance_scale: float | None = None,
+    scale: int = 1,
 ) -> Tensor:
     """Generate images (B, 3, H, W) in [0, 1] for B prompts; image i starts from the noise of `seed + i`.
 
@@ -259,17 +126,19 @@ def sample(
         height: Height in pixels; None means the training size of the autoencoder.
         width: Width in pixels; None means the training size of the autoencoder.
         guidance_scale: Guidance scale: an input if the transformer embeds it, otherwise the scale of two-branch guidance.
+        scale: Factor of a later enlargement, which the memory has to suffice for as well.
 
     Raises:
-        ConfigurationError: If the image size does not fit, a student has its guidance built in, or a word-level tokenizer does
-            not know a word.
+        ConfigurationError: If the image size does not fit the family or the memory, a student has its guidance built in, or a
+            word-level tokenizer does not know a word.
     """
     if isinstance(pipeline, PreTrainedModel):
-        return _sample_hunyuan_image3(pipeline, prompts, nfe, seed, height, width, guidance_scale)
+        return _sample_hunyuan_image3(pipeline, prompts, nfe, seed, height, width, guidance_scale, scale)
     family = few_step(pipeline)
     for prompt in prompts:
         check_words(family, prompt)
-    settings = {**_checked_size(family, height, width), "num_inference_steps": nfe, "output_type": "pt"}
+    settings: dict[str, Any] = {**_checked_size(family, height, width), "num_inference_steps": nfe, "output_type": "pt"}
+    check_memory(family, len(prompts), settings["height"], settings["width"], scale)
     # By default stock pipelines pad prompts to a fixed length, which may differ from the length in training.
     settings |= stock_options(type(pipeline), family.sequence_length)
     images = []
@@ -287,12 +156,14 @@ def _sample_hunyuan_image3(
     height: int | None,
     width: int | None,
     guidance_scale: float | None,
+    scale: int,
 ) -> Tensor:
     """Generate images with a student of HunyuanImage 3.0, which is not a diffusers pipeline."""
     if not student.embeds_guidance and guidance_scale not in (None, 1):
         raise _guidance_is_built_in(guidance_scale)
-    settings = {"num_inference_steps": nfe, "guidance_scale": guidance_scale, "output_type": "pt"}
+    settings: dict[str, Any] = {"num_inference_steps": nfe, "guidance_scale": guidance_scale, "output_type": "pt"}
     settings |= _checked_size(student, height, width)
+    check_memory(student, len(prompts), settings["height"], settings["width"], scale)
     images = [student.sample_images(batch, generator=generators, **settings) for batch, generators in _batches(prompts, seed)]
     return torch.cat([each.float().cpu() for each in images])
 
@@ -306,15 +177,43 @@ def _checked_size(family: Any, height: int | None, width: int | None) -> dict[st
     return {"height": height, "width": width}
 
 
+def check_memory(family: Any, count: int, height: int, width: int, scale: int = 1) -> None:
+    """Check that images of a size can fit into memory at all, before the sampling starts.
+
+    This is a lower bound: the last feature map of the autoencoder's decoder, twice, and the grid of images. Sampling may need
+    more.
+
+    Args:
+        family: Pipeline with an autoencoder.
+        count: Number of images.
+        height: Height of an image in pixels.
+        width: Width of an image in pixels.
+        scale: Factor of the grid's enlargement.
+
+    Raises:
+        ConfigurationError: If the images need more memory than the device, or the machine for the grid, has.
+    """
+    device = family.vae.device
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    decoder_total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else total
+    channels = min(family.vae.config.get("block_out_channels") or [3])
+    decoding = 2 * min(count, BATCH_SIZE) * channels * height * width * family.vae.dtype.itemsize
+    grid = 3 * count * height * width * (4 + 2 * scale**2)  # float32 images, and two copies of the 8-bit grid
+    for needed, available, remedy in (
+        (decoding, decoder_total, "set smaller ones, or give fewer prompts"),
+        (grid, total, f"set smaller ones, or a smaller --scale than {scale}"),
+    ):
+        if needed > available:
+            raise ConfigurationError(
+                f"--height {height} and --width {width}: {count} images of this size need at least {needed / 2**30:.0f} GiB of "
+                f"memory, and there are {available / 2**30:.0f} GiB; {remedy}"
+            )
+
+
 def _batches(prompts: Sequence[str], seed: int) -> Iterator[tuple[list[str], list[torch.Generator]]]:
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = list(prompts[start : start + BATCH_SIZE])
         yield batch, [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-
-
-def is_student(pipeline: DiffusionPipeline) -> bool:
-    """Whether a pipeline is a student's. Its class may come from its directory, so `isinstance` does not apply."""
-    return hasattr(type(pipeline), "stock_class")
 
 
 def few_step(pipeline: DiffusionPipeline) -> FewStepPipeline:

@@ -202,8 +202,14 @@ class DistillCLI(LightningCLI):
         """Check the number of threads, and that the teacher's weights exist, before processes wait for each other."""
         warn_oversubscription(self.trainer)
         check_port(self.trainer)
+        self.before_validate()
+
+    def before_validate(self) -> None:
+        """Check that the teacher's weights exist and are complete, before processes wait for each other."""
         if isinstance(self.model, TeacherStudentBase):
             self.model.prepare_data()
+
+    before_test = before_predict = before_validate
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +11,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_distill import __version__
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.digests import write_manifest
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.export.card import ModelCard, render_card
 from lightning_distill.outputs import check_directory, sync, writing
 from lightning_distill.paths import expand_path
+from lightning_distill.sharding.weight_files import safetensors_shapes
 from lightning_distill.students.lora_student import PREFIX, lora_layers, lora_weights, time_weights
 from lightning_distill.teachers.families import two_time
+from lightning_distill.teachers.finite import first_non_finite
 from lightning_distill.teachers.model_adapter import ModelAdapter
 
 MARK = "export.json"
@@ -49,6 +52,7 @@ def export_student(
     Raises:
         ConfigurationError: If the directory has files that are not an earlier export, or `lora` is "unmerged" and the student
             has no LoRA.
+        NonFiniteError: If a weight is NaN or infinite.
     """
     if lora == "merged":
         check_export_directory(directory)
@@ -124,12 +128,13 @@ def _export(
             save(unfinished)
             (unfinished / "README.md").write_text(render_card(card, kind, arguments, adapter.export_code))
             (unfinished / MARK).write_text(json.dumps(mark) + "\n")
+            _check_weights(unfinished, weights, target)
+            write_manifest(unfinished)
             for path in (*unfinished.rglob("*"), unfinished):
                 sync(path)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)  # it would keep a full disk full
             raise
-    _check_weights(unfinished, weights)
     if target.exists():
         os.replace(target, replaced)  # a rename cannot replace a directory that is not empty
     os.replace(unfinished, target)
@@ -138,19 +143,25 @@ def _export(
     return target
 
 
-def _check_weights(directory: Path, weights: Mapping[str, Tensor]) -> None:
-    """Check that one component, or the directory itself, has all weights; reads the headers of the files only."""
+def _check_weights(directory: Path, weights: Mapping[str, Tensor], target: Path) -> None:
+    """Check that one component, or the directory itself, has all weights, and that they are finite; reads the written files.
+
+    Raises:
+        NonFiniteError: If a weight is NaN or infinite.
+    """
     expected = {(name, *value.shape) for name, value in weights.items()}
     for component in (directory, *(path for path in directory.iterdir() if path.is_dir())):
-        if _shapes(component.glob("*.safetensors")) >= expected:
-            return
-    raise RuntimeError(f"the export in {directory} lacks weights of the network; the directory was not removed, for inspection")
-
-
-def _shapes(files: Iterable[Path]) -> set[tuple[object, ...]]:
-    """Name and shape of every tensor in safetensors files."""
-    found: set[tuple[object, ...]] = set()
-    for file in files:
+        shapes: set[tuple[object, ...]] = set()
+        for file in component.glob("*.safetensors"):
+            shapes |= {(name, *shape) for name, shape in safetensors_shapes(file).items()}
+        if shapes >= expected:
+            break
+    else:
+        raise RuntimeError(f"nothing was exported to {target}: the files written lack weights of the network")
+    for file in component.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            found |= {(name, *tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return found
+            for name in weights.keys() & set(tensors.keys()):
+                if first_non_finite({name: tensors.get_tensor(name)}):
+                    raise NonFiniteError(
+                        f"nothing was exported to {target}, because {name} is NaN or infinite; export an earlier checkpoint"
+                    )

@@ -14,6 +14,7 @@ from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.encoder import EncodedData
+from lightning_distill.methods.setup_checks import check_image_sizes
 from lightning_distill.outputs import check_file, writing
 from lightning_distill.paths import expand_path
 from lightning_distill.planning import hunyuan_image3
@@ -107,6 +108,7 @@ def plan(model: LightningModule, data: LightningDataModule, trainer: Mapping[str
         )
     directory = _set_config_directory(adapter, options.model_config)
     adapter.check_student(model.student_options)
+    check_image_sizes(adapter, model.validation, data)
     model.guidance.check(adapter.embeds_guidance)
     machine, strategy = _machine(trainer, options), _strategy(trainer)
     shares_weights = _shares_weights(model)
@@ -155,7 +157,7 @@ def _set_config_directory(adapter: DiffusersAdapter | HunyuanImage3Adapter, mode
         return directory
     directory = pipeline_config_directory(adapter.pretrained, adapter.revision, model_config)
     adapter.pretrained, adapter.revision = str(directory), None
-    adapter.check()
+    adapter.check(weights=False)
     return directory
 
 

@@ -1,11 +1,12 @@
 """Weights of a network in safetensors files: reads one tensor, or some of its rows, at a time."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
+
+from lightning_distill.sharding.weight_files import WeightFiles
 
 
 class StoredWeights:
@@ -21,24 +22,18 @@ class StoredWeights:
         self._stored_names = stored_names or {}
 
     @classmethod
-    def of_component(cls, directory: Path) -> "StoredWeights":
+    def of_component(cls, directory: Path, variant: str | None = None) -> "StoredWeights":
         """The weights of a model as diffusers and transformers save it: one file, or several files with an index.
 
-        Files without a variant such as `.fp16.` take precedence.
+        Args:
+            directory: Folder of the model.
+            variant: Preferred variant of `choose_variant`.
 
         Raises:
-            FileNotFoundError: If the directory has no safetensors file.
+            WeightFilesError: If the folder has no complete safetensors files.
         """
-        indices = _plain_first(directory.glob("*.safetensors.index.json"))
-        if indices:
-            file_names: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
-            return cls({name: directory / file for name, file in file_names.items()})
-        files = _plain_first(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"there is no .safetensors file in {directory}")
-        file = files[0]
-        with safe_open(file, framework="pt") as tensors:
-            return cls(dict.fromkeys(tensors.keys(), file))
+        found = WeightFiles.of_component(directory, variant)
+        return cls({name: directory / file for file in found.files for name in found.tensors(file)})
 
     def names(self) -> list[str]:
         """Names of all tensors."""
@@ -69,8 +64,3 @@ class StoredWeights:
             if not rows or (start == 0 and stop in (None, rows[0])):
                 return tensors.get_tensor(stored_name)
             return tensor[start:stop]
-
-
-def _plain_first(files: Iterable[Path]) -> list[Path]:
-    """Files sorted by name, variants last: their names have one more dot."""
-    return sorted(files, key=lambda file: (file.name.count("."), file.name))

@@ -4,8 +4,11 @@ Every exported student contains a copy of this file. It imports only torch, diff
 package.
 """
 
+import inspect
 import math
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
 
 from .two_time import TwoTimeModel
+
+DEFAULT_GUIDANCE_SCALE = 3.5
+"""Guidance scale of transformers that embed it, unless another is given."""
 
 
 def align_weights(module: nn.Module) -> None:
@@ -43,6 +49,8 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     """Stock pipeline of diffusers."""
     network_class: ClassVar[type[TwoTimeModel]]
     """Class of the two-time transformer."""
+    condition_names: ClassVar[tuple[str, ...]]
+    """Names of the results of `encode_condition`."""
     prompt_tokenizer: ClassVar[str] = "tokenizer"
     """Component whose `model_max_length` is the number of tokens that a prompt is padded to."""
     default_sequence_length: ClassVar[int] = 512
@@ -164,8 +172,10 @@ class FewStepPipeline(DiffusionPipeline, ABC):
 
     @property
     def sequence_length(self) -> int:
-        """Default number of tokens that prompts are padded to."""
-        return min(self.default_sequence_length, unwrap_tokenizer(getattr(self, self.prompt_tokenizer)).model_max_length)
+        """Default number of tokens that prompts are padded to: that of the tokenizer, if the pipeline has it."""
+        tokenizer = getattr(self, self.prompt_tokenizer)
+        longest = self.default_sequence_length
+        return longest if tokenizer is None else min(longest, unwrap_tokenizer(tokenizer).model_max_length)
 
     def register_modules(self, **modules: Any) -> None:
         """Register the components, so that their results equal those of training to the last bit."""
@@ -185,13 +195,15 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 4,
-        guidance_scale: float = 3.5,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: Generator | list[Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         max_sequence_length: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **condition: Tensor,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
@@ -201,22 +213,29 @@ class FewStepPipeline(DiffusionPipeline, ABC):
             height: Height in pixels; None means `default_size`.
             width: Width in pixels; None means `default_size`.
             num_inference_steps: Number of steps, one forward pass each.
-            guidance_scale: Guidance scale for transformers that embed it. Other transformers have built-in guidance and ignore
-                it.
+            guidance_scale: Guidance scale for transformers that embed it; None means 3.5. Other transformers have built-in
+                guidance, and a scale has no effect, which a warning says.
             num_images_per_prompt: Number of images per prompt, M.
             generator: Random number generator of the noise, one for all images or one per image.
             latents: Noise (B M, C, h, w), instead of noise from the generator.
             output_type: "pil", "np", "pt" (in [0, 1]) or "latent".
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             max_sequence_length: Number of tokens of a prompt; None means `sequence_length`.
+            callback_on_step_end: Called after each step as `callback(pipeline, step, t, tensors)`, t in [0, 1] the start of the
+                step. It returns tensors by name; they replace those of the pipeline. Setting `pipeline._interrupt = True` in
+                it ends the sampling, as in stock pipelines.
+            callback_on_step_end_tensor_inputs: Names of the tensors for the callback: "latents", or of `**condition`.
             **condition: Embeddings of B prompts, by the names of `encode_condition`.
 
         Returns:
             The images as `images`, or in a tuple.
 
         Raises:
-            ValueError: If the image size is not supported, or if not exactly one of prompts and embeddings is given.
+            ValueError: If the image size is not supported, not exactly one of prompts and embeddings is given, an embedding is
+                missing, or the callback asks for an unknown tensor.
+            TypeError: If an argument is unknown, such as `negative_prompt`: guidance is built in.
         """
+        self._check_arguments(condition, guidance_scale)
         if (prompt is None) == (not condition):
             raise ValueError("pass either a prompt or embeddings of prompts")
         shape = self.latent_shape(height or self.default_size, width or self.default_size)
@@ -230,20 +249,51 @@ class FewStepPipeline(DiffusionPipeline, ABC):
         if latents is None:
             latents = randn_tensor((count, *shape), generator=generator, device=device, dtype=torch.float32)
         x = latents.to(device, torch.float32)
-        guidance = torch.full((count,), guidance_scale, device=device) if self.embeds_guidance else None
+        scale = DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+        guidance = torch.full((count,), float(scale), device=device) if self.embeds_guidance else None
+        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents", *condition}:
+            known = ", ".join(["latents", *condition])
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {min(unknown)!r}; choose from {known}")
 
         self.scheduler.set_timesteps(num_inference_steps, device=device, shift=self.time_shift(tuple(x.shape[1:])))
+        self._interrupt = False
         with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for t, r in self.scheduler.intervals:
+            for step, (t, r) in enumerate(self.scheduler.intervals):
                 u = self.average_velocity(self.transformer, x, r.expand(count), t.expand(count), condition, guidance)
                 (x,) = self.scheduler.step(u, t, x, generator, return_dict=False)
                 progress_bar.update()
+                if callback_on_step_end is not None:
+                    tensors = {"latents": x, **condition}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, step, t, chosen) or {}
+                    x, condition = tensors["latents"], {name: tensors[name] for name in condition}
+                if self._interrupt:
+                    break
 
         images = x
         if output_type != "latent":
             images = VaeImageProcessor().postprocess(self.decode_latents(x), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_arguments(self, condition: dict[str, Tensor], guidance_scale: float | None) -> None:
+        names = self.condition_names
+        if unknown := [name for name in condition if name not in names]:
+            known = [
+                name for name in inspect.signature(FewStepPipeline.__call__).parameters if name not in ("self", "condition")
+            ]
+            raise TypeError(
+                f"{type(self).__name__} has no argument {unknown[0]!r}, since its guidance and its steps are distilled; "
+                f"its arguments are {', '.join([*known, *names])}"
+            )
+        if condition and (missing := [name for name in names if name not in condition]):
+            raise ValueError(f"{missing[0]} is missing; pass all of {', '.join(names)}, or a prompt")
+        if guidance_scale not in (None, 1) and not self.embeds_guidance:
+            # The frames between are `__call__` and its `torch.no_grad`. Python shows a warning once per line of the caller.
+            warnings.warn(
+                f"guidance_scale {guidance_scale} has no effect: the guidance of this student is built in; leave it out",
+                stacklevel=4,
+            )
 
     @property
     def embeds_guidance(self) -> bool:

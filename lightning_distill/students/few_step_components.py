@@ -36,11 +36,13 @@ def student_pipeline(
         family: Class of the student's pipeline.
         teacher: Pipeline of the teacher, stock or few-step. Its transformer and scheduler are replaced.
         student: Network of the class `family.network_class`.
-        max_sequence_length: Number of tokens that the student's prompts were padded to; becomes the tokenizer's maximum length.
+        max_sequence_length: Number of tokens that the student's prompts were padded to; becomes the tokenizer's maximum length,
+            if the pipeline has the tokenizer.
         stochastic_sampling: Whether steps predict x0 and re-noise it.
     """
     tokenizer = copy.deepcopy(getattr(teacher, family.prompt_tokenizer))
-    unwrap_tokenizer(tokenizer).model_max_length = max_sequence_length
+    if tokenizer is not None:
+        unwrap_tokenizer(tokenizer).model_max_length = max_sequence_length
     config = teacher.scheduler.config
     shift = {name: config[name] for name in SHIFT_SETTINGS if name in config}
     scheduler = AverageVelocityScheduler(**shift, stochastic_sampling=stochastic_sampling)

@@ -4,6 +4,7 @@ Every exported student contains a copy of this file. It imports only torch, diff
 without this package.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,7 +74,7 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
             width: Width in pixels; None means `default_size`.
             num_inference_steps: Number of steps, one forward pass each.
             guidance_scale: Guidance scale for checkpoints that embed it; None means the checkpoint's default. Other checkpoints
-                have built-in guidance.
+                have built-in guidance, and a scale has no effect, which a warning says.
             generator: Random number generator of the noise, one for all images or one per image.
             latents: Noise (B, C, h, w), instead of noise from the generator.
             output_type: "pil", "np" or "pt" (in [0, 1]).
@@ -87,6 +88,11 @@ class FewStepHunyuanImage3(TwoTimeHunyuanImage3):
         # The last bit of a sum may decide a token's expert. Images must equal those of training, so weights are aligned.
         align_weights(self)
         self.vae.requires_grad_(False)
+        if guidance_scale not in (None, 1) and not self.embeds_guidance:
+            warnings.warn(
+                f"guidance_scale {guidance_scale} has no effect: the guidance of this student is built in; leave it out",
+                stacklevel=3,
+            )
         layout = self.layout
         height, width = height or self.default_size, width or self.default_size
         shape = latent_shape(self.config, layout, height, width)

@@ -28,6 +28,7 @@ class TwoTimeFluxPipeline(FewStepPipeline, FluxPipeline):
 
     stock_class = FluxPipeline
     network_class = TwoTimeFluxTransformer2DModel
+    condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     prompt_tokenizer: ClassVar[str] = "tokenizer_2"
 
     @classmethod

@@ -41,6 +41,7 @@ class FewStepFlux2(FewStepPipeline):
     """
 
     network_class = TwoTimeFlux2Transformer2DModel
+    condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     patch_size = 1
 
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:

@@ -71,6 +71,12 @@ class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
 
     stock_class = HunyuanImagePipeline
     network_class = TwoTimeHunyuanImageTransformer2DModel
+    condition_names: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds",
+        "prompt_embeds_mask",
+        "prompt_embeds_2",
+        "prompt_embeds_mask_2",
+    )
     default_sequence_length: ClassVar[int] = 1000
     patch_size = 1
 

@@ -31,6 +31,7 @@ class TwoTimeQwenImagePipeline(FewStepPipeline, QwenImagePipeline):
 
     stock_class = QwenImagePipeline
     network_class = TwoTimeQwenImageTransformer2DModel
+    condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
 
     stock_class = SanaPipeline
     network_class = TwoTimeSanaTransformer2DModel
+    condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
     default_sequence_length: ClassVar[int] = 300
     patch_size = 1
 

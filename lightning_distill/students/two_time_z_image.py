@@ -78,6 +78,7 @@ class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):
 
     stock_class = ZImagePipeline
     network_class = TwoTimeZImageTransformer2DModel
+    condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
 
     @classmethod
     def stock_guidance(cls, guidance_scale: float, embeds_guidance: bool) -> dict[str, Any]:

@@ -4,25 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.paths import expand_path
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.students.few_step import FewStepPipeline
 from lightning_distill.students.lora_student import ADAPTER, add_lora, lora_layers, merge_lora_weights
 from lightning_distill.students.two_time import TwoTimeModel
-from lightning_distill.teachers.families import FAMILIES, stock_options, two_time
+from lightning_distill.teachers.families import FAMILIES, stock_options, two_time, without_weights
 from lightning_distill.teachers.features import evenly_spaced_layers, record_block_inputs, trunk, trunk_width
 from lightning_distill.teachers.fingerprint import fingerprint
 from lightning_distill.teachers.lora_directory import save_lora_student
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
-from lightning_distill.teachers.registry import check_location, resolve_pretrained
+from lightning_distill.teachers.pipeline_files import component_classes, pipeline_class_name, stock_class
+from lightning_distill.teachers.pipeline_location import PipelineLocation
+from lightning_distill.teachers.registry import check_location
 from lightning_distill.teachers.sharded_loading import (
     build_sharded_lora,
     build_sharded_student,
@@ -43,6 +44,8 @@ class DiffusersAdapter(ModelAdapter):
     Args:
         pretrained: A shipped name ("shapes-teacher"), a pipeline directory, or a hub id ("black-forest-labs/FLUX.1-dev").
         revision: Revision of a hub id.
+        variant: Variant of the weights, such as "fp16" in `diffusion_pytorch_model.fp16.safetensors`; components without it
+            are loaded without variant. None: the weights without variant or, in a component without those, its only variant.
         torch_dtype: Dtype of the frozen weights: "float32", "bfloat16" or "float16". Time embeddings and trainable weights
             are always float32.
         max_sequence_length: Number of tokens to which prompts are padded. None: the length of the checkpoint's tokenizer.
@@ -59,16 +62,20 @@ class DiffusersAdapter(ModelAdapter):
         torch_dtype: str = "float32",
         max_sequence_length: int | None = None,
         attention_backend: str | None = None,
+        variant: str | None = None,
     ) -> None:
         super().__init__()
         self.attention_backend = attention_backend
-        self.pretrained = pretrained
+        self.variant = variant
+        self.pretrained = expand_path(pretrained, "adapter.pretrained")
         self.revision = revision
         self.torch_dtype = torch_dtype
         self.max_sequence_length = max_sequence_length
         self._pipeline: FewStepPipeline | None = None
         self._family: type[FewStepPipeline] | None = None
         self._encoders = True
+        self._location: PipelineLocation | None = None
+        self._sizes: FewStepPipeline | None = None
         self.embeds_guidance = False
 
     @property
@@ -81,11 +88,14 @@ class DiffusersAdapter(ModelAdapter):
         """Dtype of the frozen weights, such as "bfloat16"."""
         return str(self.torch_dtype)
 
-    def check(self) -> None:
-        """Check the settings before anything is loaded, and set `embeds_guidance`.
+    def check(self, weights: bool = True) -> None:
+        """Check the settings and the pipeline's files before anything is loaded, and set `embeds_guidance`.
+
+        Args:
+            weights: Whether to check all files of a directory. `plan` needs configurations only.
 
         Raises:
-            ConfigurationError: If the settings cannot work.
+            ConfigurationError: If the settings cannot work, or the pipeline is incomplete or damaged.
         """
         if self.torch_dtype not in DTYPES:
             raise ConfigurationError(f"adapter.torch_dtype is {self.torch_dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -97,13 +107,28 @@ class DiffusersAdapter(ModelAdapter):
         self.check_attention_backend()
         name = self.pretrained
         check_location(name, self.revision)
-        index = self._read(DiffusionPipeline, "model_index.json")
-        kind = index.get("_class_name")
-        kind = kind[-1] if isinstance(kind, list) else kind  # exported students name a module and its class
+        index = self.location.index()
+        kind = pipeline_class_name(index)
         if kind not in FAMILIES:
             raise ConfigurationError(f"adapter.pretrained is {name!r}, a {kind}; set it to one of {', '.join(FAMILIES)}")
         self._family = FAMILIES[kind]
         self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
+        if weights:
+            self.location.check_files()
+        components = self.location.components() if weights else component_classes(index)
+        tokenizer = self._family.prompt_tokenizer
+        if self.max_sequence_length is not None and tokenizer not in components:
+            raise ConfigurationError(
+                f"adapter.max_sequence_length is {self.max_sequence_length}, but {name!r} has no {tokenizer} to pad prompts; "
+                "set it to null"
+            )
+
+    @property
+    def location(self) -> PipelineLocation:
+        """Where the pipeline is."""
+        if self._location is None or self._location.source.value != self.pretrained:
+            self._location = PipelineLocation(self.pretrained, self.revision, self.variant)
+        return self._location
 
     def check_image_size(self, height: int, width: int) -> None:
         """Check an image size before anything is loaded, by a pipeline that has only an autoencoder without weights.
@@ -115,20 +140,21 @@ class DiffusersAdapter(ModelAdapter):
         Raises:
             ConfigurationError: If the family does not support the size.
         """
+        if self._sizes is None:
+            self._sizes = self._pipeline or without_weights(self.family, self.meta_vae())
         try:
-            (self._pipeline or self._pipeline_without_weights()).latent_shape(height, width)
+            self._sizes.latent_shape(height, width)
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
 
-    def _pipeline_without_weights(self) -> FewStepPipeline:
-        index = self._read(DiffusionPipeline, "model_index.json")
-        components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
-        return self.family(**{**dict.fromkeys(components), "vae": self._autoencoder(index["vae"][1])})
-
-    def _autoencoder(self, kind: str) -> nn.Module:
-        autoencoder: Any = getattr(diffusers, kind)
+    def meta_vae(self) -> nn.Module:
+        """The autoencoder, with parameters on the meta device."""
+        library, kind_name = component_classes(self.location.index())["vae"]
+        kind: Any = stock_class(library, kind_name)
+        config = self.location.read_config(kind, "vae/config.json", subfolder="vae")
         with torch.device("meta"):
-            return autoencoder.from_config(self._read(autoencoder, "vae/config.json", subfolder="vae"))
+            vae: nn.Module = kind.from_config(config)
+        return vae
 
     def check_student(self, options: StudentOptions) -> None:
         """Check the options of a student before anything is loaded.
@@ -149,17 +175,7 @@ class DiffusersAdapter(ModelAdapter):
             lora_config(network, options.lora)
 
     def _transformer_config(self) -> dict[str, Any]:
-        return self._read(self.family.network_class, "transformer/config.json", subfolder="transformer")
-
-    def _read(self, kind: type[ConfigMixin], file: str, **where: str) -> dict[str, Any]:
-        try:
-            config: dict[str, Any] = kind.load_config(resolve_pretrained(self.pretrained), revision=self.revision, **where)
-        except OSError as error:
-            raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, whose {file} cannot be read; download the complete pipeline, "
-                "and log in if it is gated"
-            ) from error
-        return config
+        return self.location.read_config(self.family.network_class, "transformer/config.json", subfolder="transformer")
 
     def check_attention_backend(self) -> None:
         """Check `attention_backend`.
@@ -186,9 +202,9 @@ class DiffusersAdapter(ModelAdapter):
         sharded = encoders and self.sharding is not None
         pipeline = self._load_pipeline(encoders and not sharded)
         weights = {}
-        for name in filter(_is_text_encoder, self._components() if sharded else []):
-            source = resolve_pretrained(self.pretrained), self.revision, name
-            encoder, weights[name] = meta_encoder(*source, DTYPES[self.torch_dtype])
+        for name in filter(_is_text_encoder, self.location.components() if sharded else []):
+            source = self.location.path, self.revision, name
+            encoder, weights[name] = meta_encoder(*source, DTYPES[self.torch_dtype], self.location.variant_of(name))
             pipeline.register_modules(**{name: encoder})
         self.attach(pipeline, encoders)
         for name, stored in weights.items():
@@ -196,19 +212,9 @@ class DiffusersAdapter(ModelAdapter):
             self.sharding.shard_encoder(self.text_encoders()[name], stored)
 
     def _load_pipeline(self, encoders: bool) -> FewStepPipeline:
-        skipped = ["transformer", *(() if encoders else filter(_is_text_encoder, self._components()))]
-        pipeline: FewStepPipeline = self.family.from_pretrained(
-            resolve_pretrained(self.pretrained),
-            revision=self.revision,
-            torch_dtype=DTYPES[self.torch_dtype],
-            use_safetensors=True,
-            **dict.fromkeys(skipped),
-        )
+        skipped = ["transformer", *(() if encoders else filter(_is_text_encoder, self.location.components()))]
+        pipeline: FewStepPipeline = self.location.load_pipeline(self.family, DTYPES[self.torch_dtype], skipped)
         return pipeline
-
-    def _components(self) -> list[str]:
-        index = self._read(DiffusionPipeline, "model_index.json")
-        return [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_") and value[0]]
 
     def attach(self, pipeline: FewStepPipeline, encoders: bool = True) -> None:
         """Use the tokenizers, scheduler, text encoders and autoencoder of a pipeline; freezes them.
@@ -242,19 +248,12 @@ class DiffusersAdapter(ModelAdapter):
     def load_teacher(self) -> nn.Module:
         """Load the transformer, frozen and in evaluation mode."""
         if self.sharding is not None:
-            config = self._read(self.family.network_class, "transformer/config.json", subfolder="transformer")
             weights = self._stored_weights()
-            network = meta_network(self.family.network_class, config, weights).to(DTYPES[self.torch_dtype])
+            network = meta_network(self.family.network_class, self._transformer_config(), weights).to(DTYPES[self.torch_dtype])
             self.prepare_teacher(network)
             self.sharding.shard(network, weights)
             return network
-        teacher = self.family.network_class.from_pretrained(
-            resolve_pretrained(self.pretrained),
-            subfolder="transformer",
-            revision=self.revision,
-            torch_dtype=DTYPES[self.torch_dtype],
-            use_safetensors=True,
-        )
+        teacher = self.location.load("transformer", self.family.network_class, DTYPES[self.torch_dtype])
         return self.prepare_teacher(teacher)
 
     def prepare_teacher(self, network: nn.Module) -> nn.Module:
@@ -286,8 +285,10 @@ class DiffusersAdapter(ModelAdapter):
 
     def _stored_weights(self, student: str | None = None) -> StoredWeights:
         if student is not None:
-            return stored_component(resolve_pretrained(student), None, "transformer", "student.pretrained")[0]
-        return stored_component(resolve_pretrained(self.pretrained), self.revision, "transformer")[0]
+            location = PipelineLocation(student, None, None, "student.pretrained")
+            return stored_component(location.path, None, "transformer", "student.pretrained")[0]
+        variant = self.location.variant_of("transformer")
+        return stored_component(self.location.path, self.revision, "transformer", variant=variant)[0]
 
     def unsharded_copy(self, network: nn.Module) -> nn.Module:
         """The network itself or, if it is sharded, an unsharded copy on the CPU of the first process."""
@@ -308,13 +309,14 @@ class DiffusersAdapter(ModelAdapter):
 
     def encoding_settings(self) -> dict[str, Any]:
         """Settings that determine latents and conditions: a fingerprint or the hub id of the pipeline, and its options."""
-        pretrained, directory = self.pretrained, Path(resolve_pretrained(self.pretrained))
-        if directory.is_dir():
-            components = [name for name in self._components() if name not in ("transformer", "scheduler")]
+        pretrained, directory = self.pretrained, self.location.directory
+        if directory is not None:
+            components = [name for name in self.location.components() if name not in ("transformer", "scheduler")]
             pretrained = f"sha256:{fingerprint(directory, components)}"
         return {
             "pretrained": pretrained,
             "revision": self.revision,
+            "variant": self.variant,
             "torch_dtype": self.torch_dtype,
             "max_sequence_length": self.max_sequence_length,
         }

@@ -15,9 +15,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.paths import expand_path
+from lightning_distill.students.few_step import FewStepPipeline
 from lightning_distill.students.two_time_flux import TwoTimeFluxPipeline, TwoTimeFluxTransformer2DModel
+from lightning_distill.teachers.component_files import check_component
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.model_adapter import ModelAdapter
+from lightning_distill.teachers.pipeline_source import PipelineSource
 from lightning_distill.teachers.student_options import StudentOptions
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -164,7 +168,7 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
         shift: float = 1.0,
         attention_backend: str | None = None,
     ) -> None:
-        super().__init__(pretrained=vae, attention_backend=attention_backend)
+        super().__init__(pretrained=expand_path(vae, "adapter.vae"), attention_backend=attention_backend)
         counts = {
             "max_length": max_length,
             "num_layers": num_layers,
@@ -182,35 +186,30 @@ class EmbeddedFluxAdapter(DiffusersAdapter):
         self.shift = shift
         self._transformer: nn.Module | None = None
 
-    def check(self) -> None:
-        """Check the settings before anything is loaded.
+    def check(self, weights: bool = True) -> None:
+        """Check the settings and, unless `weights` is false, the files of the autoencoder before anything is loaded.
 
         Raises:
-            ConfigurationError: If the directory has no autoencoder, or diffusers has no such attention backend.
+            ConfigurationError: If the directory has no complete autoencoder, or diffusers has no such attention backend.
         """
         self.check_attention_backend()
         if not (Path(self.pretrained) / "config.json").is_file():
             raise ConfigurationError(
                 f"adapter.vae is {self.pretrained!r}, which has no autoencoder; train one with fit --config shapes_vae.yaml"
             )
+        if weights:
+            check_component(Path(self.pretrained), ".", AutoencoderKL, PipelineSource("adapter.vae", self.pretrained))
 
-    def check_image_size(self, height: int, width: int) -> None:
-        """Check an image size before anything is loaded.
-
-        Args:
-            height: Height in pixels.
-            width: Width in pixels.
-
-        Raises:
-            ConfigurationError: If the size is no multiple of the autoencoder's factor times the transformer's patch size.
-        """
+    def meta_vae(self) -> nn.Module:
+        """The autoencoder, with parameters on the meta device."""
         with torch.device("meta"):
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.pretrained))
-        parts = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer"))
-        try:
-            TwoTimeFluxPipeline(vae=vae, **parts).latent_shape(height, width)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
+            vae: nn.Module = AutoencoderKL.from_config(AutoencoderKL.load_config(self.pretrained))
+        return vae
+
+    @property
+    def family(self) -> type[FewStepPipeline]:
+        """Few-step pipeline class of FLUX."""
+        return TwoTimeFluxPipeline
 
     def check_student(self, options: StudentOptions) -> None:
         """Check the options of a student: the teacher has random weights, so it cannot be a base for the options.

@@ -43,6 +43,13 @@ def two_time(network: nn.Module) -> TwoTimeModel:
     return network
 
 
+def without_weights(family: type[FewStepPipeline], vae: nn.Module) -> FewStepPipeline:
+    """A pipeline with an autoencoder, which may be on the meta device, and no other component: it knows the sizes of images."""
+    parameters = inspect.signature(family.__init__).parameters.values()
+    required = [each.name for each in parameters if each.default is each.empty and each.name != "self"]
+    return family(**{**dict.fromkeys(required), "vae": vae})
+
+
 def stock_options(kind: type[DiffusionPipeline], max_sequence_length: int) -> dict[str, Any]:
     """Arguments that make a stock pipeline pad prompts as in training, and sample in the requested image size."""
     options = {"max_sequence_length": max_sequence_length, "use_resolution_binning": False}

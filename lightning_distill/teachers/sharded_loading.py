@@ -11,15 +11,17 @@ from torch import nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.protocols import Sharding, SharesBaseWeights
 from lightning_distill.sharding.stored_weights import StoredWeights
+from lightning_distill.sharding.weight_files import WeightFilesError
 from lightning_distill.students.lora_student import add_lora, build_on_shared_weights, student_only_modules
 from lightning_distill.students.two_time import TwoTimeModel
+from lightning_distill.teachers.pipeline_source import PipelineSource
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student import initialize_time_inputs, lora_config, make_trainable, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 
 
 def stored_component(
-    pretrained: str, revision: str | None, name: str, setting: str = "adapter.pretrained"
+    pretrained: str, revision: str | None, name: str, setting: str = "adapter.pretrained", variant: str | None = None
 ) -> tuple[StoredWeights, Path]:
     """Find the weights of a pipeline component; downloads them if `pretrained` is a hub id.
 
@@ -28,25 +30,23 @@ def stored_component(
         revision: Revision of a hub id.
         name: Name of the component, such as "transformer".
         setting: Dotted name of the setting that gave `pretrained`, for the error message.
+        variant: Preferred variant of the weights, such as "fp16".
 
     Returns:
         The weights, and the directory of the component.
 
     Raises:
-        ConfigurationError: If the weights are not in safetensors files.
+        ConfigurationError: If the weights are not in complete safetensors files.
     """
     directory = Path(pretrained)
     if not directory.is_dir():
+        ignored = ["*.bin", *(() if variant else ("*.fp16*",))]
         patterns = ["model_index.json", f"{name}/*"]
-        directory = Path(
-            snapshot_download(pretrained, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*.bin"])
-        )
+        directory = Path(snapshot_download(pretrained, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     try:
-        return StoredWeights.of_component(directory / name), directory / name
-    except FileNotFoundError as error:
-        raise ConfigurationError(
-            f"{setting} is {pretrained!r}, whose {name} cannot be read in shards ({error}); convert it to safetensors"
-        ) from error
+        return StoredWeights.of_component(directory / name, variant), directory / name
+    except WeightFilesError as error:
+        raise PipelineSource(setting, pretrained).error(f"whose {name} {error}") from error
 
 
 def meta_network(network_class: type[TwoTimeModel], config: dict[str, Any], weights: StoredWeights) -> TwoTimeModel:

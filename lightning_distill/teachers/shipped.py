@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_distill.digests import write_manifest
 from lightning_distill.students.average_velocity_scheduler import AverageVelocityScheduler
 from lightning_distill.students.few_step import FewStepPipeline
 from lightning_distill.teachers.families import FAMILIES
@@ -19,6 +20,12 @@ SHARED_COMPONENTS = "shared_components.json"
 def has_shared_components(directory: Path) -> bool:
     """Whether a directory holds a part of its pipeline only, which `load_shipped_student` completes."""
     return (directory / SHARED_COMPONENTS).is_file()
+
+
+def shared_components(directory: Path) -> list[str]:
+    """Names of the components that a directory shares with another pipeline."""
+    names: list[str] = json.loads((directory / SHARED_COMPONENTS).read_text())["components"]
+    return names
 
 
 def load_shipped_student(name: str, torch_dtype: torch.dtype = torch.float32) -> FewStepPipeline:
@@ -63,3 +70,4 @@ def save_shipped_student(name: str, directory: str | Path) -> None:
     save_few_step_pipeline(pipeline, pipeline.transformer, pipeline.sequence_length, stochastic_sampling, directory)
     for file in ("README.md", "export.json"):
         shutil.copyfile(source / file, directory / file)
+    write_manifest(directory)

@@ -10,7 +10,9 @@ from torch import nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.students.lora_student import add_lora, build_on_shared_weights, lora_modules, student_only_prefixes
 from lightning_distill.students.two_time import TwoTimeEmbedding, TwoTimeModel
-from lightning_distill.teachers.registry import resolve_pretrained
+from lightning_distill.teachers.component_files import check_component
+from lightning_distill.teachers.pipeline_files import check_digests
+from lightning_distill.teachers.pipeline_location import PipelineLocation
 from lightning_distill.teachers.smooth_time import SmoothTimeReport, refit_embedders
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 
@@ -116,13 +118,10 @@ def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel],
             "student.lora and student.pretrained are both set, but low-rank updates start from the teacher's weights; set one "
             "of them to null"
         )
-    try:
-        stored = network_class.load_config(resolve_pretrained(str(pretrained)), subfolder="transformer")
-    except OSError as error:
-        raise ConfigurationError(
-            f"student.pretrained is {pretrained!r}, whose transformer/config.json cannot be read; set it to an export of "
-            "ExportPipeline, or to null to start from the teacher"
-        ) from error
+    location = PipelineLocation(str(pretrained), None, None, "student.pretrained")
+    if location.directory is not None:
+        check_digests(location.directory, location.source)
+    stored = location.read_config(network_class, "transformer/config.json", subfolder="transformer")
     if stored.get("interval_embedding", "none") == "none":
         raise ConfigurationError(
             f"student.pretrained is {pretrained!r}, whose transformer has one time input, so it is a teacher; set it to an "
@@ -136,6 +135,8 @@ def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel],
                 f"student.pretrained is {pretrained!r}, whose {name} is {stored[name]!r}, but this configuration has "
                 f"{value!r}; use the adapter and student settings of its training"
             )
+    if location.directory is not None:
+        check_component(location.directory, "transformer", network_class, location.source)
 
 
 def lora_config(network: TwoTimeModel, options: LoraOptions) -> LoraConfig:
@@ -166,8 +167,8 @@ def _copy(teacher: TwoTimeModel, config: dict[str, Any]) -> TwoTimeModel:
 
 
 def _load_pretrained(pretrained: str, network_class: type[TwoTimeModel]) -> TwoTimeModel:
-    student: TwoTimeModel = network_class.from_pretrained(
-        resolve_pretrained(pretrained), subfolder="transformer", torch_dtype=torch.float32, use_safetensors=True
+    student: TwoTimeModel = PipelineLocation(pretrained, None, None, "student.pretrained").load(
+        "transformer", network_class, torch.float32
     )
     return student
 

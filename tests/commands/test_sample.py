@@ -9,11 +9,14 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_distill.commands import main as cli
 from lightning_distill.commands import sample as sampling
+from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.commands.sample import GAP, main, write_grid
+from lightning_distill.digests import MANIFEST, write_manifest
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import export_student
@@ -103,7 +106,7 @@ def test_several_prompts_give_a_grid_of_the_images_of_the_training_code(
 def test_each_image_has_a_seed_independent_of_the_batch(
     pipelines: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = sampling.load_pipeline(str(pipelines["student"]))
+    pipeline = load_pipeline(str(pipelines["student"]))
     pipeline.set_progress_bar_config(disable=True)
     together = sampling.sample(pipeline, PROMPTS, nfe=2, seed=5)
     monkeypatch.setattr(sampling, "BATCH_SIZE", 2)
@@ -158,6 +161,7 @@ def test_a_lora_student_is_loaded_on_its_base(
     shutil.copytree(pipelines["lora"], tmp_path / "named")
     settings = json.loads((pipelines["lora"] / "student.json").read_text())
     (tmp_path / "named" / "student.json").write_text(json.dumps({**settings, "base_model": "shapes-teacher"}))
+    write_manifest(tmp_path / "named")
     main(["--pipeline", "named", *prompts(*PROMPTS), "--out", "y.png"])
     assert np.array_equal(read(Path("y.png")), read(Path("x.png")))
 
@@ -165,6 +169,7 @@ def test_a_lora_student_is_loaded_on_its_base(
 def test_code_in_the_directory_of_a_lora_student_is_not_run(pipelines: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(pipelines["lora"], tmp_path / "changed")
     (tmp_path / "changed" / "few_step_student" / "lora_student.py").write_text("raise RuntimeError")
+    (tmp_path / "changed" / MANIFEST).unlink()
     main(
         [
             "--pipeline",
@@ -188,11 +193,11 @@ def test_code_in_the_directory_of_a_lora_student_is_not_run(pipelines: dict[str,
 )
 def test_incompatible_bases_raise(pipelines: dict[str, Path], pipeline: str, base: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        sampling.load_pipeline(str(pipelines[pipeline]), base=str(pipelines[base]))
+        load_pipeline(str(pipelines[pipeline]), base=str(pipelines[base]))
 
 
 def test_a_teacher_with_embedded_guidance_takes_the_scale_as_input(pipelines: dict[str, Path]) -> None:
-    pipeline = sampling.load_pipeline(str(pipelines["guided"]))
+    pipeline = load_pipeline(str(pipelines["guided"]))
     assert sampling.guidance_arguments(pipeline, None, 2) == {"guidance_scale": 3.5}
     assert sampling.guidance_arguments(pipeline, 1.0, 2) == {"guidance_scale": 1.0}
 
@@ -232,6 +237,7 @@ def test_foreign_code_needs_trust(name: str, pipelines: dict[str, Path], tmp_pat
         main(arguments)
     assert "\n" not in str(caught.value)
     assert not witness.exists()
+    write_manifest(directory)
     main([*arguments, "--trust_remote_code"])
     assert out.is_file()
     assert witness.exists() == (name != "scheduler/extra.py")
@@ -242,7 +248,7 @@ def test_references_to_code_outside_need_trust(pipelines: dict[str, Path], tmp_p
 
     def check(name: str, reference: str) -> None:
         with pytest.raises(ConfigurationError, match=rf"brings code of its own \({reference}.*--trust_remote_code"):
-            sampling.load_pipeline(str(tmp_path / name))
+            load_pipeline(str(tmp_path / name))
         assert not (tmp_path / "witness").exists()
 
     def changed(name: str, file: str, settings: dict[str, Any]) -> Path:
@@ -267,15 +273,62 @@ def test_pickled_weights_raise(pipelines: dict[str, Path], tmp_path: Path) -> No
     file = tmp_path / "pickled" / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save({}, file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(ConfigurationError, match=r"pickled' cannot be loaded \(.*safetensors.*download it again"):
-        sampling.load_pipeline(str(tmp_path / "pickled"))
+    with pytest.raises(ConfigurationError, match=r"is damaged: transformer/diffusion_pytorch_model\.safetensors is missing"):
+        load_pipeline(str(tmp_path / "pickled"))
+    (tmp_path / "pickled" / MANIFEST).unlink()
+    with pytest.raises(ConfigurationError, match=r"transformer has diffusion_pytorch_model\.bin and no safetensors file"):
+        load_pipeline(str(tmp_path / "pickled"))
 
 
 def test_an_invalid_index_raises(pipelines: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(pipelines["student"], tmp_path / "broken")
     (tmp_path / "broken" / "model_index.json").write_text("{")
     with pytest.raises(ConfigurationError, match=r"has a model_index\.json that cannot be read .*download it again"):
-        sampling.load_pipeline(str(tmp_path / "broken"))
+        load_pipeline(str(tmp_path / "broken"))
+
+
+def test_damaged_pipelines_raise_one_line(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    def check(name: str, source: str, file: str, message: str, content: bytes | None = None) -> None:
+        directory = shutil.copytree(pipelines[source], tmp_path / name)
+        (directory / MANIFEST).unlink(missing_ok=True)
+        path = directory / file
+        path.write_bytes(path.read_bytes()[:-9] if content is None else content)
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            load_pipeline(str(directory), base=str(pipelines["teacher"]) if source == "lora" else None)
+        assert str(caught.value).startswith("--pipeline")
+        assert "\n" not in str(caught.value)
+
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    check("cut student", "student", weights, "whose transformer has an incomplete or damaged")
+    check("cut teacher", "teacher", weights, "whose transformer has an incomplete or damaged")
+    check("cut lora", "lora", "pytorch_lora_weights.safetensors", "has an incomplete or damaged pytorch_lora_weights")
+    check("settings", "lora", "student.json", r"student\.json cannot be loaded", b"[]")
+    check("list", "teacher", "model_index.json", "is not the index of a pipeline", b"[]")
+    check("class", "teacher", "model_index.json", "a NoSuchPipeline; choose", b'{"_class_name": "NoSuchPipeline"}')
+    check("tokenizer", "student", "tokenizer/tokenizer.json", "tokenizer cannot be loaded", b'{"version": "1.0"}')
+
+
+def test_a_flipped_bit_in_an_export_is_found(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    for name, file in (
+        ("student", "transformer/diffusion_pytorch_model.safetensors"),
+        ("lora", "pytorch_lora_weights.safetensors"),
+    ):
+        path = shutil.copytree(pipelines[name], tmp_path / name) / file
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 0x40
+        path.write_bytes(content)
+        with pytest.raises(ConfigurationError, match=f"is damaged: {file} is not what was written"):
+            load_pipeline(str(tmp_path / name), base=str(pipelines["teacher"]) if name == "lora" else None)
+
+
+def test_weights_that_are_not_finite_raise(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    file = shutil.copytree(pipelines["student"], tmp_path / "nan") / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = {name: value.clone() for name, value in load_file(file).items()}
+    weights["decoder.conv_out.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    write_manifest(tmp_path / "nan")
+    with pytest.raises(ConfigurationError, match=r"whose vae has weights that are NaN or infinite.* decoder\.conv_out\.weight"):
+        load_pipeline(str(tmp_path / "nan"))
 
 
 # Arguments
@@ -291,6 +344,11 @@ def test_an_invalid_index_raises(pipelines: dict[str, Path], tmp_path: Path) -> 
         (["--seed", "9" * 20], f"--seed is {'9' * 20}; set it to 0 or more"),
         (["--scale", "0"], "--scale is 0; set it to an integer of at least 1"),
         (["--out", "x.jpg"], "--out is 'x.jpg'; set it to a file name that ends in .png"),
+        (
+            ["--height", "100000", "--width", "100000"],
+            "--height 100000 and --width 100000: 1 images of this size need at least",
+        ),
+        (["--scale", "100000"], "or a smaller --scale than 100000"),
         (["--height", "20"], "--height 20 and --width 32: images of 20 x 32 do not fit; use multiples of 8 pixels"),
         (["--guidance_scale", "3"], "this student has its guidance built in; leave --guidance_scale out"),
         (

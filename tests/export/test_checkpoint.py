@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from lightning_distill.commands.main import main
+from lightning_distill.digests import MANIFEST
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 
@@ -63,7 +64,7 @@ def test_export_equals_that_of_the_run(run: Path, tmp_path: Path) -> None:
     assert names == {path.relative_to(tmp_path / "student") for path in (tmp_path / "student").rglob("*") if path.is_file()}
     differing = [name for name in names if (run / "student" / name).read_bytes() != (tmp_path / "student" / name).read_bytes()]
     # Only the card of the run has the training time. A tokenizer saves its last padding.
-    assert [name for name in differing if "tokenizer" not in str(name)] == [Path("README.md")]
+    assert {name for name in differing if "tokenizer" not in str(name)} == {Path("README.md"), Path(MANIFEST)}
 
 
 def test_export_from_a_printed_config(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """Contents of exported directories, their images in a fresh process, and their replacement."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.digests import MANIFEST
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import MARK, check_export_directory, export_student, export_teacher
 from lightning_distill.students.lora_student import load_lora_student
@@ -129,6 +132,7 @@ def test_files_of_a_student(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     directory = export_student(adapter, build_student(adapter), tmp_path / "out" / "student", CARD)
     assert files(directory) == {
         "README.md",
+        MANIFEST,
         MARK,
         "model_index.json",
         *CODE,
@@ -175,6 +179,7 @@ def test_files_of_an_unmerged_lora_student(adapter: DiffusersAdapter, tmp_path: 
     code = {*CODE, "average_velocity_scheduler.py", "few_step_components.py", "lora_student.py"}
     assert files(directory) == {
         "README.md",
+        MANIFEST,
         MARK,
         "adapter_config.json",
         "pytorch_lora_weights.safetensors",
@@ -345,9 +350,29 @@ def test_export_without_all_weights_is_not_renamed(adapter: DiffusersAdapter, tm
     other.proj_out = nn.Linear(other.proj_out.in_features, 32)
     failing = Failing(adapter.pretrained, replacement=other)
     failing.load()
-    with pytest.raises(RuntimeError, match="lacks weights of the network"):
-        export_student(failing, build_student(adapter), tmp_path / "student", CARD)
-    assert not (tmp_path / "student").exists()
+    with pytest.raises(RuntimeError, match="lack weights of the network"):
+        export_student(failing, build_student(adapter), tmp_path / "out" / "student", CARD)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_digests_cover_all_files_in_the_format_of_sha256sum(adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    directory = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
+    listed = {line.partition("  ")[2] for line in (directory / MANIFEST).read_text().splitlines()}
+    assert listed == files(directory) - {MANIFEST}
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", MANIFEST], cwd=directory, check=True)
+
+
+@pytest.mark.parametrize("lora", ["merged", "unmerged"])
+def test_weights_that_are_not_finite_are_not_exported(lora: Any, adapter: DiffusersAdapter, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    student = build_lora_student(adapter)
+    name, weight = next((name, each) for name, each in student.named_parameters() if each.requires_grad and "lora_B" in name)
+    with torch.no_grad():
+        weight.view(-1)[3] = torch.nan
+    layer = name.partition(".lora_B")[0]
+    with pytest.raises(NonFiniteError, match=rf"nothing was exported to .*student, because .*{re.escape(layer)}.* is NaN"):
+        export_student(adapter, student, tmp_path / "out" / "student", CARD, lora)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # Code in the model card

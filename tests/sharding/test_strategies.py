@@ -20,6 +20,7 @@ from lightning_distill.sharding.checkpoint import check_elementwise_optimizer, r
 from lightning_distill.sharding.checkpoint_files import recover
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.sharding.strategies import FSDP2Strategy, ZeRO3Strategy
+from lightning_distill.sharding.weight_files import WeightFilesError
 from lightning_distill.students.few_step import FewStepPipeline
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.families import FAMILIES
@@ -75,7 +76,7 @@ def test_stored_weights_read_rows_from_one_file_or_several(tmp_path: Path) -> No
         assert sorted(weights.names()) == ["a", "b", "c"]
         assert torch.equal(weights.renamed({"x": "b"}).renamed({"y": "x"}).read("y"), tensors["b"])
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="there is no"):
+    with pytest.raises(WeightFilesError, match="has no weights"):
         StoredWeights.of_component(tmp_path / "none")
 
 

@@ -1,3 +1,6 @@
+import warnings
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -91,6 +94,67 @@ def test_invalid_arguments_raise(pipeline: TwoTimeFluxPipeline) -> None:
         pipeline("a circle", num_inference_steps=0)
     with pytest.raises(ValueError, match="either a prompt or embeddings"):
         pipeline()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"negative_prompt": "blur"}, {"sigmas": [1.0]}, {"negative_prompt_embeds": torch.zeros(1, 8, 16)}]
+)
+def test_unknown_arguments_raise_with_the_known_ones(arguments: dict[str, Any], pipeline: TwoTimeFluxPipeline) -> None:
+    (name,) = arguments
+    with pytest.raises(TypeError, match=f"has no argument '{name}'.*arguments are prompt, .*, pooled_prompt_embeds") as caught:
+        pipeline("a circle", **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_incomplete_embeddings_raise(pipeline: TwoTimeFluxPipeline) -> None:
+    with pytest.raises(ValueError, match="pooled_prompt_embeds is missing; pass all of prompt_embeds, pooled_prompt_embeds"):
+        pipeline(prompt_embeds=torch.zeros(1, 8, 16))
+
+
+def test_a_guidance_scale_without_effect_warns_once(
+    pipeline: TwoTimeFluxPipeline, guided_adapter: DiffusersAdapter, recwarn: pytest.WarningsRecorder
+) -> None:
+    warnings.simplefilter("default")
+    for _ in range(2):
+        pipeline("a circle", guidance_scale=4.5, num_inference_steps=1, output_type="latent")
+    pipeline("a circle", num_inference_steps=1, output_type="latent")
+    build_pipeline(guided_adapter)("a circle", guidance_scale=4.5, num_inference_steps=1, output_type="latent")
+    told = [str(each.message) for each in recwarn if "guidance_scale" in str(each.message)]
+    assert told == ["guidance_scale 4.5 has no effect: the guidance of this student is built in; leave it out"]
+
+
+def test_a_callback_sees_and_changes_each_step(pipeline: TwoTimeFluxPipeline) -> None:
+    settings: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
+    seen: list[tuple[int, float, set[str]]] = []
+
+    def watch(pipe: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert pipe is pipeline
+        seen.append((step, t.item(), set(tensors)))
+        return tensors
+
+    def restart(pipe: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    def stop(pipe: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pipe._interrupt = step == 1
+        return tensors
+
+    expected = pipeline("a circle", latents=noise(1), **settings).images
+    names = ["latents", "prompt_embeds"]
+    watched = pipeline(
+        "a circle",
+        latents=noise(1),
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=names,
+        **settings,
+    ).images
+    assert torch.equal(watched, expected)
+    assert [(step, tensors) for step, _, tensors in seen] == [(step, set(names)) for step in range(3)]
+    assert seen[0][1] == 1
+    assert pipeline("a circle", latents=noise(1), callback_on_step_end=restart, **settings).images.abs().max() == 0
+    assert not torch.equal(pipeline("a circle", latents=noise(1), callback_on_step_end=stop, **settings).images, expected)
+    with pytest.raises(ValueError, match="has 'image'; choose from latents, prompt_embeds"):
+        pipeline("a circle", callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["image"], **settings)
 
 
 def test_pipeline_is_a_flux_pipeline(pipeline: TwoTimeFluxPipeline) -> None:

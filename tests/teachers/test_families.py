@@ -122,6 +122,10 @@ def test_teacher_samples_equal_the_stock_pipeline(pipeline_adapter: DiffusersAda
         assert_samples_equal(adapter, stock, scale)
 
 
+def test_embeddings_have_the_names_that_the_pipeline_takes(pipeline_adapter: DiffusersAdapter) -> None:
+    assert tuple(pipeline_adapter.encode_prompt(["a red circle"])) == pipeline_adapter.family.condition_names
+
+
 def assert_samples_equal(adapter: DiffusersAdapter, stock: DiffusionPipeline, scale: float) -> None:
     options = adapter.stock_arguments(scale)
     # The default grid of some schedulers ends slightly above 0.

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.paths import expand_path
 from lightning_distill.students import few_step_hunyuan_image3 as family
 from lightning_distill.students.expert_routing import Routing
 from lightning_distill.students.hunyuan_image3_layout import TokenLayout
 from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
+from lightning_distill.teachers.component_files import check_component
 from lightning_distill.teachers.diffusers_adapter import DTYPES
 from lightning_distill.teachers.fingerprint import fingerprint
 from lightning_distill.teachers.hunyuan_image3.directory import (
@@ -33,6 +35,8 @@ from lightning_distill.teachers.hunyuan_image3.networks import (
     read_teacher,
 )
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
+from lightning_distill.teachers.pipeline_files import check_digests
+from lightning_distill.teachers.pipeline_source import PipelineSource
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student_options import StudentOptions
 from lightning_distill.teachers.usage import ExportCode
@@ -88,7 +92,7 @@ class HunyuanImage3Adapter(ModelAdapter):
         system_prompt: str | None = None,
     ) -> None:
         super().__init__()
-        self.pretrained = pretrained
+        self.pretrained = expand_path(pretrained, "adapter.pretrained")
         self.trust_remote_code = trust_remote_code
         self.revision = revision
         self.torch_dtype = torch_dtype
@@ -133,16 +137,23 @@ class HunyuanImage3Adapter(ModelAdapter):
                 f"adapter.pretrained is {self.pretrained!r}, which is not HunyuanImage 3.0 with its code; set it to a "
                 "directory whose config.json has the model_type hunyuan_image_3_moe and an auto_map"
             )
-        if Path(self.pretrained).is_dir() and (missing := missing_files(Path(self.pretrained))):
-            raise ConfigurationError(
-                f"adapter.pretrained is {self.pretrained!r}, which lacks {', '.join(missing)}; download the complete checkpoint"
-            )
+        if Path(self.pretrained).is_dir():
+            self._check_files(Path(self.pretrained))
         if not self.trust_remote_code:
             raise ConfigurationError(
                 f"adapter.pretrained is {self.pretrained!r}, which contains model code; review its Python files, and set "
                 "adapter.trust_remote_code to true to run them"
             )
         self.embeds_guidance = bool(config.get("cfg_distilled", False))
+
+    def _check_files(self, directory: Path) -> None:
+        source = PipelineSource("adapter.pretrained", self.pretrained)
+        check_digests(directory, source)
+        with source.loading("index"):
+            missing = missing_files(directory)
+        if missing:
+            raise source.error(f"which lacks {', '.join(missing)}; download the complete checkpoint")
+        check_component(directory, ".", None, source)
 
     def _read_config(self) -> dict[str, Any]:
         name = self.pretrained

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import dynamic_module_utils
 
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.students.few_step_hunyuan_image3 import FewStepHunyuanImage3
 from lightning_distill.students.two_time_hunyuan_image3 import EMBEDDERS, TwoTimeHunyuanImage3
 from lightning_distill.teachers.streamed_weights import WeightStream, save_safetensors, weight_stream
@@ -47,10 +48,17 @@ class {name}({base}, {published}):
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read the configuration of a directory; empty if the directory has no transformers model."""
+    """Read the configuration of a directory; empty if the directory has no transformers model.
+
+    Raises:
+        ConfigurationError: If it is not JSON.
+    """
     file = directory / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return config
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{file} is not JSON ({error}); download the model again") from error
+    return config if isinstance(config, dict) else {}
 
 
 def is_hunyuan_image3(config: dict[str, Any]) -> bool:

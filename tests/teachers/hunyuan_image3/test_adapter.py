@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_distill.commands import sample as sampling
+from lightning_distill.commands.pipelines import load_pipeline
+from lightning_distill.digests import MANIFEST
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import MARK, export_student, export_teacher
@@ -279,6 +281,21 @@ def test_incomplete_download_raises_before_loading(name: str, newer_directory: s
         HunyuanImage3Adapter(str(broken), trust_remote_code=True).check()
 
 
+def test_damaged_weights_and_configs_raise_before_loading(newer_directory: str, tmp_path: Path) -> None:
+    def check(name: str, file: str, content: bytes, message: str) -> None:
+        broken = Path(shutil.copytree(newer_directory, tmp_path / name))
+        (broken / file).write_bytes(content)
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            HunyuanImage3Adapter(str(broken), trust_remote_code=True).check()
+        assert "\n" not in str(caught.value)
+
+    weights = next(Path(newer_directory).glob("model*.safetensors"))
+    check("cut", weights.name, weights.read_bytes()[:-9], f"whose model has an incomplete or damaged {weights.name}")
+    check("empty", weights.name, b"", f"whose model has an empty {weights.name}")
+    check("config", "config.json", b"{", "config.json is not JSON")
+    check("tokenizer", "generation_config.json", b"", "whose model has an empty generation_config.json")
+
+
 def test_latent_shape_supports_only_sizes_of_the_checkpoint(newer_directory: str) -> None:
     adapter = load_family(newer_directory)
     assert adapter.latent_shape(64, 16) == (4, 16, 4)
@@ -335,7 +352,7 @@ def test_exported_student_has_the_published_layout_and_its_code(directory: str, 
     published = {path.name for path in Path(directory).iterdir() if not path.name.startswith(("model.", "model-"))}
     own = {"average_velocity_scheduler", "expert_routing", "few_step", "few_step_hunyuan_image3", "hunyuan_image3_layout"}
     own |= {"hunyuan_image3_student", "two_time", "two_time_hunyuan_image3"}
-    assert files == published | {f"{name}.py" for name in own} | {"model.safetensors", "README.md", MARK}
+    assert files == published | {f"{name}.py" for name in own} | {"model.safetensors", "README.md", MANIFEST, MARK}
     for path in out.glob("*.json"):
         assert str(tmp_path) not in path.read_text(), f"{path} contains a local path"
     config = json.loads((out / "config.json").read_text())
@@ -354,20 +371,20 @@ def test_exported_student_has_the_published_layout_and_its_code(directory: str, 
     with pytest.raises(ConfigurationError, match=r"brings code of its own \(.*py\); read it"):
         sampling.main(command)
     sampling.main([*command, "--trust_remote_code"])
-    images = sampling.sample(sampling.load_pipeline(str(out), True), PROMPTS, nfe=4, guidance_scale=3.5 if scale else None)
+    images = sampling.sample(load_pipeline(str(out), True), PROMPTS, nfe=4, guidance_scale=3.5 if scale else None)
     assert torch.equal(images, sample_images(adapter, student, PROMPTS, 4, 3.5))
 
 
 def test_unsupported_arguments_of_the_sample_command_raise(newer_directory: str, tmp_path: Path) -> None:
     adapter = load_family(newer_directory)
     out = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
-    student = sampling.load_pipeline(str(out), True)
+    student = load_pipeline(str(out), True)
     with pytest.raises(ConfigurationError, match="--height 24 and --width 24: images of 24 x 24 do not fit"):
         sampling.sample(student, ["a circle"], nfe=1, height=24, width=24)
     with pytest.raises(ConfigurationError, match="this student has its guidance built in"):
         sampling.sample(student, ["a circle"], nfe=1, guidance_scale=2.0)
     with pytest.raises(ConfigurationError, match=r"HunyuanImage 3\.0 itself; sample by its generate_image"):
-        sampling.load_pipeline(newer_directory, True)
+        load_pipeline(newer_directory, True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
