@@ -95,11 +95,7 @@ def test_no_private_names_of_other_modules() -> None:
     """Private names of libraries are not meant; those of a class may be used by its subclasses."""
     modules = list(sources())
     private = {name: own_private_names(tree) for name, _, tree in modules}
-<<<<<<< HEAD
-    owners = (LightningModule(), Trainer, torch.Tensor, ModelMixin, ModelCheckpoint, os)
-=======
     owners = (LightningModule(), Trainer, torch.Tensor, ModelMixin, DiffusionPipeline, ModelCheckpoint, os)
->>>>>>> a576231 (Check pipelines before they load, and verify the digests of exports)
     libraries = {*chain.from_iterable(map(dir, owners)), "_modules", "_parameters"}
     everywhere = set().union(*private.values()) - libraries
     found = []
