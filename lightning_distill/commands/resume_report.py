@@ -42,7 +42,7 @@ OUTPUT_NAMES = ("dirpath", "directory", "filename")
 
 
 class RecordSettings(Callback):
-    """Saves the settings of a run in its checkpoints.
+    """Saves the settings of a run in its checkpoints; those of a resumed run count.
 
     Args:
         settings: Settings of the command line, as plain values; the logger's are left out.
@@ -55,6 +55,12 @@ class RecordSettings(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the settings."""
         checkpoint[SETTINGS] = self.settings
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the configured patience of `EarlyStopping`, which Lightning would take from the checkpoint."""
+        for callback in trainer.early_stopping_callbacks:
+            if (state := checkpoint.get("callbacks", {}).get(callback.state_key)) is not None:
+                state["patience"] = callback.patience
 
 
 def check_resumable(settings: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str, resumes: bool) -> None:

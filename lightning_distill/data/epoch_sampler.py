@@ -103,8 +103,10 @@ class EpochSampler(DistributedSampler[int]):
         """Restore a position; the next iteration has the rest of its epoch.
 
         If the order is another one, because other data or another seed is configured, the position keeps its number of samples.
-        After the last full step of an epoch the next epoch begins.
+        After the last full step of an epoch the next epoch begins. A position of another kind of loader is ignored.
         """
+        if "consumed" not in state:
+            return
         epoch, consumed = state["epoch"], [(size, count) for size, count in state["consumed"]]
         if any(state.get(name) != value for name, value in self.signature().items()):
             count = sum(count for _, count in consumed)

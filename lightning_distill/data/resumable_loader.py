@@ -57,7 +57,9 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a position; the next iteration has the rest of its epoch."""
         self.sampler.load_state_dict(state)
-        if self._on_restored is not None:
+        if "consumed" not in state:
+            rank_zero_warn("the checkpoint has the position of another kind of data loader: an epoch of this data begins")
+        elif self._on_restored is not None:
             self._on_restored(self, state)
 
 

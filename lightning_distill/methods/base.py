@@ -542,7 +542,7 @@ class TeacherStudentBase(LightningModule, ABC):
         Raises:
             ConfigurationError: If the checkpoint is that of another student.
         """
-        self.auxiliary.load_state_dict(unflatten_block_state(checkpoint["auxiliary_optimizers"]))
+        self.auxiliary.load_state_dict(unflatten_block_state(checkpoint.get("auxiliary_optimizers", {})))
         if self.sharding is not None:  # which has checked its weights
             return
         checkpoint["optimizer_states"] = unflatten_block_state(checkpoint.get("optimizer_states", []))

@@ -105,6 +105,7 @@ class MeanFlow(TrajectoryRegression):
         if alignment is not None:
             self.auxiliary.add("alignment.critic", alignment.training_of_critic)
         self._solution: str = solution
+        self._configured = solution
         self._differential_since: int | None = 0 if solution == "differential" else None
         self._expected_phases: set[str] = {solution}
 
@@ -267,15 +268,20 @@ class MeanFlow(TrajectoryRegression):
         return total_calls(regression, target, self.trajectory_calls(), alignment)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the phase, in which a resumed run continues."""
+        """Save the phase, in which a resumed run continues, and the solution that was configured."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["meanflow"] = {"solution": self._solution, "differential_since": self._differential_since}
+        phase = {"solution": self._solution, "differential_since": self._differential_since}
+        checkpoint["meanflow"] = {**phase, "configured": self._configured}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue in the phase that was saved."""
+        """Continue in the phase that was saved, unless another solution is configured now."""
         super().on_load_checkpoint(checkpoint)
-        self._solution = checkpoint["meanflow"]["solution"]
-        self._differential_since = checkpoint["meanflow"]["differential_since"]
+        saved = checkpoint.get("meanflow", {})  # another method has none
+        if saved.get("configured") == self._configured:
+            self._solution = saved["solution"]
+            self._differential_since = saved["differential_since"]
+        elif self._solution == "differential":
+            self._differential_since = saved.get("differential_since") or checkpoint["global_step"]
 
 
 def rms(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,10 @@ class ShardedCheckpoints(ParallelStrategy):
                 f"ckpt_path {str(checkpoint_path)!r} lacks {missing[0]!r} and {len(missing) - 1} more weights of this "
                 "configuration; resume it with the model settings that it was trained with"
             )
+        own_settings = _take_settings_without(state, found)
         load_shards(state, path)
+        for group, setting, value in own_settings:
+            group[setting] = value
         broken = non_finite(dict(named_tensors(state)), infinite=True)
         if name := self._first(broken[0] if broken else None):
             raise damaged(path, f"{name!r} is NaN")
@@ -245,6 +248,28 @@ class _ShardWriter(FileSystemWriter):
     def finish(self, *args: Any, **kwargs: Any) -> None:
         with writing(Path(self.path)):
             super().finish(*args, **kwargs)
+
+
+def _take_settings_without(state: State, found: Collection[str]) -> list[tuple[State, str, Any]]:
+    """Take the settings of parameter groups that a checkpoint lacks out of a state, such as the base rate of an added schedule.
+
+    Args:
+        state: Nested state of the optimizers.
+        found: Dotted names in the checkpoint.
+
+    Returns:
+        Group, name and value of each.
+    """
+    taken = []
+    for key, optimizer in state.items():
+        for kind in ("param_groups", "groups"):
+            for i, group in enumerate(optimizer.get(kind, ())):
+                path = f"{key}.{kind}.{i}"
+                if path in found:  # saved as one value
+                    continue
+                lacking = [name for name in group if not any(f"{each}.".startswith(f"{path}.{name}.") for each in found)]
+                taken += [(group, name, group.pop(name)) for name in lacking]
+    return taken
 
 
 def check_elementwise_optimizer(optimizer: torch.optim.Optimizer | None) -> None:

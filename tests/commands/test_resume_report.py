@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_distill.commands.main import main
-from lightning_distill.commands.resume_report import SETTINGS, differences
+from lightning_distill.commands.resume_report import SETTINGS, RecordSettings, differences
 from lightning_distill.commands.training import DistillCLI
+from lightning_distill.data import ShapesData
 from lightning_distill.sharding.checkpoint_files import read_checkpoint
-from tests.toy import read_losses
+from tests.toy import ToyModule, read_losses
 
 RUN = {
     "model": {"class_path": "tests.toy.ToyModule", "init_args": {"width": 4, "losses": "losses.jsonl"}},
@@ -111,6 +114,18 @@ def test_settings_override_those_of_the_checkpoint(resume: list[str]) -> None:
         cli = DistillCLI([*resume, "--model.lr=0.5"])
     assert cli.model.lr == 0.5
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_the_configured_patience_of_early_stopping_counts(tmp_path: Path) -> None:
+    def stopping(patience: int, steps: int, checkpoint: Path | None) -> Trainer:
+        early = EarlyStopping("train/loss", patience=patience, check_on_train_epoch_end=True)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+        trainer = Trainer(max_steps=steps, accelerator="cpu", callbacks=[early, RecordSettings({})], **quiet)
+        trainer.fit(ToyModule(), ShapesData(size=8, batch_size=4, prompts_per_category=1), ckpt_path=checkpoint)
+        return trainer
+
+    stopping(3, 2, None).save_checkpoint(tmp_path / "last.ckpt")
+    assert stopping(50, 3, tmp_path / "last.ckpt").early_stopping_callback.patience == 50
 
 
 def test_checkpoints_hold_the_settings_as_plain_values(trained: Path) -> None:

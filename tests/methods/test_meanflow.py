@@ -126,6 +126,16 @@ def test_resumed_run_continues_in_the_saved_phase(tmp_path: Any) -> None:
     assert resumed.tangent_weight == pytest.approx((6 - 4) / 8)
 
 
+def test_a_solution_that_is_configured_at_a_resume_counts(tmp_path: Any) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(meanflow("small", solution="discrete"), loader(), loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = meanflow("small", solution="differential", tangent_warmup_steps=4)
+    trainer(tmp_path, max_steps=3).fit(resumed, loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.solution == "differential"
+    assert resumed.tangent_weight == 0.25  # the warm-up starts at the resume
+
+
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
