@@ -33,7 +33,7 @@ def read_sources(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
         elif equals:
             yield _nested(name.lstrip("-").split("."), _value(text))
         else:
-            yield _nested(name.lstrip("-").split("."), True)
+            yield _nested(name.lstrip("-").split("."), None)
 
 
 def merge(old: Any, new: Any) -> Any:
@@ -83,6 +83,8 @@ def _config(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
+    if text in ("null", "~"):
+        return None
     if not text.startswith(("[", "{")):
         return text
     try:

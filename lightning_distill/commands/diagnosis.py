@@ -28,7 +28,7 @@ from lightning_distill.commands.setting_types import (
     subclass_names,
     with_article,
 )
-from lightning_distill.suggestions import LISTED, suggestion
+from lightning_distill.suggestions import LISTED, nearest, suggestion
 
 OPTIONS = frozenset({"c", "h", "help", "print_config", "print_shtab"})
 """Options that are not settings."""
@@ -72,8 +72,11 @@ class Diagnosis:
 
     def _missing(self, settings: dict[str, Any]) -> Iterator[str]:
         for path, annotation in self.types.items():
-            if path in settings:
-                yield from _missing(path, settings[path], annotation)
+            value: Any = settings
+            for key in path.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                yield from _missing(path, value, annotation)
 
     def _group(self, path: str, source: Mapping[str, Any], settings: Any) -> Iterator[str]:
         """Faults of a group of settings that is not a class, such as `trainer`, or of all settings."""
@@ -224,9 +227,8 @@ def _some_names(kinds: tuple[type, ...]) -> str:
 
 
 def _wrong_value(path: str, value: Any, annotation: Any) -> str:
-    if isinstance(value, str) and (valid := choices(annotation)):
-        near = suggestion(value, valid)
-        return f"{path} is {value!r}; {near if near.startswith('choose') else f'{near} Set it to {describe(annotation)}'}"
+    if isinstance(value, str) and (near := nearest(value, choices(annotation))) is not None:
+        return f"{path} is {value!r}; did you mean {near}? Set it to {describe(annotation)}"
     return f"{path} is {quoted(value)}; set it to {describe(annotation)}"
 
 

@@ -79,19 +79,14 @@ class DistillParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         configuration_error = find_configuration_error(ex)
-        reason = str(configuration_error) if configuration_error else self.first_fault(ex) or _one_line(message)
+        reason = str(configuration_error) if configuration_error else self.first_fault() or _one_line(message)
         self.exit(2, f"error: {reason}\n")
         raise AssertionError("unreachable")
 
-    def first_fault(self, error: Exception | None = None) -> str | None:
-        """The first fault of the arguments in one line, if their types or the error show one."""
+    def first_fault(self) -> str | None:
+        """The first fault of the arguments in one line, if the types of the settings show one."""
         parser, arguments = self._chosen()
-        if (fault := Diagnosis(parser._actions, arguments).first_fault()) is not None:
-            return fault
-        cause: BaseException | None = error
-        while cause is not None and not (isinstance(cause, ModuleNotFoundError) and cause.name):
-            cause = cause.__cause__ or cause.__context__
-        return None if cause is None else f"the settings need the package {cause.name}; run `pip install {cause.name}`"
+        return Diagnosis(parser._actions, arguments).first_fault()
 
     def _chosen(self) -> tuple[Any, list[str]]:
         """The parser of the chosen subcommand and its arguments; in a parser without subcommands, itself and all arguments."""

@@ -96,6 +96,8 @@ def accepts(annotation: Any, value: Any) -> bool:
         return False
     if any(each is Any or each is inspect.Parameter.empty for each in plain):
         return True
+    if value is None:  # the parser takes it for a setting that is not given
+        return type(None) in plain
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=Union[plain])  # noqa: UP007  # of a tuple
     try:
@@ -145,7 +147,7 @@ def with_article(name: str) -> str:
 
 def quoted(value: Any) -> str:
     """A value in a message, cut if it is long."""
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= LARGEST_VALUE else f"{text[:LARGEST_VALUE]}..."
 
 

@@ -29,6 +29,7 @@ from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
 from lightning_distill.commands.config_files import check_numbers
 from lightning_distill.commands.config_paths import expand_paths
+from lightning_distill.commands.instantiation import constructor_error
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.process_errors import check_port, process_error
 from lightning_distill.commands.resume_report import RecordSettings, check_resumable, differences, nothing_left
@@ -152,13 +153,15 @@ class DistillCLI(LightningCLI):
         jsonargparse checks some values, such as those of dataclasses, only here, by a constructor that fails.
 
         Raises:
-            ConfigurationError: If the types of the settings show what is wrong, or a package is missing.
+            ConfigurationError: If the types of the settings show what is wrong, or a constructor of another package fails.
         """
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError, ImportError) as error:
+        except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
             assert isinstance(self.parser, DistillParser)
-            if find_configuration_error(error) is not None or (fault := self.parser.first_fault(error)) is None:
+            if find_configuration_error(error) is not None:
+                raise
+            if (fault := self.parser.first_fault() or constructor_error(error)) is None:
                 raise
             raise ConfigurationError(fault) from error
 

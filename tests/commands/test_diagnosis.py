@@ -64,6 +64,11 @@ def test_valid_settings_have_no_fault(actions, config):
             "--trainer.callbacks+=ExportPipeline --trainer.callbacks.direktory out",
             "trainer.callbacks: ExportPipeline.direktory is not a setting of ExportPipeline; did you mean directory?",
         ),
+        ("--trainer.deterministic maybe", "trainer.deterministic is 'maybe'; set it to one of warn, true or false or null"),
+        ("--trainer.max_steps", "trainer.max_steps is null; set it to an integer"),
+        ("--model.adapter null", "model.adapter is null; set it to a ModelAdapter"),
+        ("--model.optimizer.betas [2]", "model.optimizer.betas is [2]; set it to a list of 2 values"),
+        ("--trainer.callbacks+=EarlyStopping", "trainer.callbacks.monitor is not set, and EarlyStopping needs it"),
         ("--data ImageFolder", "data.directory is not set, and ImageFolder needs it; set it to a string"),
     ],
 )

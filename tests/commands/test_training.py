@@ -176,6 +176,10 @@ def test_a_truncated_checkpoint_raises(capsys):
         (["--config", "top.yaml", "--trainer.max_steps=-2"], "trainer.max_steps is -2; set it to an integer of at least -1"),
         (["--config", "top.yaml", "--trainer.default_root_dir=${oc.env:NOWHERE}"], "the environment variable NOWHERE, which"),
         (["--config", "top.yaml", "--seed_everything=-1"], "seed_everything is -1; set it to an integer from 0 to"),
+        (
+            ["--config", "top.yaml", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-5"],
+            "ModelCheckpoint does not accept its settings (Invalid value for save_top_k=-5. Must be >= -1); correct them",
+        ),
         (["--config", "top.yaml", "more"], "unrecognized arguments: more"),
         (["--config", "top.yaml", "--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; set it to at least"),
         (
