@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader
 
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
+from lightning_distill.callbacks.data_position import DataPosition
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.commands.main import main
 from lightning_distill.data import ShapesData
@@ -90,8 +92,7 @@ def test_resume_is_exact_from_the_end_of_an_epoch(tmp_path, num_workers):
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_epochs": -1, "max_steps": 20}], ids=["epochs", "steps"])
-@pytest.mark.parametrize("step", [4, 5, 7])
-@pytest.mark.parametrize("batch_size", [4, 12, 40])
+@pytest.mark.parametrize(("step", "batch_size"), [(4, 4), (4, 40), (5, 4), (7, 12)])
 def test_another_batch_size_continues_the_epoch_without_repeats(uninterrupted, tmp_path, step, batch_size, limits):
     directory, expected = uninterrupted
     checkpoint = str(directory / "uninterrupted" / f"step={step}.ckpt")
@@ -111,8 +112,7 @@ def test_another_batch_size_continues_the_epoch_without_repeats(uninterrupted, t
     assert following == sampler.indices(epoch + 1)[: len(following)]
 
 
-@pytest.mark.parametrize("step", [4, 5, 7])
-@pytest.mark.parametrize("size", [8, 60])
+@pytest.mark.parametrize(("step", "size"), [(4, 8), (5, 8), (7, 60)])
 def test_other_data_continues_with_a_warning(uninterrupted, tmp_path, step, size):
     directory, _ = uninterrupted
     checkpoint = str(directory / "uninterrupted" / f"step={step}.ckpt")
@@ -128,6 +128,27 @@ def test_another_number_of_workers_is_exact(tmp_path, saved, resumed):
     expected = fit(tmp_path, "uninterrupted", num_workers=saved)
     checkpoint = str(tmp_path / "uninterrupted" / "step=7.ckpt")
     assert fit(tmp_path, "resumed", checkpoint, num_workers=resumed) == expected[7:]
+
+
+class PlainData(ShapesData):
+    """Data without a position, as of another package."""
+
+    def train_dataloader(self):
+        return DataLoader(self.require_setup(self._train), batch_size=4, collate_fn=lambda batch: batch)
+
+
+def test_data_that_cannot_restore_the_position_begins_an_epoch(uninterrupted, tmp_path, monkeypatch):
+    directory, _ = uninterrupted
+    monkeypatch.setattr("tests.test_resume.ShapesData", PlainData)
+    monkeypatch.setattr("lightning_distill.callbacks.data_position.ResumableData", type(None))
+    checkpoint = str(directory / "uninterrupted" / "step=7.ckpt")
+    with pytest.warns(UserWarning, match="PlainData cannot restore the position in the checkpoint's data"):
+        resumed = fit(tmp_path, "resumed", checkpoint, callbacks=(DataPosition,), max_epochs=-1, max_steps=9)
+    assert [step for step, _, _ in resumed] == [7, 8]
+    monkeypatch.undo()
+    checkpoint = str(tmp_path / "resumed" / "step=8.ckpt")  # and back to data with a position
+    resumed = fit(tmp_path, "again", checkpoint, max_epochs=-1, max_steps=20)
+    assert [step for step, _, _ in resumed] == list(range(8, 20))
 
 
 def test_limited_epochs_resume_exactly(tmp_path):

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import lightning_distill.sharding.strategies  # noqa: F401  # registers the names of the strategies
 from lightning_distill.callbacks.checkpoint_io import verify_reads
+from lightning_distill.callbacks.data_position import DataPosition
 from lightning_distill.callbacks.optimizer_settings import OptimizerSettings
 from lightning_distill.callbacks.predictions import WritePredictions
 from lightning_distill.callbacks.random_state import RandomState
@@ -43,6 +44,7 @@ from lightning_distill.outputs import atomic_file
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     RandomState,
     OptimizerSettings,
+    DataPosition,
     StopOnNonFinite,
     JointTermination,
     WritePredictions,

@@ -57,10 +57,15 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a position; the next iteration has the rest of its epoch."""
         self.sampler.load_state_dict(state)
-        if "consumed" not in state:
+        if not is_position(state):
             rank_zero_warn("the checkpoint has the position of another kind of data loader: an epoch of this data begins")
         elif self._on_restored is not None:
             self._on_restored(self, state)
+
+
+def is_position(state: dict[str, Any]) -> bool:
+    """Whether the state of a data loader is that of a `ResumableLoader`."""
+    return "consumed" in state
 
 
 def continue_epoch(trainer: Trainer, loader: ResumableLoader, state: dict[str, Any]) -> None:

@@ -110,7 +110,9 @@ def test_rows_without_caption_raise(value: Any) -> None:
         CaptionColumn(Path("t"), None).read(Row("row 3", [value]))
 
 
-@pytest.mark.parametrize("content", [b"caf\xe9", "wide".encode("utf-16-le"), "a".encode("utf-32"), b"\xff\xfea", b"\xed\xa0\xbd"])
+@pytest.mark.parametrize(
+    "content", [b"caf\xe9", "wide".encode("utf-16-le"), "a".encode("utf-32"), b"\xff\xfea", b"\xed\xa0\xbd"]
+)
 def test_other_encodings_raise(content: bytes) -> None:
     with pytest.raises(UnicodeDecodeError):
         decode_text(content)
