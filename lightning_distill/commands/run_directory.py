@@ -240,7 +240,7 @@ def _numbered_run(ckpt_path: str | None, root: Path) -> Path | None:
     local = None if ckpt_path is None else local_path(ckpt_path)
     for parent in () if local is None else local.absolute().parents:
         name, _, number = parent.name.rpartition("-")
-        if number.isdecimal() and parent.with_name(name) == root.absolute():
+        if name and number.isdecimal() and parent.with_name(name) == root.absolute():
             return parent if root.is_absolute() else root.with_name(parent.name)
     return None
 

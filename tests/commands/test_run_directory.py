@@ -146,11 +146,12 @@ def test_a_checkpoint_of_a_numbered_run_continues_that_run(finished):
     assert not Path("runs/demo-3").exists()
 
 
-def test_a_checkpoint_of_another_run_starts_a_numbered_run(finished):
-    fit("--trainer.default_root_dir=runs/other", "--trainer.max_steps=1")
-    fit("--ckpt_path=runs/other/checkpoints/last.ckpt", "--trainer.max_steps=3")
+@pytest.mark.parametrize("other", ["runs/other", "runs/07/other-3"])
+def test_a_checkpoint_of_another_run_starts_a_numbered_run(finished, other):
+    fit(f"--trainer.default_root_dir={other}", "--trainer.max_steps=1")
+    fit(f"--ckpt_path={other}/checkpoints/last.ckpt", "--trainer.max_steps=3")
     assert Path(LAST).read_bytes() == finished
-    assert (steps("runs/other"), steps("runs/demo-2")) == (1, 3)
+    assert (steps(other), steps("runs/demo-2")) == (1, 3)
 
 
 def test_a_checkpoint_for_requeued_jobs_continues_the_run(finished):
