@@ -71,13 +71,14 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
     encoders. The autoencoder is sharded after it has been loaded. DeepSpeed clips gradients to `trainer.gradient_clip_val`.
 
     Args:
-        **kwargs: Arguments of `DeepSpeedStrategy`, such as `offload_optimizer` and `offload_parameters`; its stage is 3.
+        stage: Stage of ZeRO, which is 3.
+        **kwargs: Further arguments of `DeepSpeedStrategy`, such as `offload_optimizer`, `offload_parameters` and `timeout`.
 
     Raises:
         ConfigurationError: If deepspeed is not installed, or another stage is set.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, stage: int = 3, **kwargs: Any) -> None:
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
@@ -85,7 +86,7 @@ class ZeRO3Strategy(ShardedCheckpoints, DeepSpeedStrategy):
                 "trainer.strategy is deepspeed_stage_3, and deepspeed is not installed; install "
                 "lightning-distill[deepspeed], or set trainer.strategy to fsdp2"
             ) from error
-        super().__init__(**({"stage": 3} | kwargs))
+        super().__init__(stage=stage, **kwargs)
         config = self.settings
         if not self.zero_stage_3:
             raise ConfigurationError(

@@ -1,6 +1,7 @@
 import os
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,23 @@ from torch.distributed import DistStoreError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_distill.commands.process_errors import process_error
+from lightning_distill.commands.training import DistillCLI
 from lightning_distill.errors import ConfigurationError, RunError
 from tests.processes import clean_environment, run_isolated
 
 HANGING = """
 import os, time
 from pathlib import Path
+import torch
 from lightning.pytorch import Callback
+from tests.toy import ToyModule
+
+class Toy(ToyModule):
+    def configure_model(self):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 class Hang(Callback):
     def __init__(self, rank: int):
@@ -51,11 +62,11 @@ def test_taken_port_is_a_wrong_setting(monkeypatch):
     assert "MASTER_PORT is 29500" in str(found)
 
 
-def fit(directory: Path, *options: str, port: int | None = None) -> tuple[int, str]:
+def fit(directory: Path, *options: str, model: str = "tests.toy.ToyModule", port: int | None = None) -> tuple[int, str]:
     variables = {} if port is None else {"MASTER_PORT": str(port)}
     environment = clean_environment(directory, **variables)
     command = [
-        *("-m", "lightning_distill", "fit", "--model=tests.toy.ToyModule", "--trainer.accelerator=cpu", "--trainer.devices=2"),
+        *("-m", "lightning_distill", "fit", f"--model={model}", "--trainer.accelerator=cpu", "--trainer.devices=2"),
         *("--trainer.logger=false", "--trainer.max_steps=4", "--trainer.enable_progress_bar=false"),
         *("--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false", "--trainer.enable_model_summary=false"),
         *("--data=ShapesData", "--data.size=44", "--data.batch_size=8", "--data.prompts_per_category=1", *options),
@@ -79,8 +90,16 @@ def test_process_that_does_not_start_is_waited_for():
     assert "has waited for another process" in str(process_error(error))
 
 
+@pytest.mark.parametrize("strategy", ["DDPStrategy", "FSDP2Strategy", "ZeRO3Strategy"])
+def test_time_limit_is_a_setting_of_each_strategy(strategy):
+    options = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.devices=2"]
+    settings = [f"--trainer.strategy={strategy}", "--trainer.strategy.timeout=0:10:00"]
+    cli = DistillCLI(["--model=tests.toy.ToyModule", "--data=ShapesData", *options, *settings], run=False)
+    assert cli.trainer.strategy._timeout == timedelta(minutes=10)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["DDPStrategy", "lightning_distill.sharding.fsdp2.FSDP2Strategy"])
+@pytest.mark.parametrize("strategy", ["DDPStrategy", "FSDP2Strategy", "ZeRO3Strategy"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_end_if_one_hangs(tmp_path, strategy, rank):
     (tmp_path / "hang.py").write_text(HANGING)
@@ -88,7 +107,7 @@ def test_processes_end_if_one_hangs(tmp_path, strategy, rank):
         *(f"--trainer.strategy={strategy}", "--trainer.strategy.timeout=0:00:30"),
         *("--trainer.callbacks=hang.Hang", f"--trainer.callbacks.rank={rank}"),
     ]
-    code, output = fit(tmp_path, *options)
+    code, output = fit(tmp_path, *options, model="hang.Toy")
     assert code not in (0, None)
     assert f"error: process {1 - rank} has waited for another process until trainer.strategy.timeout" in output
     assert "Traceback" not in output
