@@ -63,6 +63,11 @@ def read_captions(directory: Path, setting: str, caption_column: str | None = No
         if not samples:
             raise ConfigurationError(f"{tables[0]} of {setting} is empty; write a line for each image")
         source = tables[0].name
+    elif caption_column is not None:
+        raise ConfigurationError(
+            f"data.caption_column is {caption_column!r}, but {setting} is {str(directory)!r}, which has no table of metadata; "
+            "write a metadata.jsonl, or remove data.caption_column"
+        )
     else:
         samples = _from_text_files(directory, setting)
         source = "text files"
@@ -129,18 +134,21 @@ def _with_slashes(name: str, directory: Path) -> str:
 
 def _from_text_files(directory: Path, setting: str) -> list[CaptionedImage]:
     samples: list[CaptionedImage] = []
-    bare, tables = [], []
+    bare, alone, tables = [], [], []
     for folder, files in _folders(directory):
         texts = {file[:-4]: file for file in files if file.lower().endswith(".txt")}
+        used = set()
         for file in files:
             name, (stem, ending) = os.path.join(folder, file), os.path.splitext(file)
             if file.lower() in METADATA:
                 tables.append(name)
             elif ending.lower() in IMAGE_SUFFIXES and stem in texts:
                 text = os.path.join(folder, texts[stem])
+                used.add(stem)
                 samples.append(CaptionedImage(name, (_read_text(directory / text),), text))
             elif ending.lower() in IMAGE_SUFFIXES:
                 bare.append(name)
+        alone += [os.path.join(folder, texts[stem]) for stem in sorted(texts.keys() - used)]
     if not samples:
         hint = f"; {tables[0]} is in a sub-directory: set {setting} to that" if tables else ""
         raise ConfigurationError(
@@ -149,6 +157,11 @@ def _from_text_files(directory: Path, setting: str) -> list[CaptionedImage]:
         )
     if bare:
         rank_zero_warn(f"skips {len(bare)} images without a .txt beside them in {directory} of {setting}: {_first(bare)}")
+    if alone:
+        rank_zero_warn(
+            f"skips {len(alone)} .txt files without an image ({', '.join(IMAGE_SUFFIXES)}) beside them in {directory} of "
+            f"{setting}: {_first(alone)}"
+        )
     return samples
 
 

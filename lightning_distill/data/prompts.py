@@ -136,11 +136,17 @@ def read_prompts(path: Path, setting: str, caption_column: str | None = None) ->
             f"{setting} is {str(path)!r}, which has the ending {path.suffix!r}; convert or rename it to one of "
             f"{', '.join((TEXT_ENDING, *ENDINGS))}"
         )
+    if ending == TEXT_ENDING and caption_column is not None:
+        raise ConfigurationError(
+            f"data.caption_column is {caption_column!r}, but {setting} is {str(path)!r}, which has no columns; remove "
+            "data.caption_column"
+        )
     column = CaptionColumn(path, caption_column)
     found: list[str] = []
     for row in read_lines(path) if ending == TEXT_ENDING else read_rows(path):
         # A list of strings has no columns.
-        captions = [column.replace_surrogates(row.values, row.place)] if isinstance(row.values, str) else column.read(row)
+        is_list = isinstance(row.values, str) and caption_column is None
+        captions = [column.replace_surrogates(row.values, row.place)] if is_list else column.read(row)
         found += [caption.strip() if ending == TEXT_ENDING else caption for caption in captions if caption.strip()]
     column.warn_of_replacements()
     prompts = list(dict.fromkeys(found))

@@ -5,17 +5,18 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.paths import expand_path
 
 SHIPPED = {"shapes-teacher": "shapes_teacher", "shapes-student": "shapes_student"}
 _DIRECTORY = Path(__file__).resolve().parents[1] / "pretrained"
 
 
 def resolve_pretrained(name: str) -> str:
-    """The directory of a shipped pipeline; any other directory or hub id is returned unchanged.
+    """The directory of a shipped pipeline, another directory with `~` and environment variables expanded, or a hub id.
 
     The directory of "shapes-student" holds its own weights only, without code: `load_shipped_student` loads the pipeline.
     """
-    return str(_DIRECTORY / SHIPPED[name]) if name in SHIPPED else name
+    return str(_DIRECTORY / SHIPPED[name]) if name in SHIPPED else expand_path(name, "adapter.pretrained")
 
 
 def check_location(name: str, revision: str | None) -> None:

@@ -115,6 +115,20 @@ def test_images_without_text_are_counted(tmp_path: Path) -> None:
         assert captions(tmp_path) == {"4.png": ("a",)}
 
 
+def test_text_files_without_image_are_counted(tmp_path: Path) -> None:
+    write_images(tmp_path, "0.png", "1.heic")
+    for name in ("0.txt", "1.txt", "README.txt"):
+        (tmp_path / name).write_text("a")
+    with pytest.warns(UserWarning, match=r"^skips 2 \.txt files without an image \(\.png, .*: '1\.txt', 'README\.txt'$"):
+        assert captions(tmp_path) == {"0.png": ("a",)}
+
+
+def test_column_of_captions_without_table_raises(tmp_path: Path) -> None:
+    (write_images(tmp_path) / "0.txt").write_text("a")
+    with pytest.raises(ConfigurationError, match=r"data\.caption_column is 'words', but data\.directory is .* has no table"):
+        captions(tmp_path, "words")
+
+
 def test_directories_without_captions_raise(tmp_path: Path) -> None:
     write_table(write_images(tmp_path / "train") / "metadata.csv", ROWS)
     with pytest.raises(

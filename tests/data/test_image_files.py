@@ -154,9 +154,10 @@ def test_damaged_files_are_read_or_raise(kind: str) -> None:
     """Each format with random damages: no exception but `ImageDecodeError`, in one line."""
     assert read(encoded(noise(), kind)).shape == (3, 8, 8)
     generator = np.random.default_rng(0)
+    original = encoded(noise(), kind)
     read_files, reasons = 0, []
     for _ in range(60):
-        content = bytearray(encoded(noise(), kind))
+        content = bytearray(original)
         for position in generator.integers(0, min(len(content), 400), 3):
             content[position] = generator.integers(0, 256)
         content = content[: generator.integers(1, 2 * len(content))]

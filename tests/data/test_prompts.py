@@ -108,6 +108,15 @@ def test_lists_in_json(content: str, tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "prompts.json", "data.file") == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("prompts.txt", "which has no columns"), ("prompts.json", "entry 1 of .* is not a JSON object")]
+)
+def test_column_of_prompts_without_columns_raises(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('["a", "b"]')
+    with pytest.raises(ConfigurationError, match=message):
+        read_prompts(tmp_path / name, "data.file", "words")
+
+
 def test_home_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(file.parent))
     assert len(texts(set_up(Path("~/prompts.txt"), validation_file="$HOME/prompts.txt").val_dataloader())) == 20
