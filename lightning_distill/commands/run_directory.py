@@ -4,6 +4,7 @@
 numbered directory if that one has a run.
 """
 
+import glob
 import os
 from collections.abc import Iterator
 from itertools import count
@@ -13,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_distill.commands.run_lock import LOCK, SETTING, in_use_error, lock_directory, user_of
 from lightning_distill.errors import ConfigurationError
@@ -131,6 +132,10 @@ def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
         _move(trainer, os.environ[CHOSEN])
         return
     outputs = output_directories(trainer)
+    if ckpt_path == "last" and (later := _latest_run(root)) is not None:
+        rank_zero_warn(
+            f"ckpt_path last continues the run in {str(root)!r}; set {SETTING} to {str(later)!r} to continue that later run"
+        )
     if (
         _is_remote(trainer.default_root_dir)
         or _continues(ckpt_path, [Output(SETTING, root), *outputs])
@@ -239,10 +244,23 @@ def _numbered_run(ckpt_path: str | None, root: Path) -> Path | None:
     """The numbered directory of the same name that a checkpoint lies in, such as `runs/demo-2` for `runs/demo`."""
     local = None if ckpt_path is None else local_path(ckpt_path)
     for parent in () if local is None else local.absolute().parents:
-        name, _, number = parent.name.rpartition("-")
-        if name and number.isdecimal() and parent.with_name(name) == root.absolute():
+        if _number(parent, root) is not None:
             return parent if root.is_absolute() else root.with_name(parent.name)
     return None
+
+
+def _latest_run(root: Path) -> Path | None:
+    """The run with the highest number beside a directory."""
+    found = {_number(path, root) or 0: path for path in root.parent.glob(f"{glob.escape(root.name)}-*") if has_run(path)}
+    number = max(found, default=0)
+    return found[number] if number else None
+
+
+def _number(directory: Path, root: Path) -> int | None:
+    """Number of a numbered directory, such as 2 of `runs/demo-2` for `runs/demo`; None for others."""
+    name, _, number = directory.name.rpartition("-")
+    is_numbered = name == root.absolute().name and directory.absolute().parent == root.absolute().parent and number.isdecimal()
+    return int(number) if is_numbered else None
 
 
 def _is_inside(path: Path, directory: Path) -> bool:

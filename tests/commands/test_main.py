@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import types
@@ -11,7 +12,7 @@ from lightning_distill import __version__
 from lightning_distill.commands import main as entry
 from lightning_distill.commands import training
 from lightning_distill.commands.main import SUBCOMMANDS, main
-from lightning_distill.errors import NonFiniteError
+from lightning_distill.errors import NonFiniteError, StorageError
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("fit", "validate", "test", "predict", "sample", "export", "precompute", "plan")
@@ -123,3 +124,33 @@ def test_non_finite_errors_exit_with_code_1(capsys: pytest.CaptureFixture[str], 
     monkeypatch.setattr(training, "DistillCLI", diverge)
     assert exit_code("fit") == 1
     assert capsys.readouterr().err == "error: the loss is NaN\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "no space left on the disk of 'runs/a'; free some space, or",
+        ),
+        (StorageError("no space left on the disk of 'b'"), "no space left on the disk of 'b'"),
+    ],
+)
+def test_full_disks_exit_with_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "DistillCLI", fail)
+    assert exit_code("fit") == 1
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_other_errors_of_the_system_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")
+
+    monkeypatch.setattr(training, "DistillCLI", fail)
+    with pytest.raises(FileNotFoundError):
+        main(["fit"])

@@ -139,6 +139,14 @@ def test_a_checkpoint_of_the_run_continues_it(finished, path):
     assert len(list(Path("runs/demo").glob("events.*"))) == 2
 
 
+def test_continuing_a_run_names_the_later_one(finished):
+    for _ in range(2):
+        fit("--trainer.max_steps=1")
+    with pytest.warns(UserWarning, match=r"ckpt_path last continues the run in 'runs/demo'; set .* to 'runs/demo-3' to"):
+        fit("--ckpt_path=last", "--trainer.max_steps=3")
+    assert steps("runs/demo") == 3
+
+
 def test_a_checkpoint_of_a_numbered_run_continues_that_run(finished):
     fit("--trainer.max_steps=1")
     fit("--ckpt_path=runs/demo-2/checkpoints/last.ckpt", "--trainer.max_steps=3")
