@@ -1,5 +1,6 @@
 """Contents of exported directories, their images in a fresh process, and their replacement."""
 
+import errno
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_distill.digests import MANIFEST
-from lightning_distill.errors import ConfigurationError, NonFiniteError
+from lightning_distill.errors import ConfigurationError, NonFiniteError, StorageError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import MARK, check_export_directory, export_student, export_teacher
 from lightning_distill.students.lora_student import load_lora_student
@@ -327,7 +328,7 @@ class Failing(DiffusersAdapter):
     def save_student(self, student: nn.Module, directory: Path) -> None:
         if self.replacement[0] is None:
             (directory / "model_index.json").write_text("{")
-            raise OSError("no space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         super().save_student(self.replacement[0], directory)
 
 
@@ -337,12 +338,14 @@ def test_failed_export_leaves_the_old_one_complete(adapter: DiffusersAdapter, tm
     before = {name: (directory / name).read_bytes() for name in files(directory)}
     failing = Failing(adapter.pretrained)
     failing.load()
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StorageError, match=r"no space left on the disk of '.*student'; free some space"):
         export_student(failing, student, directory, CARD)
     assert {name: (directory / name).read_bytes() for name in files(directory)} == before
+    assert list(tmp_path.glob(".*")) == []
 
-    export_student(adapter, student, directory, CARD)  # removes the leftovers of the failed one
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    (tmp_path / ".student.unfinished").mkdir()  # of a process that was killed
+    export_student(adapter, student, directory, CARD)
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_export_without_all_weights_is_not_renamed(adapter: DiffusersAdapter, tmp_path: Path) -> None:
