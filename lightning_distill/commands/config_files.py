@@ -14,6 +14,8 @@ from lightning_distill.suggestions import nearest
 BASE = "base"
 LARGEST_NODE_COUNT = 100_000
 """Largest number of YAML nodes of a config, with its aliases expanded."""
+LARGEST_SEED = 2**62
+"""Bound of seeds, far below torch's, because the number of an epoch or of an image is added."""
 PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
 
@@ -174,13 +176,15 @@ def check_numbers(settings: Any) -> None:
     """Check all numbers of a config; an optimizer checks its learning rate only after the model is loaded.
 
     Raises:
-        ConfigurationError: If a number is NaN or infinite, or a learning rate is negative.
+        ConfigurationError: If a number is NaN or infinite, a learning rate is negative, or a seed is out of range.
     """
     for path, value in flatten(settings).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        name = path.replace(".init_args", "")
-        if path.rpartition(".")[2].endswith("lr") and not 0 <= value < math.inf:
+        name, last = path.replace(".init_args", ""), path.rpartition(".")[2]
+        if last == "seed" and not 0 <= value < LARGEST_SEED:
+            raise ConfigurationError(f"{name} is {value}; set it to an integer from 0 to {LARGEST_SEED - 1}")
+        if last.endswith("lr") and not 0 <= value < math.inf:
             raise ConfigurationError(f"{name} is {value}; set the learning rate to 0 or more")
         if not math.isfinite(value):
             raise ConfigurationError(f"{name} is {value}; set it to a finite number")

@@ -68,7 +68,7 @@ class Diagnosis:
             return  # reported where they are resolved
         used = _interpolated(settings, resolved)
         if isinstance(used, dict):
-            yield from self._group("", used, resolved)
+            yield from self._group("", used, resolved, names=False)
 
     def _missing(self, settings: dict[str, Any]) -> Iterator[str]:
         for path, annotation in self.types.items():
@@ -78,18 +78,18 @@ class Diagnosis:
             if value is not None:
                 yield from _missing(path, value, annotation)
 
-    def _group(self, path: str, source: Mapping[str, Any], settings: Any) -> Iterator[str]:
-        """Faults of a group of settings that is not a class, such as `trainer`, or of all settings."""
+    def _group(self, path: str, source: Mapping[str, Any], settings: Any, names: bool = True) -> Iterator[str]:
+        """Faults of a group of settings that is not a class, such as `trainer`, or of all settings; see `_faults`."""
         prefix = f"{path}." if path else ""
         for given, value in source.items():
             key = str(given).removesuffix("+")
             name = f"{prefix}{key}"
             inner = settings.get(key) if isinstance(settings, dict) else None
             if name in self.types:
-                yield from _faults(name, value, self.types[name], inner)
+                yield from _faults(name, value, self.types[name], inner, names)
             elif any(known.startswith(f"{name}.") for known in self.types):
                 if isinstance(value, dict):
-                    yield from self._group(name, value, inner)
+                    yield from self._group(name, value, inner, names)
                 elif value is not None:
                     yield f"{name} is {quoted(value)}; set its settings by name, such as {self._example(name)}"
             elif path or key not in OPTIONS | OTHER_KEYS:
@@ -100,7 +100,7 @@ class Diagnosis:
         return next(each for each in self.types if each.startswith(f"{group}."))
 
 
-def _faults(path: str, value: Any, annotation: Any, settings: Any) -> Iterator[str]:
+def _faults(path: str, value: Any, annotation: Any, settings: Any, names: bool) -> Iterator[str]:
     """Faults of a setting.
 
     Args:
@@ -108,6 +108,7 @@ def _faults(path: str, value: Any, annotation: Any, settings: Any) -> Iterator[s
         value: Its value in one source.
         annotation: Its type.
         settings: Its value in all sources up to that one, which names the class if the source does not.
+        names: Whether unknown names of settings are faults. A class of an earlier source leaves its settings behind.
     """
     if isinstance(value, str) and "${" in value:
         return
@@ -121,13 +122,13 @@ def _faults(path: str, value: Any, annotation: Any, settings: Any) -> Iterator[s
             return
         merged = settings if isinstance(settings, list) else []
         for i, each in enumerate(value):
-            yield from _item_faults(path, each, item, merged[i - len(value)] if len(merged) >= len(value) else each)
+            yield from _item_faults(path, each, item, merged[i - len(value)] if len(merged) >= len(value) else each, names)
     elif isinstance(value, dict):
         if item is not None and (not kinds or isinstance(settings, list)):
             last = settings[-1] if isinstance(settings, list) and settings else value
-            yield from _item_faults(path, value, item, last)
+            yield from _item_faults(path, value, item, last, names)
         else:
-            yield from _class_faults(path, value, kinds, settings)
+            yield from _class_faults(path, value, kinds, settings, names)
     elif not accepts(annotation, value):
         kinds = kinds or classes(item)
         if not isinstance(value, str) or not value.replace(".", "").replace(":", "").isidentifier():
@@ -136,14 +137,16 @@ def _faults(path: str, value: Any, annotation: Any, settings: Any) -> Iterator[s
             yield _unknown_class(path, value, kinds)
 
 
-def _item_faults(path: str, value: Any, annotation: Any, settings: Any) -> Iterator[str]:
+def _item_faults(path: str, value: Any, annotation: Any, settings: Any, names: bool) -> Iterator[str]:
     """Faults of an object in a list, whose path names its class."""
     name = _class_path(settings)
     known = find_class(name, classes(annotation)) if name else None
-    yield from _faults(f"{path}: {known.__name__}" if known and isinstance(value, dict) else path, value, annotation, settings)
+    yield from _faults(
+        f"{path}: {known.__name__}" if known and isinstance(value, dict) else path, value, annotation, settings, names
+    )
 
 
-def _class_faults(path: str, value: Mapping[str, Any], kinds: tuple[type, ...], settings: Any) -> Iterator[str]:
+def _class_faults(path: str, value: Mapping[str, Any], kinds: tuple[type, ...], settings: Any, names: bool) -> Iterator[str]:
     """Faults of a class with its arguments."""
     name = _class_path(settings)
     if name and find_class(name, kinds) is None:
@@ -173,8 +176,8 @@ def _class_faults(path: str, value: Mapping[str, Any], kinds: tuple[type, ...], 
         key = str(given).removesuffix("+")
         setting = f"{path}.{key}"
         if key in known:
-            yield from _faults(setting, inner, known[key], merged.get(key) if isinstance(merged, dict) else None)
-        elif key not in OPTIONS:
+            yield from _faults(setting, inner, known[key], merged.get(key) if isinstance(merged, dict) else None, names)
+        elif names and key not in OPTIONS:
             valid = {*known, "class_path", "init_args"} if arguments is value else known.keys()
             yield f"{setting} is not a setting of {kind.__name__}; {suggestion(key, valid)}"
 

@@ -182,6 +182,12 @@ def test_numbers_are_finite(value):
         check_numbers({"model": {"init_args": {"loss": {"init_args": {"c": value}}}}})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**62])
+def test_seeds_are_in_range(seed):
+    with pytest.raises(ConfigurationError, match=rf"data\.seed is {seed}; set it to an integer from 0 to 4611686018427387903"):
+        check_numbers({"data": {"init_args": {"seed": seed}}})
+
+
 def test_valid_numbers():
     check_numbers({"lr": 0.0, "model": {"lr": 1, "min_lr_shift": -1}, "other": {"lr": None}})
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_distill.commands.config_files import shipped_configs
 from lightning_distill.commands.diagnosis import Diagnosis
 from lightning_distill.commands.training import DistillCLI
 
@@ -26,6 +27,12 @@ def actions() -> Sequence[Action]:
     with pytest.raises(_ParserBuiltError) as built:
         ParserOnly(["fit"])
     return built.value.args[0]
+
+
+@pytest.mark.parametrize("config", shipped_configs())
+def test_shipped_configs_have_no_fault(actions, config):
+    fault = Diagnosis(actions, ["--config", config]).first_fault()
+    assert fault is None or fault.startswith("model names no class")  # of bases, which are no complete configs
 
 
 @pytest.mark.parametrize("config", ["shapes_meanflow.yaml", "shapes_dmd2.yaml", "flux_meanflow_lora.yaml"])
