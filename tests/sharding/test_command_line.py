@@ -121,7 +121,7 @@ def test_run_switches_resumes_after_a_kill_exports_and_samples(strategy: str, ba
     assert first.keys() == second.keys()
     differing = {name for name in first if first[name] != second[name]}
     # The model card has the training time, and peft lists layers in the order of a set.
-    assert differing - {"adapter_config.json"} == {"README.md"}
+    assert differing - {"adapter_config.json"} == {"README.md", "SHA256SUMS"}
 
     size = ["--height", "32", "--width", "32"]
     prompt = ["--prompt", "a red circle", "--nfe", "2", *size, "--out", "sample.png"]
