@@ -16,14 +16,13 @@ from lightning_distill.export.directory import check_export_directory, export_st
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.checkpoint_state import Shape, check_lora_rank, check_shapes
 from lightning_distill.sharding.checkpoint_files import (
-    ShardReader,
     check_undamaged,
-    load_shards,
     local_path,
     read_checkpoint,
     recover,
 )
 from lightning_distill.sharding.finite import non_finite
+from lightning_distill.sharding.shard_reader import ShardReader, load_shards
 from lightning_distill.teachers.streamed_weights import Read, stream_weights
 
 

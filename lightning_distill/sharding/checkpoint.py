@@ -21,10 +21,8 @@ from lightning_distill.outputs import sync, unfinished_path, writing
 from lightning_distill.sharding.checkpoint_files import (
     METADATA,
     REST,
-    ShardReader,
     check_directory,
     damaged,
-    load_shards,
     local_path,
     read_checkpoint,
     recover,
@@ -33,6 +31,7 @@ from lightning_distill.sharding.checkpoint_files import (
 )
 from lightning_distill.sharding.finite import named_tensors, non_finite
 from lightning_distill.sharding.protocols import local_part, saved_tensors
+from lightning_distill.sharding.shard_reader import ShardReader, load_shards
 
 PROCESSES = "processes"
 """Key in that file for the number of processes that saved the checkpoint."""

@@ -2,23 +2,19 @@
 
 import io
 import os
-import pickle
 import shutil
 import struct
 import zipfile
 import zlib
 from functools import lru_cache
-from pathlib import Path, PosixPath, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import fsspec
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, ReadItem, filesystem, metadata
-from torch.serialization import _get_layout
 
 from lightning_distill.digests import MANIFEST, find_damage
 from lightning_distill.errors import ConfigurationError, DamagedFileError
@@ -34,24 +30,6 @@ LAST = "last.ckpt"
 # What zipfile raises for headers that make no sense.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError, KeyError)
 _TRAINING_KEYS = ("optimizer_states", "lr_schedulers", "loops")
-_SAFE_CLASSES = {
-    (kind.__module__, kind.__qualname__): kind
-    for kind in (
-        metadata.BytesStorageMetadata,
-        metadata.ChunkStorageMetadata,
-        metadata.Metadata,
-        metadata.MetadataIndex,
-        metadata.StorageMeta,
-        metadata.TensorProperties,
-        metadata.TensorStorageMetadata,
-        metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo,
-        torch.Size,
-        PosixPath,
-        PurePosixPath,
-        _get_layout,
-    )
-}
 
 
 def local_path(path: str | Path) -> Path | None:
@@ -166,7 +144,7 @@ def check_records(file: Any, path: str | Path) -> None:
         ValueError,
         KeyError,
     ) as error:
-        raise damaged(path, f"{_first_line(error)}") from error
+        raise damaged(path, f"{first_line(error)}") from error
     if wrong is not None:
         raise damaged(path, f"the checksum of its record {wrong!r} differs")
 
@@ -177,7 +155,7 @@ def _load(source: Any, path: str | Path, mmap: bool) -> dict[str, Any]:
     except Exception as error:  # a pickle of others can raise any exception
         raise ConfigurationError(
             f"ckpt_path {str(path)!r} cannot be read: it holds more than tensors and plain values, or is no checkpoint "
-            f"({_first_line(error)}); set it to a checkpoint of fit"
+            f"({first_line(error)}); set it to a checkpoint of fit"
         ) from error
     keys = ("global_step", "pytorch-lightning_version")
     lacking = [key for key in keys if key not in content] if isinstance(content, dict) else list(keys)
@@ -212,7 +190,8 @@ def check_content(content: dict[str, Any], path: str | Path, resumes: bool) -> N
         raise damaged(path, f"{broken[0]!r} is not finite")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """First sentence of an error's message, or the name of its class."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return line.partition(". ")[0][:200]
 
@@ -268,73 +247,6 @@ def _step(path: Path) -> int:
     except ConfigurationError:
         check_undamaged(path)
         raise
-
-
-class ShardReader(FileSystemReader):
-    """Reader of sharded directories that unpickles the classes of the format only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """The index of the shards.
-
-        Raises:
-            ConfigurationError: If it has another class, or names a file outside the directory.
-        """
-        content = (Path(self.path) / METADATA).read_bytes()
-        try:
-            found = _SafeUnpickler(io.BytesIO(content)).load()
-            if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
-                raise pickle.UnpicklingError("it is not an index of shards")
-            files = {str(info.relative_path) for info in found.storage_data.values()}
-            if outside := [name for name in files if Path(name).name != name]:
-                raise pickle.UnpicklingError(f"it names the file {outside[0]!r} elsewhere")
-        except Exception as error:  # a pickle of others can raise any exception
-            raise ConfigurationError(
-                f"ckpt_path {str(self.path)!r} cannot be read: its {METADATA} is damaged or was not written by fit "
-                f"({_first_line(error)}); set it to another checkpoint"
-            ) from error
-        found.storage_meta = found.storage_meta or metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
-            return kind
-        if (module, name) not in _SAFE_CLASSES:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return _SAFE_CLASSES[module, name]
-
-
-class _SafePlanner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        # torch unpickles these bytes without restriction.
-        safe = io.BytesIO()
-        torch.save(torch.load(value, map_location="cpu", weights_only=True), safe)
-        safe.seek(0)
-        super().load_bytes(read_item, safe)
-
-
-def load_shards(state: dict[str, Any], path: Path, no_dist: bool = False) -> None:
-    """Read a sharded directory into tensors and values, in place, like `torch.distributed.checkpoint.load`.
-
-    Args:
-        state: Nested dict of what to read.
-        path: The directory.
-        no_dist: Whether this process reads alone.
-
-    Raises:
-        ConfigurationError: If it cannot be read.
-    """
-    try:
-        dcp.load(state, storage_reader=ShardReader(path), planner=_SafePlanner(), no_dist=no_dist)
-    except dcp.api.CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        if isinstance(first, ConfigurationError):
-            raise first from error
-        raise ConfigurationError(
-            f"ckpt_path {str(path)!r} cannot be read ({_first_line(first)}); set it to another checkpoint"
-        ) from error
 
 
 def recover(path: Path) -> None:

@@ -14,16 +14,15 @@ from lightning_distill.errors import ConfigurationError, DamagedFileError
 from lightning_distill.sharding.checkpoint_files import (
     METADATA,
     REST,
-    ShardReader,
     check_content,
     check_records,
     check_undamaged,
-    load_shards,
     local_path,
     newest_checkpoint,
     read_checkpoint,
     recover,
 )
+from lightning_distill.sharding.shard_reader import ShardReader, load_shards
 
 VERSION = {"pytorch-lightning_version": "2.6"}
 
