@@ -46,9 +46,10 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     OptimizerSettings,
     DataPosition,
     StopOnNonFinite,
-    JointTermination,
     WritePredictions,
+    JointTermination,
 )
+"""Callbacks of every trainer. Those in the settings come before the last, which may end the run after a step."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -177,13 +178,15 @@ class DistillCLI(LightningCLI):
         listed = config.get("callbacks") or []
         listed = listed if isinstance(listed, list) else [listed]
         defaults = [kind() for kind in DEFAULT_CALLBACKS if not any(isinstance(item, kind) for item in listed)]
-        defaults.append(RecordSettings(self.config_dump))
+        defaults.insert(0, RecordSettings(self.config_dump))
         config = {**config, "logger": self._loggers(config)}
         if self.subcommand == "fit" and not config["logger"] and any(isinstance(item, LearningRateMonitor) for item in listed):
             rank_zero_info("trainer.logger is false: removed the callback LearningRateMonitor, which needs a logger")
             listed = [item for item in listed if not isinstance(item, LearningRateMonitor)]
         try:
-            trainer = super()._instantiate_trainer({**config, "callbacks": [*defaults, *listed]}, callbacks)
+            trainer = super()._instantiate_trainer(
+                {**config, "callbacks": [*defaults[:-1], *listed, *defaults[-1:]]}, callbacks
+            )
         except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
             if isinstance(error, ConfigurationError):
                 raise

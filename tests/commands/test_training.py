@@ -5,8 +5,10 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from lightning_distill.callbacks.random_state import RandomState
+from lightning_distill.callbacks.termination import JointTermination
 from lightning_distill.commands.main import main
 from lightning_distill.commands.training import DEFAULT_CALLBACKS, DistillCLI, warn_oversubscription
 from tests.toy import read_losses
@@ -110,6 +112,12 @@ def test_fit_has_the_default_callbacks():
     assert len(read_losses("losses.jsonl")) == 3
     kinds = [type(callback) for callback in cli.trainer.callbacks]
     assert all(kinds.count(kind) == 1 for kind in DEFAULT_CALLBACKS)
+
+
+def test_a_signal_ends_the_run_after_the_callbacks_of_the_step():
+    cli = DistillCLI(["fit", "--config", "top.yaml", "--trainer.callbacks+=LambdaCallback"])
+    kinds = [type(callback) for callback in cli.trainer.callbacks if not isinstance(callback, Checkpoint)]
+    assert kinds.index(JointTermination) > kinds.index(LambdaCallback)
 
 
 def test_a_default_callback_in_the_settings_is_not_duplicated():
