@@ -51,7 +51,9 @@ class UnreadableImageError(ConfigurationError):
 
 
 def read_image(source: Path | IO[bytes], height: int, width: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode an image, apply its EXIF orientation, resize it to cover height x width, and center-crop it.
+    """Decode an image, apply its orientation, resize it to cover height x width, and center-crop it.
+
+    The orientation is that of EXIF or XMP data in the header; data after the pixels of a PNG file is ignored.
 
     The filter is antialiased bicubic. Images of more than three times the output size are first reduced by an integer factor,
     JPEG files by their decoder; the result is indistinguishable. Transparent pixels become white. Grey images with 16 bits
@@ -72,15 +74,15 @@ def read_image(source: Path | IO[bytes], height: int, width: int, max_pixels: in
     """
     with _opened(source) as file:
         output = _output_size(file, height, width)
-        valid: tuple[float, float] = file.size
+        drafted = None
         # The decoder of a progressive file holds all its coefficients, whatever its output size is.
         if not file.info.get("progressive"):
             drafted = file.draft(None, (_REDUCING_GAP * output[0], _REDUCING_GAP * output[1]))
-            valid = file.size if drafted is None else (drafted[1][2], drafted[1][3])
         if math.prod(file.size) > max_pixels:
             raise ImageDecodeError(f"{file.width} x {file.height} pixels are more than data.max_pixels {max_pixels}")
         file.load()
-        output = _output_size(file, height, width)  # the orientation may follow the pixels
+        output = _output_size(file, height, width)  # Pillow has applied the orientation of a TIFF file, and removed it
+        valid = file.size if drafted is None else drafted[1][2:]
         factor = max(1, int(min(valid[0] / output[0], valid[1] / output[1]) / _REDUCING_GAP))
         reduced = _reduced_rgb(file, factor)
         box = _center_box(valid[0] / factor, valid[1] / factor, output)
@@ -92,16 +94,16 @@ def read_image(source: Path | IO[bytes], height: int, width: int, max_pixels: in
 
 
 def read_size(source: Path | IO[bytes]) -> tuple[int, int]:
-    """Height and width in pixels of an image as displayed, after EXIF orientation. Reads the header only.
+    """Height and width in pixels of an image as `read_image` sees it, after its orientation. Reads the header only.
 
     Raises:
         ImageDecodeError: If the file is missing, not regular, or of another format, or its header is damaged.
     """
     with _opened(source) as file:
-        width, height = file.size
-        # PIL would read a PNG to its end to search for EXIF data there, where cameras do not write it.
-        has_exif = file.format != "PNG" or "exif" in file.info
-        return (width, height) if has_exif and _orientation(file) in _QUARTER_TURNS else (height, width)
+        tags = getattr(file, "tag_v2", None)
+        # Pillow already swaps the size of an open TIFF file for its tag of the orientation, but not for that of XMP data.
+        width, height = file.size if tags is None else (tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength])
+        return (width, height) if _orientation(file) in _QUARTER_TURNS else (height, width)
 
 
 @contextlib.contextmanager
@@ -140,9 +142,10 @@ def _formats() -> tuple[str, ...]:
 
 
 def _orientation(file: Image.Image) -> int:
-    """EXIF orientation; 1, as stored, if there is none or the EXIF data is damaged, as viewers do."""
+    """Orientation in the header; 1, as stored, if there is none or the EXIF data is damaged, as viewers do."""
     try:
-        orientation = file.getexif().get(ExifTags.Base.Orientation)
+        # `PngImageFile.getexif` would decode an image of any size to search for EXIF data after its pixels.
+        orientation = Image.Image.getexif(file).get(ExifTags.Base.Orientation)
     except Exception:  # the parser raises almost any kind
         return 1
     return orientation if isinstance(orientation, int) else 1

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin, features
 
 from lightning_distill.data import image_files
 from lightning_distill.data.image_files import ImageDecodeError, read_image, read_size
@@ -97,14 +97,55 @@ def test_exif_orientation(kind: str) -> None:
     assert torch.allclose(image[:, -1, 5], torch.tensor([-1.0, -1, 1]), atol=0.05)
 
 
-def test_each_orientation_equals_that_of_pil() -> None:
+def oriented(orientation: int, kind: str, place: str) -> bytes:
+    """Encode an image of 40 x 80 pixels, whose orientation is in its EXIF or its XMP data."""
+    image = smooth(40, 80)
+    options: dict[str, Any] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {"quality": 95}}.get(kind, {})
+    if kind == "TIFF-LZW":
+        kind, options = "TIFF", {"compression": "tiff_lzw"}
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+    if place == "exif":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    elif kind == "TIFF":
+        options["tiffinfo"] = {700: xmp.encode()}
+    elif kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp)
+    else:
+        options["xmp"] = xmp.encode()
+    return encoded(image, kind, **options)
+
+
+@pytest.mark.parametrize("place", ["exif", "xmp"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "TIFF-LZW"])
+def test_each_orientation_equals_that_of_pillow(kind: str, place: str) -> None:
+    """The size in the header and the decoded image agree, for all orientations and formats that have one."""
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this build of Pillow has no AVIF")
     for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        content = encoded(noise(), "PNG", exif=exif)
+        content = oriented(orientation, kind, place)
         displayed = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-        image = read(content, displayed.height, displayed.width)
-        assert torch.equal(((image + 1) * 127.5).round().byte().permute(1, 2, 0), torch.from_numpy(np.array(displayed)))
+        size = read_size(io.BytesIO(content))
+        assert size == (displayed.height, displayed.width) == ((80, 40) if orientation > 4 else (40, 80))
+        found = ((read(content, *size) + 1) * 127.5).round().byte().permute(1, 2, 0)
+        assert torch.equal(found, torch.from_numpy(np.array(displayed)))
+        cropped = read(content, size[0] // 2, size[1] // 2)  # the whole image, whose aspect ratio is that of its size
+        assert (cropped - read(encoded(displayed, "PNG"), size[0] // 2, size[1] // 2)).abs().max() < 0.05
+
+
+def test_orientation_after_the_pixels_of_png_files_is_ignored() -> None:
+    """Sizes come from headers, so that the image may not depend on what follows them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(noise(), "PNG", exif=exif)
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    moved = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    assert Image.open(io.BytesIO(moved)).getexif()[0x0112] == 6
+    assert read_size(io.BytesIO(content)) == (24, 20)
+    assert read_size(io.BytesIO(moved)) == (20, 24)
+    assert torch.equal(read(moved, 20, 24), read(encoded(noise(), "PNG"), 20, 24))
 
 
 def test_wrong_types_in_exif_data_are_ignored() -> None:
@@ -202,12 +243,14 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
                 function(tmp_path / name)
 
 
-def test_number_of_pixels_is_limited(recwarn: pytest.WarningsRecorder) -> None:
+def test_number_of_pixels_is_limited(recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     content = encoded(Image.new("1", (20_000, 10_000)), "PNG")
     assert read_size(io.BytesIO(content)) == (10_000, 20_000)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", lambda _: pytest.fail("pixels were decoded"))
     with pytest.raises(ImageDecodeError, match=r"20000 x 10000 pixels are more than data\.max_pixels 67108864"):
         read(content)
+    monkeypatch.undo()
     assert read(encoded(noise(), "PNG"), max_pixels=480).shape == (3, 8, 8)
     with pytest.raises(ImageDecodeError, match=r"24 x 20 pixels are more than data\.max_pixels 479"):
         read(encoded(noise(), "PNG"), max_pixels=479)
