@@ -8,7 +8,8 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lightning_distill.errors import ConfigurationError
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 """Columns that have captions if the setting `caption_column` is null, in order of preference."""
+FILE_NAME = "file_name"
+"""Column of the file names of images."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -55,6 +58,11 @@ def as_captions(value: Any) -> tuple[str, ...]:
     return tuple(values) if all(isinstance(each, str) for each in values) else ()
 
 
+def without_blanks(captions: Sequence[str]) -> tuple[str, ...]:
+    """Captions that are not blank. An empty prompt stands for no condition, which training applies by caption dropout."""
+    return tuple(caption for caption in captions if caption.strip())
+
+
 def replace_lone_surrogates(text: str) -> str:
     """Text with U+FFFD for each half of a character that JSON escapes cut off, which tokenizers cannot encode."""
     return _SURROGATE.sub("\ufffd", text)
@@ -82,7 +90,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """Lines of a text file, without their ends.
+    r"""Lines of a text file, with their ends: `\n`, `\r\n`, or `\r`.
 
     Raises:
         ConfigurationError: If a line is neither UTF-8, nor UTF-16 with a byte order mark.
@@ -90,7 +98,8 @@ def read_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
-        lines = _decoded(file.read(), "text", path).encode().splitlines(keepends=True) if wide else file
+        parts: Iterable[bytes] = [_decoded(file.read(), "text", path).encode()] if wide else file
+        lines = (line for part in parts for line in part.splitlines(keepends=True))  # a file's own lines end with \n only
         for number, line in enumerate(lines, start=1):
             yield Row(f"line {number}", _decoded(line, f"line {number}", path))
 
@@ -127,8 +136,11 @@ def _json_list(path: Path) -> Iterator[Row]:
 
 
 def _delimited(path: Path, dialect: type[csv.Dialect]) -> Iterator[Row]:
-    reader = csv.DictReader((row.values for row in read_lines(path)), dialect=dialect, strict=True)
+    lines = (row.values for row in read_lines(path))
+    reader = csv.DictReader(lines, dialect=dialect, strict=True, skipinitialspace=True)
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _check_columns(reader.fieldnames, path)
         for values in reader:
             if None in values:
                 raise ConfigurationError(
@@ -137,6 +149,12 @@ def _delimited(path: Path, dialect: type[csv.Dialect]) -> Iterator[Row]:
             yield Row(f"line {reader.line_num}", values)
     except csv.Error as error:
         raise ConfigurationError(f"line {reader.reader.line_num} of {path} cannot be parsed ({error}); correct it") from error
+
+
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    repeated = [name for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
+        raise ConfigurationError(f"{path} has more than one column {repeated[0]!r}; rename or remove all but one")
 
 
 def _csv(path: Path) -> Iterator[Row]:
@@ -160,10 +178,13 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             # Columns of images would fill the memory.
             columns = [field.name for field in file.schema_arrow if not _is_binary(field.type)]
+            _check_columns(columns, path)
             for batch in file.iter_batches(columns=columns):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", values)
+    except ConfigurationError:  # a `ValueError`
+        raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{path} is not a readable Parquet file ({reason}); replace it") from error
@@ -196,10 +217,11 @@ class CaptionColumn:
     def __init__(self, path: Path, name: str | None) -> None:
         self.path = path
         self.name = name
+        self._blank: list[str] = []
         self._replaced: list[str] = []
 
     def read(self, row: Row) -> list[str]:
-        """Captions of a row, at least one. Halves of a surrogate pair, as a cut emoji has, become U+FFFD.
+        """Captions of a row, as `usable` returns them; none if all are blank.
 
         Raises:
             ConfigurationError: If the row has no caption.
@@ -208,21 +230,25 @@ class CaptionColumn:
             raise ConfigurationError(f"{row.place} of {self.path} is not a JSON object; correct or remove it")
         self.name = self.name or self._find(row)
         if not (captions := as_captions(row.values.get(self.name))):
+            others = self._other_columns(row)
             raise ConfigurationError(
-                f'{row.place} of {self.path} has no string under "{self.name}"; correct or remove it, or set '
-                f"data.caption_column to one of {', '.join(map(str, row.values))}"
+                f'{row.place} of {self.path} has no string under "{self.name}"; correct or remove it'
+                + (f", or set data.caption_column to one of {others}" if others else "")
             )
-        return [self.replace_surrogates(caption, row.place) for caption in captions]
+        return self.usable(captions, row.place)
 
-    def replace_surrogates(self, caption: str, place: str) -> str:
-        """Caption with U+FFFD for each half of a surrogate pair, which no tokenizer can encode."""
-        replaced = replace_lone_surrogates(caption)
-        if replaced != caption:
-            self._replaced.append(place)
+    def usable(self, captions: Sequence[str], place: str) -> list[str]:
+        """Captions that are not blank, with U+FFFD for halves of a surrogate pair, which no tokenizer can encode."""
+        kept = without_blanks(captions)
+        replaced = [replace_lone_surrogates(caption) for caption in kept]
+        self._blank += [place] * (len(captions) - len(kept))
+        self._replaced += [place for old, new in zip(kept, replaced, strict=True) if old != new]
         return replaced
 
-    def warn_of_replacements(self) -> None:
-        """Log one warning if captions had halves of a surrogate pair."""
+    def warn_of_changes(self) -> None:
+        """Log a warning if captions were blank, and one if captions had halves of a surrogate pair."""
+        if self._blank:
+            rank_zero_warn(f"skips {len(self._blank)} blank captions of {self.path}, first in {self._blank[0]}")
         if self._replaced:
             rank_zero_warn(
                 f"{len(self._replaced)} captions of {self.path} have half of a surrogate pair, first in {self._replaced[0]}; "
@@ -232,9 +258,10 @@ class CaptionColumn:
     def _find(self, row: Row) -> str:
         found = [name for name in CAPTION_COLUMNS if name in row.values]
         if not found:
+            others = self._other_columns(row)
             raise ConfigurationError(
-                f'{row.place} of {self.path} has no string under "text", "caption" or "prompt"; set data.caption_column to '
-                f"one of {', '.join(map(str, row.values)) or 'its columns'}"
+                f'{row.place} of {self.path} has no string under "text", "caption" or "prompt"; '
+                + (f"set data.caption_column to one of {others}" if others else "add a column of captions")
             )
         if len(found) > 1:
             rank_zero_warn(
@@ -242,3 +269,7 @@ class CaptionColumn:
                 "to choose"
             )
         return found[0]
+
+    def _other_columns(self, row: Row) -> str:
+        """Columns of a row that may have captions, for messages."""
+        return ", ".join(str(name) for name in row.values if name and name not in (FILE_NAME, self.name))

@@ -1,20 +1,20 @@
 """Captions of the image files in a directory, from a table of metadata or from text files beside the images."""
 
 import os
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_distill.data.caption_tables import ENDINGS, CaptionColumn, decode_text, read_rows
+from lightning_distill.data.caption_tables import ENDINGS, FILE_NAME, CaptionColumn, decode_text, read_rows
 from lightning_distill.data.image_files import IMAGE_SUFFIXES
 from lightning_distill.errors import ConfigurationError
 
 METADATA = tuple(f"metadata{ending}" for ending in ENDINGS)
 """Names of tables of metadata."""
-FILE_NAME = "file_name"
-"""Column of the file names, relative to the directory."""
 _EXAMPLES = 3
 """How many files a message names."""
 
@@ -24,7 +24,7 @@ class CaptionedImage:
     """An image file and its captions.
 
     Attributes:
-        file_name: Path of the image file, relative to the directory.
+        file_name: Path of the image file, relative to the directory, as the table has it.
         captions: Captions, at least one.
         place: Place of the captions, such as "line 3 of metadata.jsonl" or "0003.txt".
     """
@@ -39,7 +39,7 @@ def read_captions(directory: Path, setting: str, caption_column: str | None = No
 
     The captions come from the directory's table of metadata, one of `METADATA`, with the columns `file_name` and
     `caption_column`. If there is no table, they come from a text file beside each image of the directory and its
-    sub-directories, `0001.txt` for `0001.jpg`; images without one are skipped, with a warning.
+    sub-directories, `0001.txt` for `0001.jpg`. Images without a caption and blank captions are skipped, with a warning.
 
     Args:
         directory: Directory of the images.
@@ -61,7 +61,7 @@ def read_captions(directory: Path, setting: str, caption_column: str | None = No
     if tables:
         samples = list(_from_table(tables[0], caption_column))
         if not samples:
-            raise ConfigurationError(f"{tables[0]} of {setting} is empty; write a line for each image")
+            raise ConfigurationError(f"{tables[0]} of {setting} has no captions; write a line with one for each image")
         source = tables[0].name
     elif caption_column is not None:
         raise ConfigurationError(
@@ -75,45 +75,10 @@ def read_captions(directory: Path, setting: str, caption_column: str | None = No
     return samples
 
 
-def check_files(directory: Path, samples: Sequence[CaptionedImage], setting: str) -> None:
-    """Check that all image files exist, and warn once of files outside the directory. Lists directories, opens no file.
-
-    Raises:
-        ConfigurationError: If files are missing, or are no regular files, such as pipes.
-    """
-    found: dict[str, set[str]] = {}
-    missing, outside = [], []
-    root = os.path.abspath(directory)
-    for name in dict.fromkeys(sample.file_name for sample in samples):
-        path = os.path.normpath(os.path.join(root, name))
-        parent, file = os.path.split(path)
-        if parent not in found:
-            found[parent] = _regular_files(parent)
-        # A file system that ignores case finds more names than a listing has.
-        if file not in found[parent] and not os.path.isfile(path):
-            missing.append(name)
-        elif not path.startswith(os.path.join(root, "")):
-            outside.append(name)
-    if missing:
-        first = next(sample.place for sample in samples if sample.file_name == missing[0])
-        raise ConfigurationError(
-            f"{len(missing)} image files of {setting} {str(directory)!r} are missing or not regular files: {_first(missing)}, "
-            f"first in {first}; names are relative to the directory: add the files, correct the names, or remove the lines"
-        )
-    if outside:
-        rank_zero_warn(f"{len(outside)} image files of {setting} {str(directory)!r} are outside of it: {_first(outside)}")
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_EXAMPLES])) + (", ..." if len(names) > _EXAMPLES else "")
-
-
-def _regular_files(directory: str) -> set[str]:
-    try:
-        with os.scandir(directory) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):  # no directory, none that can be listed, or no valid name
-        return set()
+def first_names(names: Sequence[str]) -> str:
+    """The first of many names, quoted as written, for messages; those that cannot be printed are escaped."""
+    quoted = [f"'{name}'" if name.isprintable() else repr(name) for name in names[:_EXAMPLES]]
+    return ", ".join(quoted) + (", ..." if len(names) > _EXAMPLES else "")
 
 
 def _from_table(path: Path, caption_column: str | None) -> Iterator[CaptionedImage]:
@@ -123,32 +88,34 @@ def _from_table(path: Path, caption_column: str | None) -> Iterator[CaptionedIma
         name = row.values.get(FILE_NAME)
         if not isinstance(name, str) or not name:
             raise ConfigurationError(f'{row.place} of {path} has no string under "{FILE_NAME}"; correct or remove it')
-        yield CaptionedImage(_with_slashes(name, path.parent), tuple(captions), f"{row.place} of {path.name}")
-    column.warn_of_replacements()
-
-
-def _with_slashes(name: str, directory: Path) -> str:
-    r"""Name with `/` in place of the `\` of Windows, unless a file is named with it."""
-    return name.replace("\\", "/") if "\\" in name and not (directory / name).exists() else name
+        if captions:
+            yield CaptionedImage(name, tuple(captions), f"{row.place} of {path.name}")
+    column.warn_of_changes()
 
 
 def _from_text_files(directory: Path, setting: str) -> list[CaptionedImage]:
     samples: list[CaptionedImage] = []
-    bare, alone, tables = [], [], []
+    bare, blank, alone, tables = [], [], [], []
     for folder, files in _folders(directory):
-        texts = {file[:-4]: file for file in files if file.lower().endswith(".txt")}
-        used = set()
+        texts = _TextFiles(files)
         for file in files:
             name, (stem, ending) = os.path.join(folder, file), os.path.splitext(file)
             if file.lower() in METADATA:
                 tables.append(name)
-            elif ending.lower() in IMAGE_SUFFIXES and stem in texts:
-                text = os.path.join(folder, texts[stem])
-                used.add(stem)
-                samples.append(CaptionedImage(name, (_read_text(directory / text),), text))
-            elif ending.lower() in IMAGE_SUFFIXES:
+            elif ending.lower() not in IMAGE_SUFFIXES:
+                continue
+            elif (text := texts.beside(stem)) is None:
                 bare.append(name)
-        alone += [os.path.join(folder, texts[stem]) for stem in sorted(texts.keys() - used)]
+            elif caption := _read_text(directory / folder / text):
+                samples.append(CaptionedImage(name, (caption,), os.path.join(folder, text)))
+            else:
+                blank.append(name)
+        alone += [os.path.join(folder, text) for text in texts.unused()]
+    if not samples and blank:
+        raise ConfigurationError(
+            f"{setting} is {str(directory)!r}, whose .txt files beside images are all blank: {len(blank)}, first beside "
+            f"{first_names(blank[:1])}; write the captions"
+        )
     if not samples:
         hint = f"; {tables[0]} is in a sub-directory: set {setting} to that" if tables else ""
         raise ConfigurationError(
@@ -156,13 +123,46 @@ def _from_text_files(directory: Path, setting: str) -> list[CaptionedImage]:
             f'a metadata.jsonl with a line {{"file_name": "0001.jpg", "text": "a caption"}} for each image{hint}'
         )
     if bare:
-        rank_zero_warn(f"skips {len(bare)} images without a .txt beside them in {directory} of {setting}: {_first(bare)}")
+        rank_zero_warn(f"skips {len(bare)} images without a .txt beside them in {directory} of {setting}: {first_names(bare)}")
+    if blank:
+        rank_zero_warn(
+            f"skips {len(blank)} images with a blank .txt beside them in {directory} of {setting}: {first_names(blank)}"
+        )
     if alone:
         rank_zero_warn(
             f"skips {len(alone)} .txt files without an image ({', '.join(IMAGE_SUFFIXES)}) beside them in {directory} of "
-            f"{setting}: {_first(alone)}"
+            f"{setting}: {first_names(alone)}"
         )
     return samples
+
+
+class _TextFiles:
+    """Text files of a directory by their stems.
+
+    Args:
+        files: Names of all files of the directory.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._by_stem = {file[:-4]: file for file in files if file.lower().endswith(".txt")}
+        self._by_form: defaultdict[str, list[str]] = defaultdict(list)
+        for stem in self._by_stem:
+            self._by_form[unicodedata.normalize("NFC", stem)].append(stem)
+        self._used: set[str] = set()
+
+    def beside(self, stem: str) -> str | None:
+        """Text file with the stem of an image; else the only one with the stem in another normal form."""
+        if stem not in self._by_stem:
+            stems = self._by_form.get(unicodedata.normalize("NFC", stem), [])
+            if len(stems) != 1:
+                return None
+            stem = stems[0]
+        self._used.add(stem)
+        return self._by_stem[stem]
+
+    def unused(self) -> list[str]:
+        """Text files that are beside no image."""
+        return [self._by_stem[stem] for stem in sorted(self._by_stem.keys() - self._used)]
 
 
 def _folders(directory: Path) -> Iterator[tuple[str, list[str]]]:

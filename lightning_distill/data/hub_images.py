@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_distill.data.caption_tables import CAPTION_COLUMNS, as_captions
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS, FILE_NAME, as_captions, without_blanks
 from lightning_distill.data.image_files import ImageDecodeError, read_size
 from lightning_distill.data.source_paths import find_files, split_patterns
 from lightning_distill.data.tally import Tally
@@ -24,8 +24,8 @@ class HubImages:
     """Random access to the samples of one split.
 
     Image sizes are display sizes, after EXIF rotation. They come from the columns `height` and `width` if both have integers.
-    Otherwise image headers are read once, and the cache of `datasets` stores the sizes. Samples without a caption or with an
-    unreadable header are skipped and counted.
+    Otherwise image headers are read once, and the cache of `datasets` stores the sizes. Samples without a caption, with a blank
+    one or with an unreadable header are skipped and counted.
 
     Args:
         source: Hub id; directory of Parquet files or in the `imagefolder` layout; or patterns of `.parquet` files.
@@ -56,27 +56,33 @@ class HubImages:
                 )
         for column, option in ((image_column, "image_column"), (caption_column, "caption_column")):
             if column not in columns:
+                others = [name for name in columns if name not in (image_column, FILE_NAME)]
                 raise ConfigurationError(
-                    f"data.{option} is {column!r}, but {self.name!r} has the columns {', '.join(columns)}; choose one of these"
+                    f"data.{option} is {column!r}, but {self.name!r} has the columns {', '.join(others)}; choose one of these"
                 )
         rows = _without_decoding(loaded, image_column)
         sizes, captions = _sizes(rows, image_column), rows[caption_column][:]
         self.skipped, self.remarks = Tally(), Tally()
         self.row_numbers: list[int] = []
+        self._captions: list[tuple[str, ...]] = []
         for i, ((height, width), caption) in enumerate(zip(sizes, captions, strict=True)):
             if min(height, width) < 1:
                 self.skipped.add("images that are unreadable", f"row {i}")
-            elif not as_captions(caption):
+            elif not (texts := as_captions(caption)):
                 self.skipped.add("images without a caption", f"row {i}")
+            elif not (kept := without_blanks(texts)):
+                self.skipped.add("images whose caption is blank", f"row {i}")
             else:
+                if kept != texts:
+                    self.remarks.add("images of whose captions some are blank, which are skipped", f"row {i}")
                 self.row_numbers.append(i)
+                self._captions.append(kept)
         if not self.row_numbers:
             raise ConfigurationError(
                 f"{setting} is {self.name!r}, which has no readable image with a caption under {caption_column!r}, a text or "
                 f"a list of texts ({self.skipped or 'it has no rows'}); choose another data set, or set data.caption_column"
             )
         self.rows = rows.select(self.row_numbers)
-        self._captions = [captions[i] for i in self.row_numbers]
         self.sizes = [sizes[i] for i in self.row_numbers]
 
     def __len__(self) -> int:
@@ -88,7 +94,7 @@ class HubImages:
 
     def captions(self, index: int) -> Sequence[str]:
         """Captions of a sample, at least one."""
-        return as_captions(self._captions[index])
+        return self._captions[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of an image in pixels."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_distill.data.epoch_sampler import SampleIndex
-from lightning_distill.data.folder_captions import CaptionedImage, check_files, read_captions
+from lightning_distill.data.folder_captions import CaptionedImage, read_captions
+from lightning_distill.data.folder_files import comparable, find_files
 from lightning_distill.data.image_files import MAX_PIXELS, ImageDecodeError, UnreadableImageError, read_image
 from lightning_distill.data.resumable import BatchDataset, ResumableData
 from lightning_distill.errors import ConfigurationError
@@ -95,7 +96,7 @@ class ImageFolder(ResumableData):
     The directory contains a `metadata.jsonl` with a line `{"file_name": "0001.jpg", "text": "a caption"}` per image, or the
     same table as `metadata.csv`, `.tsv`, `.json` or `.parquet`. File names are relative to the directory. A caption may be a
     list of captions; each epoch of training chooses one, by (`seed`, epoch, file name). Without a table, the caption of
-    `0001.jpg` is the text of `0001.txt` beside it, also in sub-directories.
+    `0001.jpg` is the text of `0001.txt` beside it, also in sub-directories. Blank captions are skipped, with a warning.
 
     All files are looked for before the first step. Images are resized to cover height x width with the aspect ratio unchanged,
     then center-cropped. Transparent pixels become white. The sample order of an epoch depends only on (`seed`, epoch). A run
@@ -195,9 +196,7 @@ class ImageFolder(ResumableData):
 
     def _read(self, directory: Path, setting: str, stage: str | None) -> list[CaptionedImage]:
         samples = read_captions(directory, setting, self.caption_column)
-        if stage != "predict":  # which loads no images
-            check_files(directory, samples, setting)
-        return samples
+        return find_files(directory, samples, setting, may_be_missing=stage == "predict")
 
     def _dataset(self, directory: Path, samples: Sequence[CaptionedImage]) -> ImageFolderDataset:
         return ImageFolderDataset(directory, samples, self.size, self.seed, self.max_pixels)
@@ -209,9 +208,8 @@ def split(samples: Sequence[CaptionedImage], share: float) -> tuple[list[Caption
     The validation split has the files with the smallest hashes of their names, at least one file. Few files change their split
     when files are added.
     """
-    files = sorted(
-        {sample.file_name for sample in samples}, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
-    )
-    validation = set(files[: max(1, round(share * len(files)))])
-    train = [sample for sample in samples if sample.file_name not in validation]
-    return train, [sample for sample in samples if sample.file_name in validation]
+    names = [comparable(sample.file_name) for sample in samples]  # missing files have names as written
+    files = sorted(set(names), key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest())
+    chosen = set(files[: max(1, round(share * len(files)))])
+    train = [sample for sample, name in zip(samples, names, strict=True) if name not in chosen]
+    return train, [sample for sample, name in zip(samples, names, strict=True) if name in chosen]

@@ -144,11 +144,13 @@ def read_prompts(path: Path, setting: str, caption_column: str | None = None) ->
     column = CaptionColumn(path, caption_column)
     found: list[str] = []
     for row in read_lines(path) if ending == TEXT_ENDING else read_rows(path):
-        # A list of strings has no columns.
-        is_list = isinstance(row.values, str) and caption_column is None
-        captions = [column.replace_surrogates(row.values, row.place)] if is_list else column.read(row)
-        found += [caption.strip() if ending == TEXT_ENDING else caption for caption in captions if caption.strip()]
-    column.warn_of_replacements()
+        if ending == TEXT_ENDING:
+            found += column.usable([line], row.place) if (line := row.values.strip()) else []  # blank lines separate prompts
+        elif isinstance(row.values, str) and caption_column is None:  # a list of strings has no columns
+            found += column.usable([row.values], row.place)
+        else:
+            found += column.read(row)
+    column.warn_of_changes()
     prompts = list(dict.fromkeys(found))
     if not prompts:
         raise ConfigurationError(f"{path} of {setting} is empty; write one prompt per line")

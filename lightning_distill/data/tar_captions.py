@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 
-from lightning_distill.data.caption_tables import CAPTION_COLUMNS, as_captions, decode_text, parse_json
+from lightning_distill.data.caption_tables import CAPTION_COLUMNS, as_captions, decode_text, parse_json, without_blanks
 
 CAPTION_SUFFIXES = (".txt", ".json")
 MAX_CAPTION_BYTES = 1 << 20
 """Size of the largest `.txt` or `.json` file that is read."""
+
+
+_BLANK = "images whose caption is blank"
 
 
 class CaptionError(ValueError):
@@ -17,12 +20,15 @@ def read_text(content: bytes) -> str:
     """Caption in a `.txt` file: UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        CaptionError: If the file is in another encoding.
+        CaptionError: If the file is in another encoding, or blank.
     """
     try:
-        return decode_text(content).strip()
+        text = decode_text(content).strip()
     except UnicodeDecodeError as error:
         raise CaptionError("images whose caption is not UTF-8") from error
+    if not text:
+        raise CaptionError(_BLANK)
+    return text
 
 
 def read_json(content: bytes, column: str | None) -> tuple[tuple[str, ...], Sequence[str]]:
@@ -33,10 +39,11 @@ def read_json(content: bytes, column: str | None) -> tuple[tuple[str, ...], Sequ
         column: Key of the captions; None takes the first of `CAPTION_COLUMNS` that the file has.
 
     Returns:
-        Captions, at least one, and the keys in question that have captions.
+        Captions, at least one that is not blank, and the keys in question that have such captions.
 
     Raises:
-        CaptionError: If the file is not a JSON object, or has neither a string nor a list of strings under the key.
+        CaptionError: If the file is not a JSON object, has neither a string nor a list of strings under the key, or these are
+            blank.
     """
     try:
         entry = parse_json(decode_text(content))
@@ -46,4 +53,7 @@ def read_json(content: bytes, column: str | None) -> tuple[tuple[str, ...], Sequ
     found = {key: captions for key in keys if isinstance(entry, dict) and (captions := as_captions(entry.get(key)))}
     if not found:
         raise CaptionError(f"images whose .json file has no string under {' or '.join(map(repr, keys))}")
-    return next(iter(found.values())), list(found)
+    usable = {key: captions for key, captions in found.items() if without_blanks(captions)}
+    if not usable:
+        raise CaptionError(_BLANK)
+    return next(iter(usable.values())), list(usable)

@@ -15,7 +15,7 @@ from lightning_distill.outputs import atomic_file
 
 INDEX = ".index.json"
 """Suffix of the index files next to the shards, which cache the contents of the headers."""
-_VERSION = 4
+_VERSION = 5
 _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 """First bytes of compressed files, and the programs that unpack them."""
 # `tarfile` raises these for damaged and for hostile files, besides its own.

@@ -8,10 +8,10 @@ and links are not followed.
 import posixpath
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lightning_distill.data.caption_tables import replace_lone_surrogates
+from lightning_distill.data.caption_tables import replace_lone_surrogates, without_blanks
 from lightning_distill.data.image_files import IMAGE_SUFFIXES, ImageDecodeError, read_size
 from lightning_distill.data.tally import Tally
 from lightning_distill.data.tar_captions import (
@@ -108,30 +108,42 @@ class TarMembers:
                 self.images[key] = TarSample(member.name, member.offset_data, member.size, (), *read_size(content))
             except ImageDecodeError:
                 problem = "unreadable"
+            else:
+                if earlier is not None:
+                    self._count_replaced(member.name)
         if problem is not None:
             self.skipped.add(f"images that are {problem}", member.name)
             self.skipped_images.add(key)
 
     def _add_caption(self, archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, suffix: str) -> None:
         self.names.setdefault(key, member.name)
+        if self.captions[key].pop(suffix, None):
+            self._count_replaced(member.name)
         problem = _problem(member, MAX_CAPTION_BYTES)
         if problem is not None:
             self.problems[key] = f"images whose caption is {problem}"
             return
         content = archive.extractfile(member)
         assert content is not None  # it is a file
+        captions: tuple[str, ...]
+        found: Sequence[str] = ()
         try:
             if suffix == ".txt":
-                self.captions[key][suffix] = (read_text(content.read()),)
-                return
-            self.captions[key][suffix], found = read_json(content.read(), self.caption_column)
+                captions = (read_text(content.read()),)
+            else:
+                captions, found = read_json(content.read(), self.caption_column)
         except CaptionError as error:
             self.problems[key] = str(error)
             return
+        self.captions[key][suffix] = captions
         if len(found) > 1:
             self.ambiguous[key] = (
                 f"captions under {found[0]!r} in a .json file that has {' and '.join(map(repr, found[1:]))} too"
             )
+
+    def _count_replaced(self, name: str) -> None:
+        """Count a member in whose place a later one of the same name is used, as unpacking the tar file would."""
+        self.skipped.add("files that a later one of the same name replaces", name)
 
     def index(self) -> TarIndex:
         """Samples of the shard, and counts of the files that are in none."""
@@ -166,8 +178,11 @@ class TarMembers:
             self.remarks.add(f"captions from .txt files, without {self.caption_column!r} in a .json file", image)
         if found == ".json" and key in self.ambiguous:
             self.remarks.add(self.ambiguous[key], image)
-        replaced = tuple(map(replace_lone_surrogates, captions[found]))
-        if replaced != captions[found]:
+        kept = without_blanks(captions[found])
+        if kept != captions[found]:
+            self.remarks.add("images of whose captions some are blank, which are skipped", image)
+        replaced = tuple(map(replace_lone_surrogates, kept))
+        if replaced != kept:
             self.remarks.add("captions with half a character (a lone surrogate), replaced by U+FFFD", image)
         return replaced
 

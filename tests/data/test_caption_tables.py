@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from lightning_distill.data.caption_tables import ENDINGS, CaptionColumn, Row, decode_text, read_lines, read_rows
 from lightning_distill.errors import ConfigurationError
@@ -44,6 +46,37 @@ def test_byte_order_marks(encoding: str, tmp_path: Path) -> None:
     assert decode_text(text.encode(encoding)) == "é\r\nb\r\n"
     (tmp_path / "table.csv").write_bytes(text.replace("é", "text").encode(encoding))
     assert [row.values for row in read_rows(tmp_path / "table.csv")] == [{"text": "b"}]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends(end: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes(end.join(["one", "two", "", "three"]).encode())
+    assert [(row.place, row.values.rstrip()) for row in read_lines(tmp_path / "lines.txt")] == [
+        ("line 1", "one"),
+        ("line 2", "two"),
+        ("line 3", ""),
+        ("line 4", "three"),
+    ]
+    (tmp_path / "table.csv").write_bytes(end.join(["file_name,text", "a.png,a", f'b.png,"b{end}c"', ""]).encode())
+    assert list(read_rows(tmp_path / "table.csv")) == [
+        Row("line 2", {"file_name": "a.png", "text": "a"}),
+        Row("line 4", {"file_name": "b.png", "text": f"b{end}c"}),
+    ]
+
+
+def test_blanks_around_delimiters_of_csv_files_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text('file_name , text,,\na.png, "a cat, asleep",,\n')
+    (row,) = read_rows(tmp_path / "table.csv")
+    assert (row.values["file_name"], row.values["text"]) == ("a.png", "a cat, asleep")
+
+
+def test_columns_of_one_name_raise(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("file_name,text, text\na.png,a,b\n")
+    arrays = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["text", "text"]), tmp_path / "table.parquet")
+    for name in ("table.csv", "table.parquet"):
+        with pytest.raises(ConfigurationError, match=rf"{name} has more than one column 'text'; rename or remove all but one$"):
+            list(read_rows(tmp_path / name))
 
 
 def test_columns_of_images_are_not_read(tmp_path: Path) -> None:
@@ -100,14 +133,30 @@ def test_list_of_captions() -> None:
 
 @pytest.mark.parametrize("value", [None, 1, [], ["a", None], {"a": "b"}])
 def test_rows_without_caption_raise(value: Any) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r'row 3 of t has no string under "text"; .* set data\.caption_column to one of '
-    ):
-        CaptionColumn(Path("t"), None).read(Row("row 3", {"text": value}))
+    row = Row("row 3", {"file_name": "a.png", "text": value})
+    with pytest.raises(ConfigurationError, match=r'row 3 of t has no string under "text"; correct or remove it$'):
+        CaptionColumn(Path("t"), None).read(row)
     with pytest.raises(ConfigurationError, match=r'row 3 of t has no string under "words".* to one of text$'):
-        CaptionColumn(Path("t"), "words").read(Row("row 3", {"text": value}))
+        CaptionColumn(Path("t"), "words").read(row)
     with pytest.raises(ConfigurationError, match="row 3 of t is not a JSON object"):
         CaptionColumn(Path("t"), None).read(Row("row 3", [value]))
+
+
+def test_file_names_are_not_suggested_as_captions() -> None:
+    with pytest.raises(ConfigurationError, match=r"; set data\.caption_column to one of words, id$"):
+        CaptionColumn(Path("t"), None).read(Row("line 2", {"file_name": "a.png", "words": "a", "id": 1}))
+    with pytest.raises(ConfigurationError, match=r'under "text", "caption" or "prompt"; add a column of captions$'):
+        CaptionColumn(Path("t"), None).read(Row("line 2", {"file_name": "a.png"}))
+
+
+def test_blank_captions_are_skipped_with_one_warning() -> None:
+    column = CaptionColumn(Path("t.jsonl"), None)
+    rows: list[Any] = ["a", "", ["b", " ", "c"], [" \t", "\u3000"]]
+    read = [column.read(Row(f"line {number}", {"text": value})) for number, value in enumerate(rows, start=1)]
+    assert read == [["a"], [], ["b", "c"], []]
+    with pytest.warns(UserWarning, match=r"^skips 4 blank captions of t\.jsonl, first in line 2$") as caught:
+        column.warn_of_changes()
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -124,5 +173,5 @@ def test_half_surrogate_pairs_are_replaced_with_one_warning() -> None:
     read = [column.read(Row(f"line {number}", {"text": text}))[0] for number, text in enumerate(texts)]
     assert read == ["cut \ufffd", "whole 😀", "\ufffd cut"]
     with pytest.warns(UserWarning, match=r"2 captions of t\.jsonl have half of a surrogate pair, first in line 0") as caught:
-        column.warn_of_replacements()
+        column.warn_of_changes()
     assert len(caught) == 1

@@ -5,7 +5,8 @@ from PIL import Image
 
 from lightning_distill.data import ImageFolder
 from lightning_distill.data.caption_tables import ENDINGS
-from lightning_distill.data.folder_captions import CaptionedImage, check_files, read_captions
+from lightning_distill.data.folder_captions import read_captions
+from lightning_distill.data.folder_files import find_files
 from lightning_distill.errors import ConfigurationError
 from tests.data.tables import write_table
 
@@ -20,8 +21,7 @@ def write_images(directory: Path, *names: str) -> Path:
 
 
 def captions(directory: Path, column: str | None = None) -> dict[str, tuple[str, ...]]:
-    samples = read_captions(directory, "data.directory", column)
-    check_files(directory, samples, "data.directory")
+    samples = find_files(directory, read_captions(directory, "data.directory", column), "data.directory")
     return {sample.file_name: sample.captions for sample in samples}
 
 
@@ -56,45 +56,26 @@ def test_rows_without_file_name_raise(value: object, tmp_path: Path) -> None:
         captions(tmp_path)
 
 
-def test_names_from_windows(tmp_path: Path) -> None:
-    write_images(tmp_path, "sub/0.png", "odd\\name.png")
-    write_table(tmp_path / "metadata.jsonl", [{"file_name": name, "text": "a"} for name in ("sub\\0.png", "odd\\name.png")])
-    assert set(captions(tmp_path)) == {"sub/0.png", "odd\\name.png"}
-
-
 def test_half_surrogate_pairs_are_replaced(tmp_path: Path) -> None:
     write_table(write_images(tmp_path) / "metadata.jsonl", [*ROWS[:2], {"file_name": "2.png", "text": "cut \ud83d"}])
     with pytest.warns(UserWarning, match=r"1 captions of .*metadata\.jsonl have half .* first in line 3"):
         assert captions(tmp_path)["2.png"] == ("cut \ufffd",)
 
 
-# Files
+@pytest.mark.parametrize("name", [f"metadata{ending}" for ending in ENDINGS])
+def test_blank_captions_are_counted(name: str, tmp_path: Path) -> None:
+    write_table(write_images(tmp_path) / name, [*ROWS[:2], {"file_name": "2.png", "text": " "}])
+    with pytest.warns(UserWarning, match=rf"^skips 1 blank captions of .*{name}, first in (line 4|line 3|entry 3|row 3)$"):
+        assert set(captions(tmp_path)) == {"0.png", "1.png"}
 
 
-def test_files_outside_the_directory_are_counted(tmp_path: Path) -> None:
-    inside, outside = write_images(tmp_path / "images"), write_images(tmp_path / "images_2")
-    names = ["0.png", "./1.png", "../images_2/0.png", str(outside / "1.png"), str(inside / "2.png"), "a/../2.png"]
-    write_table(inside / "metadata.jsonl", [{"file_name": name, "text": "a"} for name in names])
-    with pytest.warns(
-        UserWarning, match=r"^2 image files of data\.directory .* are outside of it: '\.\./images_2/0\.png', "
-    ) as caught:
-        assert list(captions(inside)) == names
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize(
-    "name", ["absent.png", "absent/0.png", "sub", "null\0.png", "cut \ud83d.png", "a" * 300, "sub/../../0.png"]
-)
-def test_names_of_no_file_raise(name: str, tmp_path: Path) -> None:
-    write_images(tmp_path, "0.png", "sub/0.png")
-    with pytest.raises(
-        ConfigurationError, match=r"^1 image files of data\.directory .* are missing or not regular files: "
-    ) as caught:
-        check_files(
-            tmp_path, [CaptionedImage("0.png", ("a",), "0.txt"), CaptionedImage(name, ("a",), "1.txt")], "data.directory"
-        )
-    assert "\n" not in str(caught.value)
-    str(caught.value).encode()
+def test_tables_with_blank_captions_only_raise(tmp_path: Path) -> None:
+    write_table(write_images(tmp_path) / "metadata.csv", [{**row, "text": ""} for row in ROWS])
+    with (
+        pytest.warns(UserWarning, match="skips 3 blank captions"),
+        pytest.raises(ConfigurationError, match=r"metadata\.csv of data\.directory has no captions; write a line with one"),
+    ):
+        captions(tmp_path)
 
 
 # Text files beside the images
@@ -121,6 +102,28 @@ def test_text_files_without_image_are_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text("a")
     with pytest.warns(UserWarning, match=r"^skips 2 \.txt files without an image \(\.png, .*: '1\.txt', 'README\.txt'$"):
         assert captions(tmp_path) == {"0.png": ("a",)}
+
+
+def test_blank_text_files_are_counted(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    for name, text in (("0.txt", ""), ("1.txt", "a"), ("2.txt", " \n")):
+        (tmp_path / name).write_text(text)
+    with pytest.warns(UserWarning, match=r"^skips 2 images with a blank \.txt beside them .*: '0\.png', '2\.png'$") as caught:
+        assert captions(tmp_path) == {"1.png": ("a",)}
+    assert len(caught) == 1
+    (tmp_path / "1.txt").write_text("")
+    with pytest.raises(
+        ConfigurationError, match=r"whose \.txt files beside images are all blank: 3, first beside '0\.png'; write"
+    ):
+        captions(tmp_path)
+
+
+def test_text_files_in_another_normal_form(tmp_path: Path) -> None:
+    """The systems of the image and of the text write an accent differently."""
+    write_images(tmp_path, "cafe\u0301.png", "caf\u00e9_2.png")
+    (tmp_path / "caf\u00e9.txt").write_text("one")
+    (tmp_path / "cafe\u0301_2.txt").write_text("two")
+    assert captions(tmp_path) == {"cafe\u0301.png": ("one",), "caf\u00e9_2.png": ("two",)}
 
 
 def test_column_of_captions_without_table_raises(tmp_path: Path) -> None:

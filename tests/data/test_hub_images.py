@@ -131,7 +131,7 @@ def test_damaged_data_sets_raise_one_line(damage: str, message: str, tmp_path: P
         ({"source": "absent"}, r"data\.source is 'absent', whose split 'train' cannot be loaded"),
         ({"source": ["a", "b"]}, r"data\.source is 'a, b'; give one Hub id or directory, or tar or \.parquet files"),
         ({"source": ""}, r"data\.source is ''; give one Hub id"),
-        ({"caption_column": "text"}, r"data\.caption_column is 'text', but .* has the columns image, caption, id; choose"),
+        ({"caption_column": "text"}, r"data\.caption_column is 'text', but .* has the columns caption, id; choose"),
         ({"image_column": "png"}, r"data\.image_column is 'png'"),
         ({"validation_source": None}, r"whose split 'validation' cannot be loaded"),
     ],
@@ -147,9 +147,9 @@ def test_invalid_data_sets_raise_one_line(settings: dict[str, Any], message: str
 def test_lists_of_captions_and_several_columns(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     columns = {
-        "image": [{"bytes": encoded_image(1), "path": None}] * 3,
-        "text": [["a", "b"], ["c"], []],
-        "prompt": ["x", "y", "z"],
+        "image": [{"bytes": encoded_image(1), "path": None}] * 5,
+        "text": [["a", "b"], ["c"], [], ["", " "], ["d", ""]],
+        "prompt": list("vwxyz"),
     }
     features = datasets.Features(
         {"image": datasets.Image(), "text": datasets.List(datasets.Value("string")), "prompt": datasets.Value("string")}
@@ -160,5 +160,6 @@ def test_lists_of_captions_and_several_columns(tmp_path: Path) -> None:
         UserWarning, match=r"data\.source has the columns text, prompt: captions are read from 'text'; set data\.capt"
     ):
         source = HubImages(file, "train", "image", None, "data.source")
-    assert [source.captions(index) for index in range(len(source))] == [("a", "b"), ("c",)]
-    assert str(source.skipped) == "images without a caption: 1 (first row 2)"
+    assert [source.captions(index) for index in range(len(source))] == [("a", "b"), ("c",), ("d",)]
+    assert str(source.skipped) == "images without a caption: 1 (first row 2); images whose caption is blank: 1 (first row 3)"
+    assert str(source.remarks) == "images of whose captions some are blank, which are skipped: 1 (first row 4)"

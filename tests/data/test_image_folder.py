@@ -263,7 +263,7 @@ def test_invalid_directories_raise(folder, tmp_path):
     with pytest.raises(ConfigurationError, match=r"which has no metadata.jsonl, and no .txt beside its 20 images"):
         set_up(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")
-    with pytest.raises(ConfigurationError, match=r"metadata.jsonl of data.directory is empty"):
+    with pytest.raises(ConfigurationError, match=r"metadata.jsonl of data.directory has no captions"):
         set_up(tmp_path)
 
 

@@ -102,6 +102,15 @@ def test_tables(name: str, tmp_path: Path) -> None:
     assert read_prompts(path, "data.file", "prompt") == TEXTS
 
 
+def test_line_ends_of_any_system_and_blank_prompts(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "old_mac.txt").write_bytes(b"one\rtwo\r\rthree")
+    assert read_prompts(tmp_path / "old_mac.txt", "data.file") == ["one", "two", "three"]
+    assert not recwarn.list  # blank lines of a text file are no prompts
+    (tmp_path / "old_mac.csv").write_bytes(b"text,id\rone,1\r,2\rthree,3")
+    with pytest.warns(UserWarning, match=r"^skips 1 blank captions of .*old_mac\.csv, first in line 3$"):
+        assert read_prompts(tmp_path / "old_mac.csv", "data.file") == ["one", "three"]
+
+
 @pytest.mark.parametrize("content", ['["a", "b", ""]', '[{"text": "a"}, {"text": ["b", "a"]}]', '"a"\n"b"\n'])
 def test_lists_in_json(content: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text(content)

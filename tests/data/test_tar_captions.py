@@ -33,7 +33,8 @@ def test_other_encodings_raise(content: bytes) -> None:
         ({"prompt": "c", "text": []}, None, ("c",)),
         ({"caption": "a", "text": "b"}, "caption", ("a",)),
         ({"caption": ["a", "b"]}, "caption", ("a", "b")),
-        ({"caption": ""}, "caption", ("",)),
+        ({"caption": "a", "text": " "}, None, ("a",)),
+        ({"caption": ["a", ""]}, "caption", ("a", "")),
     ],
 )
 def test_keys_of_json_captions(entry: dict[str, object], column: str | None, expected: tuple[str, ...]) -> None:
@@ -50,6 +51,7 @@ def test_keys_of_json_captions(entry: dict[str, object], column: str | None, exp
         (b"[]", "no string under 'text' or 'caption' or 'prompt'"),
         (b'{"caption": ["a", 3]}', "no string under 'text' or"),
         (b'{"caption": 3}', "no string under 'text' or"),
+        (b'{"caption": ["", " "], "text": ""}', "images whose caption is blank"),
     ],
 )
 def test_json_files_without_a_caption_raise(content: bytes, message: str) -> None:

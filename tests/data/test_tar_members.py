@@ -55,6 +55,8 @@ def test_captions_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         "deep.json": b"[" * 100_000,
         "number.json": b'{"caption": 3}',
         "long.txt": b"a" * (MAX_CAPTION_BYTES + 1),
+        "blank.txt": b" \n",
+        "empty.json": b'{"caption": ["", " "]}',
         "good.txt": b"a" * MAX_CAPTION_BYTES,
     }
     members = [(name, content) for name, content in captions.items()] + [(f"{Path(name).stem}.png", PNG) for name in captions]
@@ -66,7 +68,16 @@ def test_captions_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
         "images whose caption is not valid JSON: 1 (first deep.png)",
         "images whose .json file has no string under 'text' or 'caption' or 'prompt': 1 (first number.png)",
         "images whose caption is larger than 1 MiB: 1 (first long.png)",
+        "images whose caption is blank: 2 (first blank.png)",
     ]
+
+
+def test_blank_captions_beside_others_are_skipped_and_counted(tmp_path: Path) -> None:
+    members = [("a.png", PNG), ("a.json", b'{"caption": ["one", "", "three"]}'), ("b.png", PNG), ("b.txt", b"")]
+    members += [("b.json", b'{"text": "json"}')]
+    samples, skipped, remarks = found(tmp_path, members)
+    assert samples == {"a.png": "one | three", "b.png": "json"}
+    assert (skipped, remarks) == ("", "images of whose captions some are blank, which are skipped: 1 (first a.png)")
 
 
 def test_half_characters_are_replaced_and_counted(tmp_path: Path) -> None:
@@ -123,8 +134,13 @@ def test_what_has_no_partner_is_counted(tmp_path: Path) -> None:
 
 def test_the_last_member_of_a_name_counts(tmp_path: Path) -> None:
     members = [("a.png", PNG), ("a.txt", b"old"), ("a.png", encoded_image(0, (4, 5))), ("a.txt", b"new")]
-    (sample,) = scan(write_tar(tmp_path / "x.tar", members), None).samples
+    index = scan(write_tar(tmp_path / "x.tar", members), None)
+    (sample,) = index.samples
     assert (sample.captions, sample.height, sample.width) == (("new",), 5, 4)
+    assert str(index.skipped) == "files that a later one of the same name replaces: 2 (first a.png)"
+    samples, skipped, _ = found(tmp_path, [*members, ("a.txt", b"")])
+    assert not samples
+    assert "images whose caption is blank: 1 (first a.png)" in skipped
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "WEBP", "GIF", "BMP", "TIFF", "JPEG"])
