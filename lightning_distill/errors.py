@@ -1,5 +1,7 @@
 """Errors that the command line reports as one line on stderr, without a traceback."""
 
+from collections.abc import Sequence
+
 
 class ConfigurationError(ValueError):
     """A setting with an invalid value. The message is one line that names the setting and the remedy.
@@ -38,6 +40,11 @@ class NonFiniteError(RunError):
 
 class StorageError(RunError):
     """A disk is full or fails. The message names the output."""
+
+
+def first_and_count(names: Sequence[str]) -> str:
+    """The first name in quotes, and how many follow if any do, as in `'a' and 2 more`."""
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def find_configuration_error(error: BaseException | None) -> ConfigurationError | None:

@@ -2,7 +2,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_distill.data.image_files import UnreadableImageError
-from lightning_distill.errors import ConfigurationError, DamagedFileError, find_configuration_error
+from lightning_distill.errors import ConfigurationError, DamagedFileError, find_configuration_error, first_and_count
 
 
 class Failing(Dataset[int]):
@@ -23,6 +23,11 @@ def test_messages_of_workers_are_one_line(kind: type[ConfigurationError]) -> Non
     with pytest.raises(kind) as caught:
         next(iter(DataLoader(Failing(kind), num_workers=1)))
     assert str(caught.value) == "data.source is 'x': not an error: of the loader; set another one"
+
+
+def test_further_names_are_counted_if_there_are_any() -> None:
+    assert first_and_count(["a"]) == "'a'"
+    assert first_and_count(["a", "b", "c"]) == "'a' and 2 more"
 
 
 def test_a_configuration_error_is_found_among_causes() -> None:

@@ -1,20 +1,50 @@
 """`lightning-distill export`: convert a checkpoint to a pipeline directory."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_distill.commands.checkpoint_path import check_exists, find_checkpoint
 from lightning_distill.commands.options_cli import OptionsCLI
-from lightning_distill.export.checkpoint import CheckpointExport, export_checkpoint
+from lightning_distill.commands.trained_settings import card_fields, check_trained_settings
+from lightning_distill.export.checkpoint import CheckpointExport, export_checkpoint, local_checkpoint
+from lightning_distill.export.directory import check_export_directory
+from lightning_distill.sharding.checkpoint_files import read_checkpoint
 
 
 class ExportCLI(OptionsCLI):
-    """`export`, in one process on the CPU; it ignores the settings of the trainer."""
+    """`export`, in one process on the CPU; of the trainer's settings it uses only the directories of checkpoints."""
 
     options_class = CheckpointExport
     description = "Convert the student of a checkpoint, a file or a sharded directory, to a pipeline directory."
 
     def execute(self, options: CheckpointExport) -> None:
-        """Export the student."""
-        export_checkpoint(self.model, options)
+        """Export the student, with the settings that the checkpoint was trained with."""
+        check_export_directory(options.directory)
+        if options.ckpt_path in ("last", "best", "hpc"):
+            options = replace(options, ckpt_path=find_checkpoint(options.ckpt_path, self._searched(), resumes=False))
+        path = local_checkpoint(options.ckpt_path)
+        check_exists(str(path), resumes=False)
+        content = read_checkpoint(path, mmap=True)
+        check_trained_settings(self.config_dump, content, options.ckpt_path)
+        export_checkpoint(self.model, options, card_fields(content))
+
+    def _searched(self) -> Trainer:
+        """A trainer with the directories of checkpoints of the settings, on the CPU of any machine."""
+        listed = self.trainer.callbacks or []
+        listed = listed if isinstance(listed, list) else [listed]
+        callbacks: list[Callback] = [each for each in listed if isinstance(each, ModelCheckpoint)]
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            callbacks=callbacks,
+            default_root_dir=self.trainer.default_root_dir,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
 
 
 def main(arguments: Sequence[str], name: str) -> None:

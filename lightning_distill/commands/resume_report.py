@@ -1,7 +1,7 @@
 """Settings in checkpoints, and what a resumed run changes of them, before a model loads."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -41,6 +41,20 @@ OUTPUT_NAMES = ("dirpath", "directory", "filename")
 """Settings of callbacks that name their output."""
 
 
+class Change(NamedTuple):
+    """A setting that differs from that of a checkpoint.
+
+    Attributes:
+        name: Its dotted name.
+        value: Its value in this run, as text.
+        saved: Its value in the checkpoint, as text.
+    """
+
+    name: str
+    value: str
+    saved: str
+
+
 class RecordSettings(Callback):
     """Saves the settings of a run in its checkpoints; those of a resumed run count.
 
@@ -63,17 +77,16 @@ class RecordSettings(Callback):
                 state["patience"] = callback.patience
 
 
-def check_resumable(settings: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str, resumes: bool) -> None:
+def check_resumable(settings: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str) -> None:
     """Check the settings that have to equal those of the checkpoint, without which its states do not fit.
 
     Args:
         settings: Settings of this run.
         checkpoint: The checkpoint.
         path: Its path, for the message.
-        resumes: Whether training continues from it, and not only its weights are used.
 
     Raises:
-        ConfigurationError: If the LoRA rank differs, or, to resume, the class of the optimizer.
+        ConfigurationError: If the LoRA rank or the class of the optimizer differs, or the state of the schedule is missing.
     """
     if SETTINGS not in checkpoint:
         return
@@ -85,33 +98,51 @@ def check_resumable(settings: Mapping[str, Any], checkpoint: Mapping[str, Any], 
             "new run"
         )
     name = "model.optimizer"
-    if resumes and name in new and name in old and new[name] != old[name]:
+    if name in new and name in old and new[name] != old[name]:
         raise ConfigurationError(
             f"{name} is {new[name]}, and ckpt_path {path!r} has the states of {old[name]}; set it to {old[name]}, or export "
             "the student and start a new run with it as model.student.pretrained"
         )
+    name = "model.lr_scheduler"
+    if old.get(name) is not None and not checkpoint.get("lr_schedulers", True):
+        raise ConfigurationError(
+            f"ckpt_path {path!r} was trained with {name} {old[name]}, and its lr_schedulers are empty; fit resumes only from a "
+            "full checkpoint: set ckpt_path to one"
+        )
 
 
 def differences(settings: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> list[str]:
-    """Texts of the settings that differ from those of a checkpoint, sorted by name; all but irrelevant ones.
+    """Texts of the settings that differ from those of a checkpoint, sorted by name; all but irrelevant ones."""
+    return [
+        f"{name} {value} (checkpoint: {saved}{', whose random numbers continue' if name == 'seed_everything' else ''})"
+        for name, value, saved in changed_settings(settings, checkpoint)
+    ]
+
+
+def changed_settings(
+    settings: Mapping[str, Any], checkpoint: Mapping[str, Any], groups: Sequence[str] = GROUPS
+) -> list[Change]:
+    """Settings that differ from those of a checkpoint, sorted by name; all but irrelevant ones.
 
     The settings of a class are left out if the class itself differs. A checkpoint that the command line has not written has no
     settings, and no differences.
+
+    Args:
+        settings: Settings of this run.
+        checkpoint: The checkpoint.
+        groups: The groups to compare, some of `GROUPS`.
     """
     if SETTINGS not in checkpoint:
         return []
-    new, old = named_values(settings), named_values(checkpoint[SETTINGS])
-    found: list[str] = []
+    new, old = named_values(settings, groups), named_values(checkpoint[SETTINGS], groups)
+    found: list[Change] = []
     classes: list[str] = []
     for name in sorted(new.keys() | old.keys()):
         if new.get(name, UNSET) == old.get(name, UNSET) or name.startswith(tuple(classes)):
             continue
         if _is_class(new, name) or _is_class(old, name):
             classes.append(f"{name}.")
-        saved = _shown(old.get(name, UNSET))
-        if name == "seed_everything":
-            saved += ", whose random numbers continue"
-        found.append(f"{name} {_shown(new.get(name, UNSET))} (checkpoint: {saved})")
+        found.append(Change(name, _text(new, name), _text(old, name)))
     return found
 
 
@@ -128,7 +159,7 @@ def nothing_left(trainer: Trainer, checkpoint: Mapping[str, Any], path: str) -> 
     return None
 
 
-def named_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+def named_values(settings: Mapping[str, Any], groups: Sequence[str] = GROUPS) -> dict[str, Any]:
     """Values by the dotted names that users write, without irrelevant ones; the name of a class has its path.
 
     Callbacks are named by their classes, so that their order does not matter. A path below `trainer.default_root_dir` is
@@ -136,7 +167,7 @@ def named_values(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     root = settings.get("trainer", {}).get("default_root_dir")
     found: dict[str, Any] = {}
-    for name in GROUPS:
+    for name in groups:
         for path, value in _leaves(settings.get(name), name):
             output = path.startswith("trainer.callbacks.") and path.rpartition(".")[2] in OUTPUT_NAMES
             if output or any(path == each or path.startswith(f"{each}.") for each in IRRELEVANT):
@@ -168,6 +199,14 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def _is_class(values: Mapping[str, Any], name: str) -> bool:
     return any(each.startswith(f"{name}.") for each in values)
+
+
+def _text(values: Mapping[str, Any], name: str) -> str:
+    """Value of a setting, or values of the settings below it where it has none of its own."""
+    if name in values or not _is_class(values, name):
+        return _shown(values.get(name, UNSET))
+    inner = {each.removeprefix(f"{name}."): value for each, value in values.items() if each.startswith(f"{name}.")}
+    return "{" + ", ".join(f"{each}: {_shown(value)}" for each, value in inner.items()) + "}"
 
 
 def _shown(value: Any) -> str:

@@ -35,6 +35,7 @@ from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.process_errors import check_port, process_error
 from lightning_distill.commands.resume_report import RecordSettings, check_resumable, differences, nothing_left
 from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
+from lightning_distill.commands.trained_settings import check_trained_settings
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
 from lightning_distill.errors import ConfigurationError, RunError, find_configuration_error
 from lightning_distill.methods.base import TeacherStudentBase
@@ -172,7 +173,7 @@ class DistillCLI(LightningCLI):
         """Check that the checkpoint exists; Lightning's method would also replace the settings by those of the checkpoint."""
         path = self.config[self.config.subcommand].get("ckpt_path") if "subcommand" in self.config else None
         if path not in (None, "last", "best", "hpc"):
-            check_exists(str(path))
+            check_exists(str(path), resumes=self.config.subcommand == "fit")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         listed = config.get("callbacks") or []
@@ -222,17 +223,18 @@ class DistillCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if path := kwargs.get("ckpt_path"):
-            path = kwargs["ckpt_path"] = find_checkpoint(str(path), self.trainer)
+            path = kwargs["ckpt_path"] = find_checkpoint(str(path), self.trainer, resumes=subcommand == "fit")
             content = check_checkpoint(path, self.trainer, resumes=subcommand == "fit")
             if content is not None:
                 self._compare_settings(content, path, resumes=subcommand == "fit")
         return kwargs
 
     def _compare_settings(self, checkpoint: dict[str, Any], path: str, resumes: bool) -> None:
-        """Warn once about settings that differ from those of the checkpoint, and find out whether anything is left to train."""
-        check_resumable(self.config_dump, checkpoint, path, resumes)
+        """Check and report settings that differ from those of the checkpoint; find out whether anything is left to train."""
         if not resumes:
+            check_trained_settings(self.config_dump, checkpoint, path)
             return
+        check_resumable(self.config_dump, checkpoint, path)
         self._nothing_left = nothing_left(self.trainer, checkpoint, path)
         if not self._nothing_left and (changed := differences(self.config_dump, checkpoint)):
             rank_zero_warn(f"checkpoint {path} has other settings; this run uses its own: {', '.join(changed)}")

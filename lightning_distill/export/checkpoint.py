@@ -1,7 +1,8 @@
 """`lightning-distill export`: convert a checkpoint to a pipeline directory, on any machine."""
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import ConfigurationError, first_and_count
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import check_export_directory, export_student
 from lightning_distill.methods.base import TeacherStudentBase
@@ -35,7 +36,10 @@ class CheckpointExport:
         directory: Target directory; an earlier export in it is replaced.
         weights: "average" for the EMA, "last" for the weights without averaging. None: the EMA, if the checkpoint has one.
         lora: Format of a LoRA student: "merged" or "unmerged", as in `ExportPipeline`.
-        max_shard_size: Largest size of an output file, which is also about the memory that the export takes.
+        max_shard_size: Largest size of an output file, such as "500MB", which is also about the memory that the export takes.
+
+    Raises:
+        ConfigurationError: If `max_shard_size` is not a size above 0 in KB, MB, GB or TB.
     """
 
     ckpt_path: str
@@ -44,8 +48,15 @@ class CheckpointExport:
     lora: Literal["merged", "unmerged"] = "merged"
     max_shard_size: str = "5GB"
 
+    def __post_init__(self) -> None:
+        size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", self.max_shard_size, re.IGNORECASE)
+        if size is None or float(size[1]) == 0:
+            raise ConfigurationError(
+                f"max_shard_size is {self.max_shard_size!r}; set it to a number above 0 with KB, MB, GB or TB, such as 5GB"
+            )
 
-def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Path:
+
+def export_checkpoint(module: LightningModule, options: CheckpointExport, card_fields: Mapping[str, Any] | None = None) -> Path:
     """Write the student of a checkpoint as a pipeline directory.
 
     One process on the CPU copies the weights from the checkpoint to the pipeline, one output file at a time. The strategy and
@@ -55,6 +66,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     Args:
         module: The method, with the settings of its training.
         options: Options of the export.
+        card_fields: Fields of the model card that state other values than the settings of the method.
 
     Returns:
         The directory.
@@ -73,31 +85,42 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport) -> Pat
     module.adapter.check_student(module.student_options)
     names, read, step = _open(options.ckpt_path)
     prefix = _prefix(options, names)
-    stored = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    stored = {each.removeprefix(prefix): each for each in names if each.startswith(prefix)}
+    name = f"ckpt_path {options.ckpt_path!r}"
     if module.student_options.lora is None:
         student = module.adapter.meta_student(module.student_options)
-        _check_weights(stored, names, student.state_dict())
-        stream_weights(student, lambda names: _read_renamed(read, stored, names), options.max_shard_size)
+        _check_weights(stored, names, student.state_dict(), name)
+        stream_weights(student, lambda requested: _read_renamed(read, stored, requested), options.max_shard_size)
         module.adapter.load()
     else:
-        check_lora_rank({name: names[name] for name in stored.values()}, module.student_options.lora.rank)
+        check_lora_rank({each: names[each] for each in stored.values()}, module.student_options.lora.rank, name)
         module.configure_model()
         student = module.student
-        _check_weights(stored, names, {name: p for name, p in student.named_parameters() if p.requires_grad})
+        _check_weights(stored, names, {path: p for path, p in student.named_parameters() if p.requires_grad}, name)
         values = read(stored.values())
-        student.load_state_dict({name: values[stored[name]] for name in stored}, strict=False)
-    card = ModelCard.from_method(module, steps=step)
+        student.load_state_dict({path: values[original] for path, original in stored.items()}, strict=False)
+    card = replace(ModelCard.from_method(module, steps=step), **(card_fields or {}))
     target = export_student(module.adapter, student, directory, card, options.lora)
     rank_zero_info(f"Exported the student of {options.ckpt_path} to {target}")
     return target
 
 
-def _open(ckpt_path: str) -> tuple[dict[str, Shape], Read, int]:
-    """Shapes of a checkpoint's weights by name, a function that reads them, and the checkpoint's number of optimizer steps."""
+def local_checkpoint(ckpt_path: str) -> Path:
+    """Path of a checkpoint on this machine, restored if a process was killed while it replaced it.
+
+    Raises:
+        ConfigurationError: If it is on another one.
+    """
     path = local_path(ckpt_path)
     if path is None:
         raise ConfigurationError(f"ckpt_path {ckpt_path!r} is not a local path; copy the checkpoint to this machine first")
     recover(path.absolute())
+    return path
+
+
+def _open(ckpt_path: str) -> tuple[dict[str, Shape], Read, int]:
+    """Shapes of a checkpoint's weights by name, a function that reads them, and the checkpoint's number of optimizer steps."""
+    path = local_checkpoint(ckpt_path)
     rest = read_checkpoint(path, mmap=True)
     step: int = rest["global_step"]
     if not path.is_dir():
@@ -132,17 +155,20 @@ def _prefix(options: CheckpointExport, names: Iterable[str]) -> str:
     return "networks.ema.module." if has_ema and options.weights != "last" else "networks.student."
 
 
-def _check_weights(stored: Mapping[str, str], shapes: Mapping[str, Shape], expected: Mapping[str, Tensor]) -> None:
+def _check_weights(
+    stored: Mapping[str, str], shapes: Mapping[str, Shape], expected: Mapping[str, Tensor], checkpoint: str
+) -> None:
     """Compare names and shapes of the student's weights in a checkpoint with those of this configuration."""
     differing = sorted(stored.keys() ^ expected.keys())
     if differing:
         raise ConfigurationError(
-            f"the student in the checkpoint and the student of this configuration differ in {differing[0]!r} and "
-            f"{len(differing) - 1} more weights; use the model settings of the training"
+            f"the student of {checkpoint} and that of this configuration differ in the weight {first_and_count(differing)}; "
+            "use the model settings it was trained with"
         )
     check_shapes(
         {name: shapes[original] for name, original in stored.items()},
         {name: tuple(value.shape) for name, value in expected.items()},
+        checkpoint,
     )
 
 

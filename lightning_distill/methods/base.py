@@ -548,7 +548,9 @@ class TeacherStudentBase(LightningModule, ABC):
         checkpoint["optimizer_states"] = unflatten_block_state(checkpoint.get("optimizer_states", []))
         names = self.saved_names()
         expected = {name: value for name, value in self.state_dict().items() if name in names}
-        check_loaded_weights(checkpoint["state_dict"], expected, ("networks.student.", "networks.adapter."))
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        name = "the checkpoint" if path is None else f"ckpt_path {str(path)!r}"
+        check_loaded_weights(checkpoint["state_dict"], expected, ("networks.student.", "networks.adapter."), name)
 
     def _current_device(self) -> torch.device:
         return self.device

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import ConfigurationError, first_and_count
 from lightning_distill.sharding.shared_weights import shared_names
 
 Shape = tuple[int, ...]
@@ -30,7 +30,9 @@ def unshared(names: Iterable[str], module: nn.Module, teacher: nn.Module | None)
     return [name for name in names if name not in shared]
 
 
-def check_loaded_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], trained: tuple[str, ...]) -> None:
+def check_loaded_weights(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], trained: tuple[str, ...], checkpoint: str
+) -> None:
     """Compare the weights of a checkpoint with those of this configuration; loading is not strict.
 
     Args:
@@ -38,6 +40,7 @@ def check_loaded_weights(found: Mapping[str, Tensor], expected: Mapping[str, Ten
         expected: The weights that checkpoints of this configuration hold, by name.
         trained: Prefixes of the weights of the trainer's optimizer; others may be left over, such as a critic that is no
             longer configured.
+        checkpoint: Name of the checkpoint, for messages.
 
     Raises:
         ConfigurationError: If a weight of this configuration is missing or has another shape, or the checkpoint has other
@@ -45,24 +48,25 @@ def check_loaded_weights(found: Mapping[str, Tensor], expected: Mapping[str, Ten
     """
     if surplus := sorted(name for name in found.keys() - expected.keys() if name.startswith(trained)):
         raise ConfigurationError(
-            f"the checkpoint has the weight {surplus[0]!r} and {len(surplus) - 1} more that this configuration lacks; resume "
-            "with the model settings it was trained with"
+            f"{checkpoint} has the weight {first_and_count(surplus)} that this configuration lacks; use the model settings it "
+            "was trained with"
         )
     if missing := sorted(expected.keys() - found.keys()):
         raise ConfigurationError(
-            f"the checkpoint lacks the weight {missing[0]!r} and {len(missing) - 1} more of this configuration; resume with "
-            "the model settings it was trained with"
+            f"{checkpoint} lacks the weight {first_and_count(missing)} of this configuration; use the model settings it was "
+            "trained with"
         )
     shapes = {name: tuple(value.shape) for name, value in expected.items()}
-    check_shapes({name: tuple(found[name].shape) for name in expected}, shapes)
+    check_shapes({name: tuple(found[name].shape) for name in expected}, shapes, checkpoint)
 
 
-def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape], checkpoint: str) -> None:
     """Compare the shapes of a checkpoint's weights with those of this configuration.
 
     Args:
         found: Shapes in the checkpoint by name.
         expected: Shapes in this configuration by name, some or all of the same names.
+        checkpoint: Name of the checkpoint, for messages.
 
     Raises:
         ConfigurationError: If one differs.
@@ -71,19 +75,20 @@ def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> N
         if found[name] == expected[name]:
             continue
         if LORA_A in name:
-            check_lora_rank({name: found[name]}, expected[name][0])
+            check_lora_rank({name: found[name]}, expected[name][0], checkpoint)
         raise ConfigurationError(
-            f"the weight {name!r} has shape {found[name]} in the checkpoint, and {expected[name]} in this configuration; use "
-            "the model settings it was trained with"
+            f"the weight {name!r} has shape {found[name]} in {checkpoint}, and {expected[name]} in this configuration; use the "
+            "model settings it was trained with"
         )
 
 
-def check_lora_rank(found: Mapping[str, Shape], rank: int) -> None:
+def check_lora_rank(found: Mapping[str, Shape], rank: int, checkpoint: str) -> None:
     """Compare the rank of a checkpoint's LoRA weights with that of this configuration.
 
     Args:
         found: Shapes of the checkpoint's weights by name.
         rank: Configured rank.
+        checkpoint: Name of the checkpoint, for messages.
 
     Raises:
         ConfigurationError: If it differs.
@@ -91,5 +96,5 @@ def check_lora_rank(found: Mapping[str, Shape], rank: int) -> None:
     for name, shape in found.items():
         if LORA_A in name and shape[0] != rank:
             raise ConfigurationError(
-                f"student.lora.rank is {rank}, and the checkpoint has LoRA weights of rank {shape[0]}; set it to {shape[0]}"
+                f"student.lora.rank is {rank}, and {checkpoint} has LoRA weights of rank {shape[0]}; set it to {shape[0]}"
             )

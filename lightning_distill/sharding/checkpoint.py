@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_distill.digests import digests, find_damage, read_manifest, write_manifest
-from lightning_distill.errors import ConfigurationError, StorageError
+from lightning_distill.errors import ConfigurationError, StorageError, first_and_count
 from lightning_distill.optimizers import MuonWithAdamW, has_block_state
 from lightning_distill.outputs import sync, unfinished_path, writing
 from lightning_distill.sharding.checkpoint_files import (
@@ -222,8 +222,8 @@ class ShardedCheckpoints(ParallelStrategy):
         state, saved = self._state(), {name.removeprefix("weights.") for name in found}
         if missing := sorted(state["weights"].keys() - saved):
             raise ConfigurationError(
-                f"ckpt_path {str(checkpoint_path)!r} lacks {missing[0]!r} and {len(missing) - 1} more weights of this "
-                "configuration; resume it with the model settings that it was trained with"
+                f"ckpt_path {str(checkpoint_path)!r} lacks the weight {first_and_count(missing)} of this "
+                "configuration; use the model settings it was trained with"
             )
         own_settings = _take_settings_without(state, found)
         load_shards(state, path)

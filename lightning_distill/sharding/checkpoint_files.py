@@ -177,12 +177,18 @@ def check_content(content: dict[str, Any], path: str | Path, resumes: bool) -> N
 
     Raises:
         DamagedFileError: If it has a weight that is NaN, or an optimizer state that is not finite.
-        ConfigurationError: If training is to continue, and it has weights only.
+        ConfigurationError: If training is to continue, and it has no optimizer states, or weights only.
     """
     if resumes and (lacking := [key for key in _TRAINING_KEYS if key not in content]):
         raise ConfigurationError(
             f"ckpt_path {str(path)!r} has no {lacking[0]}, as a checkpoint saved with save_weights_only; fit resumes only from "
             "a full checkpoint: set ckpt_path to one, or export this one and set model.student.pretrained to the export"
+        )
+    # Without an optimizer, Lightning counts no steps. It would start an optimizer afresh without its states.
+    if resumes and content["global_step"] and not content["optimizer_states"]:
+        raise ConfigurationError(
+            f"ckpt_path {str(path)!r} has no state of an optimizer in its optimizer_states; fit resumes only from a full "
+            "checkpoint: set ckpt_path to one, or export this one and set model.student.pretrained to the export"
         )
     states = {key: content.get(key, {}) for key in ("optimizer_states", "auxiliary_optimizers")}
     broken = non_finite(dict(named_tensors(content["state_dict"])), infinite=True) or non_finite(dict(named_tensors(states)))

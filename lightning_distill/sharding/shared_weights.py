@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import ConfigurationError, first_and_count
 
 
 def shared_names(module: nn.Module, base: nn.Module | None) -> set[str]:
@@ -27,6 +27,6 @@ def check_sharing(module: nn.Module, base: nn.Module) -> None:
     copied = [name for name, parameter in module.named_parameters() if not parameter.requires_grad and name not in shared]
     if copied:
         raise ConfigurationError(
-            f"set-up copied {copied[0]} and {len(copied) - 1} more weights that LoRA shares with the teacher; set "
+            f"set-up copied {first_and_count(copied)} of the weights that LoRA shares with the teacher; set "
             "trainer.strategy to auto, ddp or fsdp2, or student.lora and alignment.critic_lora to null"
         )

@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_distill.errors import first_and_count
 from lightning_distill.sharding.weight_files import WeightFiles, WeightFilesError, check_whole
 from lightning_distill.teachers.meta_models import meta_model, stored_names
 from lightning_distill.teachers.pipeline_source import PipelineSource
@@ -94,7 +95,7 @@ def _misfit(kind: type[Any], folder: Path, shapes: Mapping[str, tuple[int, ...]]
     else:
         return None
     if missing := [name for name in expected if name not in found]:
-        return f"has files without {missing[0]} and {len(missing) - 1} more weights of its config.json"
+        return f"has files without the weight {first_and_count(missing)} of its config.json"
     if differing := [name for name, shape in expected.items() if found[name] != shape]:
         name = differing[0]
         return f"has {name} of shape {found[name]}, where its config.json has {expected[name]}"

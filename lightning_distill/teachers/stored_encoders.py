@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_distill.errors import ConfigurationError
+from lightning_distill.errors import ConfigurationError, first_and_count
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.teachers.meta_models import meta_model, stored_names
 from lightning_distill.teachers.sharded_loading import stored_component
@@ -36,7 +36,7 @@ def meta_encoder(
     found = stored_names(encoder, weights.names())
     if missing := [path for path, _ in encoder.named_parameters() if path not in found]:
         raise ConfigurationError(
-            f"adapter.pretrained is {pretrained!r}, whose {name} cannot be read in shards: its files lack {missing[0]} and "
-            f"{len(missing) - 1} more weights; load and save it once with transformers {transformers.__version__}"
+            f"adapter.pretrained is {pretrained!r}, whose {name} cannot be read in shards: its files lack the weight "
+            f"{first_and_count(missing)}; load and save it once with transformers {transformers.__version__}"
         )
     return encoder, weights.renamed(found)

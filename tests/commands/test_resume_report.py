@@ -12,9 +12,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_distill.commands.main import main
-from lightning_distill.commands.resume_report import SETTINGS, RecordSettings, differences
+from lightning_distill.commands.resume_report import SETTINGS, RecordSettings, check_resumable, differences
 from lightning_distill.commands.training import DistillCLI
 from lightning_distill.data import ShapesData
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.checkpoint_files import read_checkpoint
 from tests.toy import ToyModule, read_losses
 
@@ -205,6 +206,18 @@ def test_states_that_cannot_fit_are_one_line_before_a_model_loads(
     assert end.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(text, line)
+
+
+def test_an_empty_state_of_the_schedule_is_an_error() -> None:
+    def content(scheduler: Any, states: list[Any]) -> dict[str, Any]:
+        settings = {"model": {"class_path": "Method", "init_args": {"lr_scheduler": scheduler}}}
+        return {SETTINGS: settings, "lr_schedulers": states}
+
+    cosine = {"class_path": "Cosine", "init_args": {"total_steps": 3}}
+    check_resumable({}, content(None, []), "a.ckpt")
+    check_resumable({}, content(cosine, [{"last_epoch": 2}]), "a.ckpt")
+    with pytest.raises(ConfigurationError, match=r"a.ckpt' was trained with model.lr_scheduler Cosine, and its"):
+        check_resumable({}, content(cosine, []), "a.ckpt")
 
 
 def test_a_resumed_run_trains_the_remaining_steps(resume: list[str]) -> None:

@@ -1,4 +1,5 @@
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,12 @@ def test_options_before_the_subcommand(capsys, work):
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_evaluation_reads_the_config_of_fit(command):
     main(["fit", "--config", "top.yaml"])
-    main([command, "--config", "top.yaml", "--trainer.limit_val_batches=1", "--ckpt_path=last"])
+    arguments = [command, "--config", "top.yaml", "--trainer.limit_val_batches=1", "--ckpt_path=last"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other settings")
+        main(arguments)
+    with pytest.warns(UserWarning, match=r"other settings of the model: model.lr 0.5 \(checkpoint: 0.01\)"):
+        main([*arguments, "--model.lr=0.5"])
 
 
 def test_ckpt_path_last_without_a_checkpoint_raises(capsys, work):
@@ -146,6 +152,13 @@ def test_ckpt_path_last_without_a_checkpoint_raises(capsys, work):
         "remove ckpt_path to start from the first step, or set it to the file of a checkpoint\n"
     )
     assert not (work / "losses.jsonl").exists()
+
+
+@pytest.mark.parametrize(("path", "searched"), [("last", "no last checkpoint in"), ("hpc", "has no hpc_ckpt_")])
+def test_evaluation_without_a_checkpoint_does_not_start_from_the_first_step(capsys, path, searched):
+    error = error_line(capsys, "test", "--config", "top.yaml", f"--ckpt_path={path}")
+    assert searched in error
+    assert error.endswith("; set it to the file of a checkpoint, or trainer.default_root_dir to the directory of a run\n")
 
 
 def test_ckpt_path_best_in_a_new_process_raises(capsys):

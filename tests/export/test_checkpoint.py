@@ -1,6 +1,5 @@
 """`export`: the student of a checkpoint equals the export of the run."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -94,6 +93,21 @@ def test_large_students_are_split_into_several_files(run: Path, tmp_path: Path) 
     assert torch.equal(*images)
 
 
+def test_the_newest_checkpoint_is_found(run: Path, tmp_path: Path) -> None:
+    newest = export(run, tmp_path / "newest", "--ckpt_path", "last")
+    named = load_file(next((run / "student" / "transformer").glob("*.safetensors")))
+    assert newest.keys() == named.keys()
+    assert all(newest[name].equal(named[name]) for name in named)
+
+
+def test_the_card_states_what_the_checkpoint_was_trained_with(run: Path, tmp_path: Path) -> None:
+    other = ["--model.guidance.scale=7", "--model.validation.nfe=[3]", "--model.validation.height=64"]
+    with pytest.warns(UserWarning, match=r"other settings of the model: model.guidance.scale 7.0 \(checkpoint: "):
+        export(run, tmp_path / "student", *other)
+    trained, exported = ((folder / "README.md").read_text().splitlines() for folder in (run / "student", tmp_path / "student"))
+    assert exported == [line for line in trained if not line.startswith("| Training time")]
+
+
 def test_last_weights_in_place_of_the_ema(run: Path, tmp_path: Path) -> None:
     state = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
     found = export(run, tmp_path / "student", "--weights", "last")
@@ -117,13 +131,20 @@ def test_weights_that_are_not_finite_are_not_exported(run: Path, tmp_path: Path,
     ("arguments", "message"),
     [
         (["--ckpt_path", "nowhere.ckpt"], "ckpt_path 'nowhere.ckpt' does not exist"),
-        (["--model.student.interval_embedding=clone", "--model.student.time_embedding=original"], None),
+        (["--ckpt_path", "nowhere/a.ckpt", "--max_shard_size", "5XB"], "max_shard_size is '5XB'; set it to a number above 0"),
+        (["--max_shard_size", "0GB"], "max_shard_size is '0GB'; set it to a number above 0"),
+        (["--model.student.time_embedding=original"], "model.student.time_embedding is original, and ckpt_path "),
+        (["--model=ConsistencyDistillation"], "model is lightning_distill.methods.ConsistencyDistillation, and ckpt_path "),
+        (
+            ["--ckpt_path=last", "--trainer.callbacks=AtomicCheckpoint", "--trainer.default_root_dir=."],
+            "ckpt_path is 'last', but there is no last checkpoint in ",
+        ),
         (["--directory", "."], "directory is '.', which has files that are not an earlier export"),
     ],
 )
 def test_impossible_exports_exit_with_one_message(
     arguments: list[str],
-    message: str | None,
+    message: str,
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -131,10 +152,6 @@ def test_impossible_exports_exit_with_one_message(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "something").touch()
-    if message is None:
-        export(run, tmp_path / "student", *arguments)  # other settings with the same weights are not detected
-        assert json.loads((tmp_path / "student" / "transformer" / "config.json").read_text())["interval_embedding"] == "clone"
-        return
     with pytest.raises(SystemExit) as end:
         export(run, tmp_path / "student", *arguments)
     assert end.value.code == 2

@@ -128,6 +128,14 @@ def test_checkpoint_without_optimizer_states_cannot_be_resumed(tmp_path):
         check_content(content, "a.ckpt", resumes=True)
 
 
+def test_checkpoint_with_empty_optimizer_states_cannot_be_resumed():
+    content = {"global_step": 2, "state_dict": {}, "optimizer_states": [], "lr_schedulers": [], "loops": {"fit_loop": {}}}
+    check_content(content, "a.ckpt", resumes=False)
+    check_content({**content, "global_step": 0}, "a.ckpt", resumes=True)
+    with pytest.raises(ConfigurationError, match=r"a.ckpt' has no state of an optimizer in its optimizer_states; .* full"):
+        check_content(content, "a.ckpt", resumes=True)
+
+
 @pytest.mark.parametrize(
     ("part", "value"),
     [

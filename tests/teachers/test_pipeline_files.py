@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty tokenizer": (write("tokenizer/tokenizer.json", ""), "tokenizer has an empty tokenizer.json"),
     "truncated config": (cut_file("vae/config.json"), "vae has a config.json that is not JSON"),
     "missing config": (remove("vae", "config.json"), "vae lacks config.json"),
-    "missing tensor": (lose_a_tensor(VAE), "vae has files without decoder.conv_in.bias and 0 more weights"),
+    "missing tensor": (lose_a_tensor(VAE), "vae has files without the weight 'decoder.conv_in.bias' of its config.json"),
     "missing tensor of an encoder": (lose_a_tensor(ENCODER), "text_encoder_2 has files without"),
     "other heads": (configure(TRANSFORMER, num_attention_heads=4), "where its config.json has"),
     "more layers": (configure(TRANSFORMER, num_layers=2), "transformer has files without"),
