@@ -36,6 +36,14 @@ def read_sources(arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield _nested(name.lstrip("-").split("."), None)
 
 
+def merged_sources(arguments: Sequence[str]) -> dict[str, Any]:
+    """Nested settings of all config files and arguments together."""
+    settings: dict[str, Any] = {}
+    for source in read_sources(arguments):
+        settings = merge(settings, source)
+    return settings
+
+
 def merge(old: Any, new: Any) -> Any:
     """Settings after a later source; a class keeps its arguments, also those that a new class may not have.
 

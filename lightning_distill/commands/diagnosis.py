@@ -4,6 +4,7 @@ jsonargparse lists all types that a setting of a class accepts. The diagnosis re
 along the types of the classes that they name, and returns the first fault in one line.
 """
 
+import inspect
 from argparse import Action
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_distill.commands.config_files import BASE
 from lightning_distill.commands.config_sources import CLASS_KEYS, merge, read_sources
+from lightning_distill.commands.module_faults import module_fault
 from lightning_distill.commands.setting_types import (
     accepts,
     choices,
@@ -22,13 +24,15 @@ from lightning_distill.commands.setting_types import (
     find_class,
     is_partial,
     item_type,
+    later_arguments,
+    module_classes,
     parameters,
     quoted,
     required,
     subclass_names,
     with_article,
 )
-from lightning_distill.suggestions import LISTED, nearest, suggestion
+from lightning_distill.suggestions import LISTED, VERY_SIMILAR, nearest, suggestion
 
 OPTIONS = frozenset({"c", "h", "help", "print_config", "print_shtab"})
 """Options that are not settings."""
@@ -189,15 +193,20 @@ def _missing(path: str, settings: Any, annotation: Any) -> Iterator[str]:
             yield from _missing(path, each, item_type(annotation))
         return
     kinds, name = classes(annotation), _class_path(settings)
-    kind = find_class(name, kinds) if name else default_class(kinds)
+    kind: Any = find_class(name, kinds) if name else default_class(kinds)
     if kind is None:
         if kinds and isinstance(settings, dict):
             yield f"{path} names no class; set {path}.class_path to {_some_names(kinds)}"
         return
     arguments = (settings.get("init_args", settings) or {}) if isinstance(settings, dict) else {}
+    if inspect.isabstract(kind):
+        lacking = ", ".join(sorted(kind.__abstractmethods__))
+        yield f"{path} is {name or kind.__name__!r}, which does not define {lacking}; define it, or choose another class"
+        return
     known = parameters(kind)
-    for key in () if is_partial(annotation) else required(kind):
-        if key not in arguments:
+    later = list(known)[: later_arguments(annotation)]
+    for key in required(kind):
+        if key not in arguments and key not in later:
             yield f"{path}.{key} is not set, and {kind.__name__} needs it; set it to {describe(known[key])}"
     for key, value in arguments.items():
         if key in known:
@@ -236,8 +245,19 @@ def _wrong_value(path: str, value: Any, annotation: Any) -> str:
 
 
 def _unknown_class(path: str, name: str, kinds: tuple[type, ...]) -> str:
-    known = subclass_names(kinds)
-    return f"{path} is {name!r}, which names no {_base_names(kinds)}; {suggestion(name.rpartition('.')[2], known)}"
+    module, _, last = name.rpartition(".")
+    if not module:
+        return f"{path} is {name!r}, which names no {_base_names(kinds)}; {suggestion(last, subclass_names(kinds))}"
+    if (fault := module_fault(module)) is not None:
+        near = nearest(last, subclass_names(kinds), VERY_SIMILAR) if fault.startswith("there is no") else None
+        remedy = f"did you mean {near}?" if near else "correct the name, or the module"
+        return f"{path} is {name!r}, but {fault}; {remedy}"
+    own = {f"{module}.{each}" for each in module_classes(module, kinds)}
+    near = nearest(name, own, VERY_SIMILAR)
+    return (
+        f"{path} is {name!r}, which names no {_base_names(kinds)}; "
+        f"{f'did you mean {near}?' if near else suggestion(last, subclass_names(kinds))}"
+    )
 
 
 def _not_an_object(path: str, value: Any, kinds: tuple[type, ...], annotation: Any) -> str:

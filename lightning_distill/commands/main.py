@@ -3,6 +3,7 @@
 Imports neither torch nor a subcommand, so that `--help` and `--version` return at once.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     module = _module(arguments)
+    _find_modules_of_the_user()
     _ignore_known_warnings()
     try:
         import_module(f"{__package__}.{module}").main(arguments[1:], arguments[0])
@@ -101,6 +103,15 @@ subcommands:
 
 `{PROGRAM} SUBCOMMAND --help` lists the options of a subcommand.
 """
+
+
+def _find_modules_of_the_user() -> None:
+    """Let settings name classes of modules in the working directory, as with `python -m`.
+
+    The directory comes last: a folder `datasets` in it hides no package.
+    """
+    if not {"", os.getcwd()} & set(sys.path) and not getattr(sys.flags, "safe_path", False):  # Python 3.10 has no such flag
+        sys.path.append(os.getcwd())
 
 
 def _ignore_known_warnings() -> None:

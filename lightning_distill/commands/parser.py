@@ -3,13 +3,15 @@
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_distill.commands.config_files import BASE, config_chain, without_keys
-from lightning_distill.commands.diagnosis import Diagnosis
+from lightning_distill.commands.config_sources import merged_sources
+from lightning_distill.commands.diagnosis import OPTIONS, OTHER_KEYS, Diagnosis
 from lightning_distill.commands.interpolations import interpolation_error
+from lightning_distill.commands.setting_names import with_full_names
 from lightning_distill.errors import ConfigurationError, find_configuration_error
 
 SUBCOMMAND_ARGUMENTS = ("ckpt_path", "weights_only")
@@ -54,12 +56,17 @@ class DistillParser(LightningArgumentParser):
         try:
             return super().parse_args(args, *rest, **kwargs)
         except OmegaConfBaseException as error:
-            known = {action.dest for action in self._chosen()[0]._actions}
-            raise ConfigurationError(interpolation_error(error, known)) from error
+            parser, arguments = self._chosen()
+            known = Diagnosis(parser._actions, arguments).types.keys() - OPTIONS - OTHER_KEYS
+            raise ConfigurationError(interpolation_error(error, known, merged_sources(arguments))) from error
         except ValueError as error:  # of a value that `_check_value_key` has accepted for its interpolation
             if inner or find_configuration_error(error) is not None:
                 raise
             self.error(str(error), error)
+        except Exception as error:  # of a module of the user, or a bug, which has a traceback
+            if inner or isinstance(error, ArgumentError) or (fault := self.first_fault()) is None:
+                raise
+            raise ConfigurationError(fault) from error
 
     def _check_value_key(self, action: Any, value: Any, key: str, cfg: Any, append: bool = False) -> Any:
         """Accept values with an unresolved interpolation such as `${trainer.max_steps}`.
@@ -79,7 +86,10 @@ class DistillParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         configuration_error = find_configuration_error(ex)
-        reason = str(configuration_error) if configuration_error else self.first_fault() or _one_line(message)
+        if configuration_error:
+            reason = with_full_names(str(configuration_error), merged_sources(self._chosen()[1]))
+        else:
+            reason = self.first_fault() or _one_line(message)
         self.exit(2, f"error: {reason}\n")
         raise AssertionError("unreachable")
 
@@ -100,6 +110,10 @@ class DistillParser(LightningArgumentParser):
 
 def _one_line(message: str) -> str:
     """One-line form of a jsonargparse message, without the types that it lists."""
+    if (missing := re.search(r"the following arguments are required: (.*)", message)) is not None:
+        names = [name.split(".", 1)[-1] for name in missing[1].split(", ")]
+        verb = "are" if len(names) > 1 else "is"
+        return f"{' and '.join(names)} {verb} not set; give --config with a file or the name of a shipped config"
     place = re.match(r'Parser key "(?P<key>[^"]+)":', message)
     lines = [line.strip(" -") for line in message.splitlines()]
     reasons = [

@@ -14,6 +14,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse._parameter_resolvers import get_signature_parameters
 from torch import Tensor
 
+from lightning_distill.commands.module_faults import module_fault
+
 NAMES: Mapping[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
 LISTS = (list, collections.abc.Sequence, collections.abc.Iterable, set)
 LARGEST_VALUE = 80
@@ -51,15 +53,23 @@ def subclass_names(bases: tuple[type, ...]) -> set[str]:
     return {kind.__name__ for base in bases for kind in _subclasses(base) if not inspect.isabstract(kind)}
 
 
+def module_classes(module: str, bases: tuple[type, ...]) -> set[str]:
+    """Names of the concrete public classes of an importable module that a setting accepts."""
+    return {
+        name
+        for name, kind in vars(import_module(module)).items()
+        if inspect.isclass(kind) and issubclass(kind, bases) and not inspect.isabstract(kind) and not name.startswith("_")
+    }
+
+
 def find_class(name: str, bases: tuple[type, ...]) -> Any:
     """Class or function of a name, with or without its module, that builds an instance of one of the bases; None if none."""
     if "." not in name:
         return next((kind for base in bases for kind in _subclasses(base) if kind.__name__ == name), None)
     module, _, attribute = name.rpartition(".")
-    try:
-        kind = getattr(import_module(module), attribute, None)
-    except ImportError:
+    if not module or module_fault(module) is not None:
         return None
+    kind = getattr(import_module(module), attribute, None)
     if inspect.isclass(kind):
         return kind if issubclass(kind, bases) else None
     return kind if callable(kind) else None
@@ -74,7 +84,16 @@ def default_class(bases: tuple[type, ...]) -> type | None:
 
 def is_partial(annotation: Any) -> bool:
     """Whether further arguments of a class come later, as the parameters of an optimizer."""
-    return any(get_origin(member) is collections.abc.Callable for member in members(annotation))
+    return later_arguments(annotation) != 0
+
+
+def later_arguments(annotation: Any) -> int | None:
+    """Number of leading arguments of a class that are no settings, as the parameters of an optimizer; None if not known."""
+    for member in members(annotation):
+        if get_origin(member) is collections.abc.Callable:
+            arguments = get_args(member)[0]
+            return len(arguments) if isinstance(arguments, list) else None
+    return 0
 
 
 @cache

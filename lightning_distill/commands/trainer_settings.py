@@ -1,6 +1,7 @@
 """Checks of the trainer's settings and the seed, before anything is built."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.sharding.strategies import STRATEGIES
 from lightning_distill.suggestions import suggestion
 
 SMALLEST: Mapping[str, int] = {
@@ -76,6 +78,14 @@ def check_trainer_settings(settings: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"trainer.val_check_interval is {interval}; set it to at least 1 step, or set trainer.limit_val_batches to 0"
         )
+    if isinstance(interval, float) and settings.get("check_val_every_n_epoch", 1) is None:
+        raise ConfigurationError(
+            f"trainer.val_check_interval is {interval}, a share of an epoch, and trainer.check_val_every_n_epoch is null; set "
+            "trainer.val_check_interval to a number of steps, or trainer.check_val_every_n_epoch to 1"
+        )
+    duration = settings.get("max_time")
+    if isinstance(duration, str) and not re.fullmatch(r"\d+(:\d\d){3}", duration.strip()):
+        raise ConfigurationError(f"trainer.max_time is {duration!r}; write it as DD:HH:MM:SS, such as 00:12:00:00")
     _check_places(settings)
     for logger in _loggers(settings.get("logger")):
         module, package = LOGGER_PACKAGES.get(logger, ("", ""))
@@ -96,7 +106,9 @@ def _check_places(settings: Mapping[str, Any]) -> None:
         )
     known = {"auto", *StrategyRegistry.available_strategies()}
     if isinstance(strategy, str) and strategy not in known:
-        raise ConfigurationError(f"trainer.strategy is {strategy!r}, which does not exist; {suggestion(strategy, known)}")
+        raise ConfigurationError(
+            f"trainer.strategy is {strategy!r}, which does not exist; {suggestion(strategy, known, STRATEGIES)}"
+        )
     if devices is None or (isinstance(devices, str) and devices == "auto"):
         return
     try:

@@ -1,6 +1,6 @@
 """`lightning-distill fit`, `validate`, `test` and `predict`: LightningCLI for any method and data."""
 
-import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -30,11 +29,13 @@ from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.checkpoint_path import check_checkpoint, check_exists, find_checkpoint
 from lightning_distill.commands.config_files import check_numbers
 from lightning_distill.commands.config_paths import expand_paths
+from lightning_distill.commands.cpu_processes import check_cpu_processes
 from lightning_distill.commands.instantiation import constructor_error
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.process_errors import check_port, process_error
 from lightning_distill.commands.resume_report import RecordSettings, check_resumable, differences, nothing_left
 from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
+from lightning_distill.commands.setting_names import with_full_names
 from lightning_distill.commands.trained_settings import check_trained_settings
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
 from lightning_distill.errors import ConfigurationError, RunError, find_configuration_error
@@ -95,6 +96,16 @@ class DistillCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        try:
+            self._run(args, run)
+        except ValueError as error:
+            if (cause := find_configuration_error(error)) is None:
+                raise
+            full = with_full_names(str(cause), vars(self).get("config_dump", {}))
+            raise (cause if full == str(cause) else ConfigurationError(full)) from error
+
+    def _run(self, args: Sequence[str] | None, run: bool) -> None:
+        """Parse the arguments, build the classes and run the subcommand."""
         with ExitStack() as self._contexts:
             super().__init__(
                 LightningModule,
@@ -208,13 +219,13 @@ class DistillCLI(LightningCLI):
         return [logger for logger in loggers if is_training or not isinstance(logger, TensorBoardLogger | CSVLogger)]
 
     def before_fit(self) -> None:
-        """Check the number of threads, and that the teacher's weights exist, before processes wait for each other."""
-        warn_oversubscription(self.trainer)
+        """Check the port, and what `before_validate` checks."""
         check_port(self.trainer)
         self.before_validate()
 
     def before_validate(self) -> None:
-        """Check that the teacher's weights exist and are complete, before processes wait for each other."""
+        """Check the processes, and that the teacher's weights exist and are complete, before processes wait for each other."""
+        check_cpu_processes(self.trainer)
         if isinstance(self.model, TeacherStudentBase):
             self.model.prepare_data()
 
@@ -272,22 +283,9 @@ def trainer_error(error: Exception, config: dict[str, Any]) -> ConfigurationErro
         config: Settings of the trainer.
     """
     reason = " ".join(str(error).split()).rstrip("!.")
+    for name in (each for each in config if "_" in each):
+        reason = re.sub(rf"(?<![\w.]){name}(?!\w)", f"trainer.{name}", reason)
     remedy = "correct them"
     if config["accelerator"] not in ("auto", "cpu"):
         remedy = f"trainer.accelerator is {config['accelerator']!r}; set it to 'auto' or 'cpu' to run without a GPU"
     return ConfigurationError(f"the settings of the trainer are invalid, or unsupported on this machine ({reason}); {remedy}")
-
-
-def warn_oversubscription(trainer: Trainer) -> None:
-    """Warn if processes on a CPU have more threads than there are cores; excess threads wait by spinning.
-
-    Without OMP_NUM_THREADS, Lightning divides the cores among the processes.
-    """
-    threads, cores = os.environ.get("OMP_NUM_THREADS", ""), os.cpu_count() or 1
-    if not isinstance(trainer.accelerator, CPUAccelerator) or trainer.num_devices == 1 or not threads.isdecimal():
-        return
-    if int(threads) * trainer.num_devices > cores:
-        rank_zero_warn(
-            f"OMP_NUM_THREADS is {threads}: {trainer.num_devices} processes of {threads} threads share {cores} cores, which is "
-            "several times slower; unset it"
-        )

@@ -49,11 +49,21 @@ class Objective:
         loss: Loss of each sample (B,), differentiable in the student.
         t: Time of each sample (B,), for the curves of loss by time.
         logs: Further scalars to log under `train/`.
+
+    Raises:
+        ConfigurationError: If `loss` and `t` are not both of shape (B,).
     """
 
     loss: Tensor
     t: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.loss.ndim != 1 or self.loss.shape != self.t.shape:
+            raise ConfigurationError(
+                f"Objective has a loss of shape {tuple(self.loss.shape)} and t of shape {tuple(self.t.shape)}; give the loss "
+                "and the time of each sample, both (B,)"
+            )
 
 
 ObjectiveSteps = Generator[AuxiliaryLoss, None, Objective]
@@ -373,17 +383,24 @@ class TeacherStudentBase(LightningModule, ABC):
         Args:
             x0: Latents of the batch's images (B, C, h, w).
             condition: Conditions of the batch's prompts.
+
+        Raises:
+            ConfigurationError: If `objective` returns something else.
         """
         objective = self.objective(x0, condition)
-        if isinstance(objective, Objective):
-            return objective
-        while True:
+        while isinstance(objective, Generator):
             try:
                 auxiliary = next(objective)
             except StopIteration as finished:
-                result: Objective = finished.value
-                return result
+                objective = finished.value
+                break
             self.auxiliary.step(auxiliary, self.sharding)
+        if not isinstance(objective, Objective):
+            raise ConfigurationError(
+                f"{type(self).__name__}.objective returns a {type(objective).__name__}; return Objective(loss, t), with "
+                "the loss and the time of each sample, both (B,)"
+            )
+        return objective
 
     def on_fit_start(self) -> None:
         """Check that shared weights are still shared, and, in a new run, what the refit of the time embedder changed.

@@ -48,6 +48,8 @@ class ValidationOptions:
     def __post_init__(self) -> None:
         if not self.nfe or min(self.nfe) < 1:
             raise ConfigurationError(f"validation.nfe is {list(self.nfe)}; give numbers of steps of at least 1")
+        if len(set(self.nfe)) < len(self.nfe):
+            raise ConfigurationError(f"validation.nfe is {list(self.nfe)}; give each number of steps once")
         for name in ("teacher_nfe", "height", "width", "solver_steps", "samples"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"validation.{name} is {getattr(self, name)}; set it to at least 1")

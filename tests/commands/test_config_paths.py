@@ -37,3 +37,11 @@ def test_unknown_variables_raise_with_the_dotted_name(monkeypatch: pytest.Monkey
     monkeypatch.delenv("DATA", raising=False)
     with pytest.raises(ConfigurationError, match=r"^data\.source is '\$DATA/b\.tar', but the environment variable DATA is not"):
         expand_paths(settings())
+
+
+@pytest.mark.parametrize("path", ["$NO_SUCH_VARIABLE/x", "~no_such_user/x"])
+def test_the_setting_that_others_refer_to_is_named(path: str) -> None:
+    callback = Namespace(class_path="AtomicCheckpoint", init_args=Namespace(dirpath=f"{path}/checkpoints"))
+    trainer = Namespace(callbacks=[callback], default_root_dir=path)
+    with pytest.raises(ConfigurationError, match=r"^trainer\.default_root_dir is "):
+        expand_paths(Namespace(trainer=trainer))

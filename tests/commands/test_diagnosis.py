@@ -1,3 +1,4 @@
+import sys
 from argparse import Action
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +53,20 @@ def test_valid_settings_have_no_fault(actions, config):
         ("--trainer 4", "trainer is '4'; set its settings by name, such as trainer.accelerator"),
         ("--seed 4", "seed is not a setting; did you mean seed_everything?"),
         ("--model.optimizer Adamm", "model.optimizer is 'Adamm', which names no Optimizer; did you mean Adam?"),
-        ("--model.optimizer=nowhere.Adam", "model.optimizer is 'nowhere.Adam', which names no Optimizer; did you mean Adam?"),
+        (
+            "--model.optimizer=nowhere.Adam",
+            "model.optimizer is 'nowhere.Adam', but there is no module nowhere; did you mean Adam?",
+        ),
+        ("--model.optimizer torch.optim.Admw", "which names no Optimizer; did you mean torch.optim.AdamW?"),
+        ("--model TeacherStudentBase", "model is 'TeacherStudentBase', which does not define objective; define it, or choose"),
+        (
+            "--model.lr_scheduler StepLR",
+            "model.lr_scheduler.step_size is not set, and StepLR needs it; set it to",
+        ),
+        (
+            "--model.lr_scheduler.class_path CosineAnnealingLR",
+            "model.lr_scheduler.T_max is not set, and CosineAnnealingLR needs it",
+        ),
         ("--model.optimizer.lr 1e-4x", "model.optimizer.lr is '1e-4x'; set it to a number"),
         ("--model.ema_decay slow", "model.ema_decay is 'slow'; set it to a number or null"),
         ("--model.lr_scheduler WarmupCosin", "model.lr_scheduler is 'WarmupCosin', which names no "),
@@ -116,6 +130,31 @@ def test_a_fault_of_a_config(actions, tmp_path, content, message):
     fault = Diagnosis(actions, ["--config", str(tmp_path / "own.yaml")]).first_fault()
     assert fault is not None
     assert message in fault
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("from torch import nothing", "its module cannot be imported (ImportError: cannot import name 'nothing' from 'torch' "),
+        ("x = 1\nclass C(:\n", "its module cannot be imported (SyntaxError: invalid syntax, "),
+        ("x = {}\nx['key']\n", "its module cannot be imported (KeyError: 'key', "),
+        ("import nowhere\n", "its module cannot be imported (ModuleNotFoundError: No module named 'nowhere', "),
+        (
+            "from lightning_distill.methods import MeanFlow as Own\n",
+            "which names no LightningModule; did you mean module_of_a_user.Own?",
+        ),
+    ],
+)
+def test_a_fault_of_a_module(actions, tmp_path, monkeypatch, code, fault):
+    (tmp_path / "module_of_a_user.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "module_of_a_user", raising=False)
+    message = Diagnosis(actions, [*SHIPPED, "--model", "module_of_a_user.Ownn"]).first_fault()
+    monkeypatch.delitem(sys.modules, "module_of_a_user", raising=False)
+    assert message is not None
+    assert message.startswith(f"model is 'module_of_a_user.Ownn', but {fault}".replace("but which", "which"))
+    assert "cannot" not in fault or f"{tmp_path / 'module_of_a_user.py'}, line {len(code.splitlines())}" in message
+    assert "\n" not in message
 
 
 def test_settings_of_an_earlier_class_are_no_fault(actions):

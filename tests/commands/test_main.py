@@ -154,3 +154,13 @@ def test_other_errors_of_the_system_are_raised(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(training, "DistillCLI", fail)
     with pytest.raises(FileNotFoundError):
         main(["fit"])
+
+
+def test_modules_of_the_working_directory_are_found_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert exit_code("nosuch") == 2
+    assert exit_code("fit", "--help") == 0
+    assert exit_code("fit", "--help") == 0
+    assert sys.path.count(str(tmp_path)) == 1
+    assert sys.path[-1] == str(tmp_path)

@@ -31,6 +31,7 @@ NAN = float("nan")
         ("devices", [-1]),
         ("devices", []),
         ("strategy", "fsdp3"),
+        ("max_time", "3"),
         ("accelerator", "cpuu"),
     ],
 )
@@ -51,6 +52,18 @@ def test_devices_of_a_cpu_are_a_number_of_processes(devices):
 def test_the_nearest_strategy_is_named():
     with pytest.raises(ConfigurationError, match=r"did you mean deepspeed_stage_3\?"):
         check_trainer_settings({"strategy": "deepspeed_stage3"})
+
+
+@pytest.mark.parametrize(("given", "near"), [("fsdp3", "fsdp2"), ("fsdp_cpu_ofload", "fsdp_cpu_offload"), ("dpp", "ddp")])
+def test_strategies_of_the_package_are_suggested_first(given, near):
+    with pytest.raises(ConfigurationError, match=rf"did you mean {near}\?"):
+        check_trainer_settings({"strategy": given})
+
+
+def test_a_validation_each_share_of_an_epoch_needs_epochs():
+    check_trainer_settings({"val_check_interval": 0.5, "check_val_every_n_epoch": 1})
+    with pytest.raises(ConfigurationError, match=r"^trainer\.val_check_interval is 0\.5, .*check_val_every_n_epoch is null"):
+        check_trainer_settings({"val_check_interval": 0.5, "check_val_every_n_epoch": None})
 
 
 def test_valid_settings():

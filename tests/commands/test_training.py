@@ -1,17 +1,15 @@
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from lightning_distill.callbacks.random_state import RandomState
 from lightning_distill.callbacks.termination import JointTermination
 from lightning_distill.commands.main import main
-from lightning_distill.commands.training import DEFAULT_CALLBACKS, DistillCLI, warn_oversubscription
+from lightning_distill.commands.training import DEFAULT_CALLBACKS, DistillCLI
 from tests.toy import read_losses
 
 BASE = """
@@ -94,18 +92,6 @@ def test_printed_configs_are_valid_configs(capsys, work):
     first = printed_config(capsys, "--config", "top.yaml")
     (work / "again.yaml").write_text(yaml.safe_dump(first))
     assert printed_config(capsys, "--config", "again.yaml") == first
-
-
-@pytest.mark.parametrize(
-    ("threads", "devices", "warned"), [("2", 2, True), ("1", 2, False), ("2", 1, False), ("", 2, False), ("2,1", 2, False)]
-)
-def test_more_threads_than_cores_warn(monkeypatch, recwarn, threads, devices, warned):
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_checkpointing=False)
-    warn_oversubscription(trainer)
-    assert any("2 processes of 2 threads share 2 cores" in str(warning.message) for warning in recwarn) == warned
 
 
 def test_fit_has_the_default_callbacks():
@@ -201,6 +187,35 @@ def test_a_truncated_checkpoint_raises(capsys):
             ["--config", "top.yaml", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k=-5"],
             "ModelCheckpoint does not accept its settings (Invalid value for save_top_k=-5. Must be >= -1); correct them",
         ),
+        ([], "data and model are not set; give --config with a file or the name of a shipped config"),
+        (["--data=ShapesData"], "model is not set; give --config"),
+        (
+            ["--config", "top.yaml", "--trainer.default_root_dir=${trainer.default_root_dir}"],
+            "trainer.default_root_dir refers to",
+        ),
+        (["--config", "top.yaml", "--trainer.default_root_dir=$NOWHERE/x"], "trainer.default_root_dir is '$NOWHERE/x', but"),
+        (["--config", "top.yaml", "--trainer.max_steps=${data.seizes}"], "trainer.max_steps refers to ${data.seizes}, which"),
+        (
+            ["--config", "top.yaml", "--trainer.devices=1000", "--trainer.strategy=ddp"],
+            "trainer.devices is 1000, the number of",
+        ),
+        (
+            ["--config", "top.yaml", "--trainer.callbacks+", "EarlyStopping"],
+            "trainer.callbacks.monitor is not set, and EarlyStop",
+        ),
+        (
+            ["--config", "top.yaml", "--model=broken_module.Own"],
+            "model is 'broken_module.Own', but its module cannot be imported (",
+        ),
+        (["--config", "shapes_meanflow.yaml", "--model.guidance.scale=-1"], "error: model.guidance.scale is -1.0; set it to 0"),
+        (
+            ["--config", "shapes_meanflow.yaml", "--model.validation.nfe=[2,2]"],
+            "error: model.validation.nfe is [2, 2]; give each",
+        ),
+        (
+            ["--config", "shapes_meanflow.yaml", "--model.adapter.pretrained=nowhere"],
+            "error: model.adapter.pretrained is 'nowhere'",
+        ),
         (["--config", "top.yaml", "more"], "unrecognized arguments: more"),
         (["--config", "top.yaml", "--trainer.val_check_interval=0"], "trainer.val_check_interval is 0; set it to at least"),
         (
@@ -213,6 +228,7 @@ def test_a_truncated_checkpoint_raises(capsys):
 )
 def test_invalid_settings_are_one_line_before_training(capsys, work, arguments, message):
     (work / "twice.yaml").write_text("model: ToyModule\nmodel: ToyModule\n")
+    (work / "broken_module.py").write_text("class Own(:\n    pass\n")
     (work / "sharded").mkdir()
     error = error_line(capsys, "fit", *arguments)
     assert message in error

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.methods import Objective
 from tests.methods.gaussian_adapter import GAUSSIAN
 from tests.methods.gaussian_runs import GaussianImages, empty_captions, loader, meanflow, trainer
 
@@ -98,3 +99,22 @@ def test_networks_are_replaced_in_one_place() -> None:
     assert "student" not in module._modules
     with pytest.raises(AttributeError, match="cannot be replaced"):
         module.adapter = module.adapter
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(1.0), torch.ones(3), torch.ones(2, 1)])
+def test_an_objective_of_another_shape_is_an_error(loss: torch.Tensor) -> None:
+    with pytest.raises(ConfigurationError, match=r"^Objective has a loss of shape \(.*\) and t of shape \(2,\); give the loss"):
+        Objective(loss, torch.ones(2))
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_an_objective_of_another_type_is_an_error(monkeypatch: pytest.MonkeyPatch, auxiliary: bool) -> None:
+    module = meanflow()
+
+    def steps() -> Any:
+        return torch.ones(2)
+        yield
+
+    monkeypatch.setattr(module, "objective", lambda x0, condition: steps() if auxiliary else torch.ones(2))
+    with pytest.raises(ConfigurationError, match=r"^MeanFlow\.objective returns a Tensor; return Objective\(loss, t\), with"):
+        module.evaluate_objective(torch.ones(2, 3, 4, 4), {})

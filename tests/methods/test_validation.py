@@ -28,6 +28,7 @@ def test_intervals_without_r_0_are_an_error_for_stochastic_sampling() -> None:
     ("settings", "names"),
     [
         ({"nfe": ()}, "validation.nfe"),
+        ({"nfe": (2, 4, 2)}, "validation.nfe is .* once"),
         ({"teacher_nfe": 0}, "validation.teacher_nfe"),
         ({"samples": 0}, "validation.samples"),
         ({"intervals": [(0.5, 0.5)]}, "validation.intervals"),
