@@ -63,7 +63,7 @@ class ImageFolderDataset(Dataset[dict[str, Any]]):
             is not None.
 
         Raises:
-            UnreadableImageError: If an image is cannot be decoded.
+            UnreadableImageError: If an image cannot be decoded.
         """
         samples = [self.samples[i] for i in indices]
         batch: dict[str, Any] = {
