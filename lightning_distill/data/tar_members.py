@@ -7,6 +7,7 @@ and links are not followed.
 
 import posixpath
 import tarfile
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,7 +151,7 @@ class TarMembers:
         caption_keys = {key: key for key in self.images if key in self.names}
         images = [key for key in self.images if key not in caption_keys]
         captions = [key for key in self.names if key not in caption_keys]
-        caption_keys |= _pair_fields(images, captions)
+        caption_keys |= {**_pair_fields(images, captions), **_pair_normal_forms(images, captions)}
         samples = []
         for key, image in self.images.items():
             if texts := self._captions(caption_keys.get(key), image.name):
@@ -192,6 +193,23 @@ def _problem(member: tarfile.TarInfo, limit: int) -> str | None:
     if not member.isreg() or member.issparse():
         return "of a special type (link, device or sparse)"
     return f"larger than {limit >> 20} MiB" if member.size > limit else None
+
+
+def _pair_normal_forms(images: Iterable[str], captions: Iterable[str]) -> dict[str, str]:
+    """Pair names that are equal in the composed normal form, as macOS and Linux write accents differently.
+
+    Args:
+        images: Names of images without a caption, up to the last dot.
+        captions: Names of captions without an image, up to the last dot.
+
+    Returns:
+        Name of the caption by name of the image, where one of each has a normal form.
+    """
+    groups: defaultdict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for kind, names in enumerate((images, captions)):
+        for name in names:
+            groups[unicodedata.normalize("NFC", name)][kind].append(name)
+    return {group[0][0]: group[1][0] for group in groups.values() if len(group[0]) == len(group[1]) == 1}
 
 
 def _pair_fields(images: Iterable[str], captions: Iterable[str]) -> dict[str, str]:

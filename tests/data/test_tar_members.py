@@ -102,6 +102,7 @@ def test_half_characters_are_replaced_and_counted(tmp_path: Path) -> None:
         ),
         ("0.png 0.caption.txt 1.png 1.caption.txt", {"0.png": "0.caption.txt", "1.png": "1.caption.txt"}),
         ("0.png 0.seg.png 0.txt", {"0.png": "0.txt"}),
+        ("cafe\u0301.png caf\u00e9.txt a.png a.txt", {"cafe\u0301.png": "caf\u00e9.txt", "a.png": "a.txt"}),
         ("my.cat.png my.dog.txt", {}),  # neither has a partner
         ("a.0.png a.1.txt b.0.png b.1.txt", {}),
         ("x/0.image.png y/0.caption.txt x/1.image.png y/1.caption.txt", {}),
