@@ -27,11 +27,13 @@ from lightning_distill.sharding.checkpoint_files import (
 
 
 class AtomicCheckpoint(ModelCheckpoint):
-    """`ModelCheckpoint` with atomic files, which keeps the last states, and saves one at a signal that ends the run.
+    """`ModelCheckpoint` with atomic files, which keeps the last states, and saves the state in which a run ends.
 
     Each state is one file, or one directory of a sharded strategy, and `last.ckpt` is a link to the newest. `--ckpt_path last`
     resumes from the newest one that is undamaged and finite. Weights and optimizer states that are not finite end the run and
     are not saved. While a checkpoint is written, the disk holds `keep_last` + 1 states.
+
+    The state is saved after the last step, at whatever interval the others are, and at a signal that ends the run.
 
     Resuming skips no validation. If validation is due at the step of a checkpoint, the checkpoint is saved after it. If a
     signal interrupts a validation or comes before it, the resumed run starts with this validation. Lightning skips both, and a
@@ -108,6 +110,9 @@ class AtomicCheckpoint(ModelCheckpoint):
         """Save if a checkpoint is due; if validation is due as well, defer the save until after validation."""
         self._defers_saves = _validation_is_due(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        is_mid_epoch = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        if is_mid_epoch and not self._defers_saves and _training_ends(trainer):
+            self._save_final_state(trainer)
         self._defers_saves = False
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
@@ -138,19 +143,52 @@ class AtomicCheckpoint(ModelCheckpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
-        if not self._has_deferred_save:
+        if self._has_deferred_save:
+            self._has_deferred_save = False
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+        else:
             super().on_validation_end(trainer, pl_module)
+        if _training_ends(trainer):
+            self._save_final_state(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save a checkpoint that is due at the end of the epoch, and the state at the end of training."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if _training_ends(trainer):
+            self._save_final_state(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the state if a hook after those of the callbacks has ended training."""
+        self._save_final_state(trainer)
+
+    def _save_final_state(self, trainer: Trainer) -> None:
+        """Save the state of the last step, unless it is saved already."""
+        has_no_step = self._resumed is not None and self._resumed.step == trainer.global_step
+        if has_no_step or self._should_skip_saving_checkpoint(trainer):
             return
-        self._has_deferred_save = False
         candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
+        if self.monitor is None:  # the best state is then the newest
+            self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """If validation is pending, save the loops in their state before its first batch."""
+        """Save the loops in the state from which they continue as an uninterrupted run does.
+
+        If training ends within an epoch, Lightning counts this epoch as complete. If validation is pending, the state is that
+        before its first batch.
+        """
+        loop = checkpoint["loops"]["fit_loop"]
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if epoch_loop.batch_progress.current.ready > 0 and not epoch_loop._num_ready_batches_reached():
+            for counts in loop["epoch_progress"].values():
+                counts["processed"] = counts["completed"] = min(counts["completed"], counts["started"] - 1)
+        if trainer.validating and not epoch_loop._should_accumulate() and not _validation_is_due(trainer, at_stop=False):
+            # Lightning validates as training stops, and counts the step of the loggers after that. A resumed run does not.
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
         if not self._validation_is_pending:
             return
-        loop = checkpoint["loops"]["fit_loop"]
         for counts in (loop["epoch_loop.batch_progress"]["total"], loop["epoch_loop.batch_progress"]["current"]):
             counts["completed"] = counts["processed"]
         # Lightning reads this as a validation that was interrupted in its first batch.
@@ -245,7 +283,26 @@ class AtomicCheckpoint(ModelCheckpoint):
             self._states = [SavedState(*state) for state in state_dict.get("last_states", [])]
 
 
-def _validation_is_due(trainer: Trainer) -> bool:
-    """Whether validation follows the last training batch."""
+def _training_ends(trainer: Trainer) -> bool:
+    """Whether the last step is done, by the limit of steps or epochs, or because a callback stops training."""
+    loop = trainer.fit_loop
+    steps, epochs = loop.max_steps, loop.max_epochs
+    if 0 <= steps <= trainer.global_step or (epochs is not None and 0 <= epochs <= loop.epoch_progress.current.processed):
+        return True
+    return trainer.should_stop and loop._can_stop_early
+
+
+def _validation_is_due(trainer: Trainer, at_stop: bool = True) -> bool:
+    """Whether validation follows the last training batch.
+
+    Args:
+        trainer: The trainer.
+        at_stop: Whether to include a validation that is due only because a callback stops training.
+    """
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    return fetcher is not None and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
+    stops = trainer.should_stop
+    trainer.should_stop = stops and at_stop
+    try:
+        return fetcher is not None and loop._should_check_val_fx(fetcher) and not loop.val_loop.skip
+    finally:
+        trainer.should_stop = stops

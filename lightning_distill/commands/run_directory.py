@@ -9,23 +9,21 @@ import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_distill.commands.run_lock import LOCK, SETTING, in_use_error, lock_directory, user_of
+from lightning_distill.commands.run_lock import SETTING, in_use_error, user_of
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.outputs import check_directory
 from lightning_distill.paths import expand_path
 from lightning_distill.sharding.checkpoint_files import local_path
 
 DEFAULT = "runs/run"
 """Directory of a run without the setting `trainer.default_root_dir`."""
 CHOSEN = "LIGHTNING_DISTILL_RUN_DIRECTORY"
-"""Environment variable with the directory that the first process has chosen, for the processes that Lightning starts."""
+"""Environment variable for the processes that Lightning starts: id of the first process, a colon, and its directory."""
 MARKS = (
     "*.ckpt",
     "checkpoints/*.ckpt",
@@ -38,7 +36,6 @@ MARKS = (
 )
 """Files by which a directory has a run."""
 _REQUEUED = "hpc_ckpt_*.ckpt"  # Lightning saves it before SLURM requeues a job, and resumes from it without `--ckpt_path`
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 class Output(NamedTuple):
@@ -53,69 +50,24 @@ class Output(NamedTuple):
     path: Path
 
 
-class RunDirectory:
-    """Context of `fit`: checks that its outputs can be written, and locks its directory against other runs.
+def chosen_directory() -> str | None:
+    """Directory that the parent process has chosen, in a process that Lightning has started; None in others.
 
-    If the context is left by an error before the first step, it removes all
-    files that it has added to the directory.
-
-    Args:
-        trainer: Settings of the trainer; `choose_directory` has set their `default_root_dir`.
-
-    Attributes:
-        path: The directory.
-        config_file: File for the settings of this start: `config.yaml`, or `config-2.yaml` and so on in a continued run.
+    A user's shell may have the variable from elsewhere.
     """
-
-    def __init__(self, trainer: Namespace) -> None:
-        self.path = Path(trainer.default_root_dir)
-        self._is_remote = _is_remote(trainer.default_root_dir)
-        self.config_file = next(
-            file for n in count(1) if not (file := self.path / ("config.yaml" if n == 1 else f"config-{n}.yaml")).exists()
-        )
-        self._outputs = output_directories(trainer)
-        self._lock: IO[str] | None = None
-        self._earlier: set[Path] = set()
-
-    def __enter__(self) -> "RunDirectory":
-        """Check the outputs and lock the directory.
-
-        Raises:
-            ConfigurationError: If an output cannot be written, or another run uses the directory.
-        """
-        if CHOSEN in os.environ or self._is_remote:
-            return self
-        for setting, path in [Output(SETTING, self.path), *self._outputs]:
-            check_directory(path, setting)
-        if any(int(os.environ.get(name) or 0) for name in _RANKS):
-            return self
-        self._earlier = {*self.path.rglob("*"), *(path for path in (self.path, *self.path.parents) if path.exists())}
-        self._lock = lock_directory(self.path)
-        os.environ[CHOSEN] = str(self.path)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Release the lock, and remove what a run without a step has written."""
-        if self._lock is None:
-            return
-        del os.environ[CHOSEN]
-        refused = error is not None and not self.config_file.exists()
-        if refused:
-            for path in sorted({*self.path.rglob("*")} - {*self._earlier, self.path / LOCK}, reverse=True):
-                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        (self.path / LOCK).unlink(missing_ok=True)
-        self._lock.close()
-        for path in (self.path, *self.path.parents) if refused else ():
-            if path not in self._earlier and not any(path.iterdir()):
-                path.rmdir()
+    parent, _, directory = os.environ.get(CHOSEN, "").partition(":")
+    return directory if "LOCAL_RANK" in os.environ and parent == str(os.getppid()) else None
 
 
-def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
+def choose_directory(trainer: Namespace, ckpt_path: str | None) -> str | None:
     """Choose the directory of a run, and set the paths in the settings of the trainer that lie in another one.
 
     Args:
         trainer: Settings of the trainer, which are changed.
         ckpt_path: Checkpoint that the run resumes from.
+
+    Returns:
+        Message about a directory other than that of the setting, to print when the run begins; None if there is none.
 
     Raises:
         ConfigurationError: If the directory has a run, or is in use, and this process cannot choose another one. Also if
@@ -128,20 +80,20 @@ def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
             part.init_args[name] = expand_path(part.init_args[name], f"{_class_name(part)}.{name}")
     root = Path(trainer.default_root_dir)
     ckpt_path = ckpt_path and expand_path(str(ckpt_path), "ckpt_path")
-    if CHOSEN in os.environ:
-        _move(trainer, os.environ[CHOSEN])
-        return
+    if (chosen := chosen_directory()) is not None:
+        _move(trainer, chosen)
+        return None
     outputs = output_directories(trainer)
     if ckpt_path == "last" and (later := _latest_run(root)) is not None:
         rank_zero_warn(
             f"ckpt_path last continues the run in {str(root)!r}; set {SETTING} to {str(later)!r} to continue that later run"
         )
     if (
-        _is_remote(trainer.default_root_dir)
+        is_remote(trainer.default_root_dir)
         or _continues(ckpt_path, [Output(SETTING, root), *outputs])
         or any(root.glob(_REQUEUED))
     ):
-        return
+        return None
     inside = [path for _, path in outputs if _is_inside(path, root)]
     for setting, path in outputs:
         if path not in inside and has_run(path):
@@ -152,13 +104,12 @@ def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
     earlier = _numbered_run(ckpt_path, root)
     if earlier is not None:
         _move(trainer, str(earlier))
-        rank_zero_info(f"{SETTING} is {str(earlier)!r}, the directory of the checkpoint")
-        return
+        return f"{SETTING} is {str(earlier)!r}, the directory of the checkpoint"
     if not any(map(has_run, [root, *inside])):
-        return
+        return None
     if user := user_of(root):
         raise in_use_error(root, user)
-    if _started_by_a_launcher(trainer):
+    if _started_by_a_launcher(trainer) or not root.absolute().name:  # which / has not
         raise ConfigurationError(
             f"{SETTING} is {str(root)!r}, which has a run; continue that run with --ckpt_path last, or set {SETTING} to "
             "another directory"
@@ -166,11 +117,11 @@ def choose_directory(trainer: Namespace, ckpt_path: str | None) -> None:
     absolute = root.absolute()
     numbered = (absolute.with_name(f"{absolute.name}-{n}") for n in count(2))
     free = next(path for path in numbered if not os.path.lexists(path))
-    chosen = free if root.is_absolute() or not root.name else root.with_name(free.name)
-    _move(trainer, str(chosen))
-    rank_zero_info(
-        f"{SETTING} is {str(root)!r}, which has a run; this run writes to {str(chosen)!r}. Add --ckpt_path last to continue "
-        "the other one"
+    target = free if root.is_absolute() or not root.name else root.with_name(free.name)
+    _move(trainer, str(target))
+    return (
+        f"{SETTING} is {str(root)!r}, which has a run; this run writes to {str(target)!r}. Add --ckpt_path last to "
+        "continue the other one"
     )
 
 
@@ -206,7 +157,7 @@ def _output_names(part: Namespace) -> list[str]:
     """Names of the arguments of an object that are local output directories."""
     names = ("dirpath", "directory", "save_dir", "root_dir", "log_dir")
     values = part.get("init_args") or Namespace()
-    return [name for name in names if isinstance(value := values.get(name), str) and not _is_remote(value)]
+    return [name for name in names if isinstance(value := values.get(name), str) and not is_remote(value)]
 
 
 def _move(trainer: Namespace, chosen: str) -> None:
@@ -270,7 +221,8 @@ def _is_inside(path: Path, directory: Path) -> bool:
     )
 
 
-def _is_remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL of remote storage."""
     return "://" in path
 
 

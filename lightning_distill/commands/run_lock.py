@@ -49,6 +49,24 @@ def lock_directory(directory: Path) -> IO[str]:
     return file
 
 
+def unlock_directory(directory: Path, file: IO[str]) -> bool:
+    """Release the lock of a directory.
+
+    Args:
+        directory: The directory.
+        file: Result of `lock_directory`.
+
+    Returns:
+        Whether the directory still had the locked file. If not, it was removed, and may be another one by now.
+    """
+    path = directory / LOCK
+    with file:
+        is_there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if is_there:
+            path.unlink()
+    return is_there
+
+
 def user_of(directory: Path) -> str | None:
     """Process, host and start of the run that has locked a directory; None if there is none."""
     try:

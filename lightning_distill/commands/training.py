@@ -34,7 +34,8 @@ from lightning_distill.commands.instantiation import constructor_error
 from lightning_distill.commands.parser import DistillParser, NamedConfig
 from lightning_distill.commands.process_errors import check_port, process_error
 from lightning_distill.commands.resume_report import RecordSettings, check_resumable, differences, nothing_left
-from lightning_distill.commands.run_directory import DEFAULT, RunDirectory, choose_directory
+from lightning_distill.commands.run_context import RunDirectory
+from lightning_distill.commands.run_directory import DEFAULT, choose_directory
 from lightning_distill.commands.setting_names import with_full_names
 from lightning_distill.commands.trained_settings import check_trained_settings
 from lightning_distill.commands.trainer_settings import check_seed, check_trainer_settings
@@ -55,23 +56,29 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the settings of `fit` to the run's directory.
+    """Saves the settings of `fit` to the run's directory when training begins.
 
     Args:
         parser: Parser of the settings.
         config: The settings.
         file: File to write, which does not exist; None writes nothing.
+        message: Line about the directory, to print when training begins.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, file: Path | None) -> None:
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, file: Path | None, message: str | None = None
+    ) -> None:
         super().__init__(parser, config)
         self.file = file
+        self.message = message
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do nothing: settings that are refused later would leave a file."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the settings before the first step."""
+        """Save the settings, and print the message, before the first step."""
+        if self.message is not None:
+            rank_zero_info(self.message)
         if self.file is not None and trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
             with atomic_file(self.file) as file:
@@ -93,6 +100,8 @@ class DistillCLI(LightningCLI):
 
     _nothing_left: str | None = None
     """Why a resumed run has nothing to train, if it has not."""
+    _directory: RunDirectory | None = None
+    _directory_message: str | None = None
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -141,7 +150,7 @@ class DistillCLI(LightningCLI):
         self.config = parser.parse_args(args)
         expand_paths(self._settings)
         if self._is_training:
-            choose_directory(self._settings.trainer, self._settings.ckpt_path)
+            self._directory_message = choose_directory(self._settings.trainer, self._settings.ckpt_path)
         self._dump_config()
         check_seed(self.config_dump["seed_everything"])
         check_trainer_settings(self.config_dump["trainer"])
@@ -159,8 +168,8 @@ class DistillCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check that outputs can be written, and lock the run's directory."""
         if self._is_training:
-            directory = self._contexts.enter_context(RunDirectory(self._settings.trainer))
-            self.save_config_kwargs = {"file": directory.config_file}
+            self._directory = self._contexts.enter_context(RunDirectory(self._settings.trainer))
+            self.save_config_kwargs = {"file": self._directory.config_file, "message": self._directory_message}
 
     def instantiate_classes(self) -> None:
         """Build data, method and trainer.
@@ -206,6 +215,8 @@ class DistillCLI(LightningCLI):
         if isinstance(self.model, TeacherStudentBase):
             check_strategy_class(trainer.strategy)
         verify_reads(trainer)
+        if self._directory is not None:
+            self._directory.record_loggers(trainer.loggers)
         return trainer
 
     def _loggers(self, config: dict[str, Any]) -> list[Logger]:

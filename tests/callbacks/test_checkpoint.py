@@ -120,6 +120,44 @@ def test_remains_of_killed_processes_are_removed(tmp_path):
     assert names(tmp_path) == [".notes.unfinished", "epoch=1-step=4.ckpt", "epoch=9-step=9.ckpt", "last.ckpt"]
 
 
+class Stop(Callback):
+    """Stops training after a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == self.at
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({"max_steps": 5, "every_n_train_steps": 3}, [3, 5]),
+        ({"max_steps": 6, "every_n_train_steps": 3}, [3, 6]),
+        ({"max_steps": 6, "every_n_train_steps": 4}, [4, 6]),  # the end of an epoch
+        ({"max_steps": 9, "every_n_train_steps": 4, "callbacks": [Stop(5)]}, [4, 5]),
+        ({"max_steps": 3, "every_n_train_steps": 2, "save_top_k": 0}, [2, 3]),
+        ({"max_steps": 3}, [2, 3]),  # one state per epoch
+        ({"max_steps": 3, "every_n_train_steps": 2, "save_last": False}, [2, 3]),
+    ],
+)
+def test_last_step_is_saved_once(tmp_path, monkeypatch, settings, saved):
+    steps, save = [], Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, *args: (steps.append(self.global_step), save(self, *args)))
+    _, checkpoint = fit(tmp_path, **settings)
+    assert steps == saved
+    assert step(checkpoint.best_model_path or tmp_path / "last.ckpt") == saved[-1]
+
+
+def test_nothing_is_saved_without_a_step(tmp_path):
+    fit(tmp_path, every_n_train_steps=3, max_steps=5)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    fit(tmp_path, every_n_train_steps=3, max_steps=5, ckpt_path="last")
+    fit(tmp_path, every_n_train_steps=3, max_steps=0)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
 def test_fast_dev_run_writes_nothing(tmp_path):
     checkpoint = AtomicCheckpoint(str(tmp_path / "new"), every_n_train_steps=1)
     trainer = Trainer(accelerator="cpu", fast_dev_run=True, enable_model_summary=False, callbacks=[checkpoint])

@@ -38,6 +38,10 @@ class Method(PixelDistillation):
         error = torch.tensor(0.1 if self.global_step >= 4 else 1.0) + batch["index"].float().mean() / 1000
         self.log("val/average_velocity_error", error, batch_size=len(batch["prompt"]))
 
+    @property
+    def validation_metrics(self) -> tuple[str, ...]:
+        return ("val/average_velocity_error",)
+
     def on_validation_epoch_end(self) -> None:
         self.events.append(("validated", self.global_step))
 
@@ -59,18 +63,45 @@ class Terminate(Callback):
             raise SIGTERMException(143)
 
 
+class Stop(Callback):
+    """Stops training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+class StopLate(Method):
+    """A method that stops training after a step, in its own hook, which follows those of the callbacks."""
+
+    stop_at = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        self.trainer.should_stop |= self.global_step == self.stop_at
+
+
 def fit(
-    directory: Path, name: str, ckpt_path: Path | None = None, end: Terminate | None = None
+    directory: Path,
+    name: str,
+    ckpt_path: Path | None = None,
+    end: Terminate | None = None,
+    interval: int = INTERVAL,
+    max_steps: int = STEPS,
+    stop: Stop | None = None,
+    module: Method | None = None,
 ) -> tuple[list[Any], dict[str, str]]:
     """Events of a run, and its logged errors by step."""
     seed_everything(0)
-    module, logger = Method(), CSVLogger(directory, name, version=0)
+    module, logger = module or Method(), CSVLogger(directory, name, version=0)
     # `Terminate` runs before the checkpoint, because Lightning calls checkpoint callbacks last.
-    callbacks = [AtomicCheckpoint(str(directory / name), "{step}", save_top_k=-1, every_n_train_steps=INTERVAL), RandomState()]
-    callbacks += [SwitchSolution(threshold=0.5, guard_factor=None), *([end] if end else [])]
+    callbacks = [AtomicCheckpoint(str(directory / name), "{step}", save_top_k=-1, every_n_train_steps=interval), RandomState()]
+    callbacks += [SwitchSolution(threshold=0.5, guard_factor=None), *([end] if end else []), *([stop] if stop else [])]
     settings = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     settings |= {"val_check_interval": INTERVAL, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    trainer = Trainer(max_steps=STEPS, logger=logger, callbacks=callbacks, **settings)
+    trainer = Trainer(max_steps=max_steps, logger=logger, callbacks=callbacks, **settings)
     data = ShapesData(size=24, batch_size=8, prompts_per_category=4)  # epochs of three steps
     if end is None:
         trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -125,3 +156,22 @@ def test_step_without_validation_is_followed_by_the_next(
     before, _ = fit(tmp_path, "interrupted", end=Terminate(5, None))
     resumed, _ = fit(tmp_path, "resumed", tmp_path / "interrupted" / "last.ckpt")
     assert before + resumed == events
+
+
+@pytest.mark.parametrize("cause", ["limit", "callback", "module"])
+@pytest.mark.parametrize("step", [3, 4, 5, 6])
+def test_run_continues_after_its_last_step(
+    cause: str, step: int, uninterrupted: tuple[Path, list[Any], dict[str, str]], tmp_path: Path
+) -> None:
+    """The last step is within an epoch or at its end, and with a validation or without; Lightning validates at a stop."""
+    _, events, errors = uninterrupted
+    late = StopLate()
+    late.stop_at = step if cause == "module" else 0
+    stop = Stop(step) if cause == "callback" else None
+    limit = step if cause == "limit" else STEPS
+    before, _ = fit(tmp_path, "first", interval=100, max_steps=limit, stop=stop, module=late)
+    resumed, resumed_errors = fit(tmp_path, "resumed", tmp_path / "first" / "last.ckpt")
+    if cause != "limit" and step % INTERVAL:
+        assert before.pop() == ("validated", step)
+    assert before + resumed == events
+    assert resumed_errors == {at: value for at, value in errors.items() if int(at) >= step}

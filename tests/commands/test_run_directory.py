@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from lightning_distill.commands.main import main
 from lightning_distill.commands.run_directory import CHOSEN, DEFAULT, has_run
 from lightning_distill.commands.run_lock import LOCK
 from lightning_distill.commands.training import DistillCLI
+from lightning_distill.errors import ConfigurationError
 from tests.preloaded import with_package
 from tests.processes import ROOT
+from tests.toy import ToyModule
 
 CONFIG = """
 trainer:
@@ -71,6 +74,10 @@ def error_line(capsys, *arguments: str) -> str:
     line = errors[errors.index("error: ") :]
     assert line.count("\n") == 1
     return line
+
+
+def refuse(*_: object) -> None:
+    raise ConfigurationError("model.width is 4; set it to 5")
 
 
 def files(directory: Path | str = ".") -> list[str]:
@@ -284,11 +291,6 @@ def test_evaluation_leaves_no_files(monkeypatch, finished, command):
 
 
 def test_refused_runs_leave_no_files(capsys, monkeypatch, work):
-    def refuse(*_: object) -> None:
-        from lightning_distill.errors import ConfigurationError
-
-        raise ConfigurationError("model.width is 4; set it to 5")
-
     before = files()
     monkeypatch.setattr("tests.toy.ToyModule.on_train_start", refuse, raising=False)
     monkeypatch.setattr("lightning_distill.commands.training.SaveConfig.on_train_start", lambda *_: None)
@@ -301,6 +303,91 @@ def test_refused_runs_leave_no_files(capsys, monkeypatch, work):
     monkeypatch.setattr("tests.toy.ToyModule.on_fit_start", refuse, raising=False)
     assert "model.width is 4" in error_line(capsys, "fit", "--config", "run.yaml", "--ckpt_path=last", "--trainer.max_steps=5")
     assert files() == before
+
+
+def test_refused_runs_remove_no_files_of_others(capsys, monkeypatch, work):
+    """Another run below the directory and a user beside it write files in the meantime."""
+
+    def write_and_refuse(*_: object) -> None:
+        Path("runs/other/checkpoints").mkdir(parents=True)
+        Path("runs/other/checkpoints/last.ckpt").touch()
+        Path("runs/notes.txt").touch()
+        Path("runs/events.out.tfevents.1.host.0.0").touch()
+        refuse()
+
+    monkeypatch.setattr("tests.toy.ToyModule.on_fit_start", write_and_refuse, raising=False)
+    assert "model.width is 4" in error_line(capsys, "fit", "--config", "run.yaml", "--trainer.default_root_dir=runs")
+    others = ["events.out.tfevents.1.host.0.0", "notes.txt", "other", "other/checkpoints", "other/checkpoints/last.ckpt"]
+    assert files("runs") == others
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_a_run_without_a_step_leaves_no_files(work, logger):
+    fit("--trainer.max_steps=0", f"--trainer.logger={logger}", "--trainer.logger.save_dir=runs/demo/curves")
+    assert files() == []
+    fit()
+    assert [path.name for path in Path("runs").iterdir()] == ["demo"]
+
+
+def test_the_root_of_the_file_system_is_not_searched(capsys, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("searched the tree"))
+    monkeypatch.setattr("lightning_distill.commands.run_directory.has_run", lambda path: path == Path("/"))
+    error = error_line(capsys, "fit", "--config", "run.yaml", "--trainer.default_root_dir=/")
+    assert "trainer.default_root_dir is '/', which has a run; continue that run" in error
+
+
+def test_the_directory_is_named_when_the_run_begins(caplog, capsys, monkeypatch, finished):
+    caplog.set_level("INFO")
+    with monkeypatch.context() as context:
+        context.setattr("tests.toy.ToyModule.on_fit_start", refuse, raising=False)
+        assert "model.width is 4" in error_line(capsys, "fit", "--config", "run.yaml")
+    assert "runs/demo-2" not in caplog.text
+    fit("--trainer.max_steps=1")
+    assert "which has a run; this run writes to 'runs/demo-2'. Add --ckpt_path last" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["elsewhere", "1:elsewhere", f"{os.getpid()}:elsewhere", f"{os.getppid()}:elsewhere"])
+def test_a_variable_left_in_the_environment_is_ignored(monkeypatch, work, value):
+    monkeypatch.setenv(CHOSEN, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(
+        "tests.toy.ToyModule.on_train_start",
+        lambda *_: locks.append(Path("runs/demo", LOCK).exists()),
+        raising=False,
+    )
+    locks: list[bool] = []
+    fit()
+    assert locks == [True]
+    assert steps("runs/demo") == 2
+    assert not Path("elsewhere").exists()
+
+
+def test_a_directory_that_is_removed_during_the_run_ends_it_in_one_line(capsys, monkeypatch):
+    def remove(module: ToyModule, *_: object) -> None:
+        shutil.rmtree("runs")
+        module.logger.experiment.flush()
+
+    monkeypatch.setattr("tests.toy.ToyModule.on_train_batch_end", remove, raising=False)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "run.yaml", "--trainer.log_every_n_steps=1"])
+    assert end.value.code == 1
+    errors = capsys.readouterr().err
+    assert "error: trainer.default_root_dir 'runs/demo' was removed while the run was writing to it; start the run" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_lock_of_a_later_run_stays(monkeypatch):
+    """The directory is removed, and another run begins in one of the same name."""
+
+    def replace(*_: object) -> None:
+        shutil.rmtree("runs/demo")
+        Path("runs/demo").mkdir()
+        Path("runs/demo", LOCK).touch()
+
+    monkeypatch.setattr("tests.toy.ToyModule.on_train_start", replace, raising=False)
+    with pytest.warns(UserWarning, match="'runs/demo' was removed during the run; it has only what was written later"):
+        fit("--trainer.logger=false")
+    assert Path("runs/demo", LOCK).exists()
 
 
 def test_an_interrupted_run_keeps_its_files(monkeypatch):
