@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_distill.callbacks.optimizer_settings import _apply, _settings
+from lightning_distill.callbacks.optimizer_settings import _apply
+from lightning_distill.callbacks.schedules import group_settings
 from lightning_distill.commands.main import main
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.optimizers import BLOCKS, allow_clipping, flatten_block_state, has_block_state, unflatten_block_state
@@ -30,15 +31,11 @@ def test_clipping_is_allowed_for_fused_steps_without_gradient_scale() -> None:
 
 def test_learning_rate_may_be_a_tensor() -> None:
     group = {"params": [], "lr": torch.tensor(0.5), "weight_decay": 0.1, "foreach": None}
-    assert _settings(group) == {"lr": 0.5, "weight_decay": 0.1}
+    assert group_settings(group) == {"lr": 0.5, "weight_decay": 0.1}
     rate = group["lr"]
-    _apply(group, "lr", 0.5, 0.25)
+    assert _apply(group, {"lr": 0.25, "weight_decay": 0.1}) == ["lr 0.5 -> 0.25"]
     assert group["lr"] is rate
     assert rate == 0.25
-    scheduled = {"params": [], "lr": torch.tensor(0.25), "initial_lr": torch.tensor(0.5)}
-    assert _settings(scheduled) == {"initial_lr": 0.5}
-    _apply(scheduled, "initial_lr", 0.5, 1.0)
-    assert (scheduled["lr"], scheduled["initial_lr"]) == (0.5, 1.0)
 
 
 def test_config_selects_an_optimizer_by_class_path(adamw_8bit: Any, capsys: pytest.CaptureFixture[str]) -> None:

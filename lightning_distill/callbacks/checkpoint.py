@@ -287,7 +287,8 @@ def _training_ends(trainer: Trainer) -> bool:
     """Whether the last step is done, by the limit of steps or epochs, or because a callback stops training."""
     loop = trainer.fit_loop
     steps, epochs = loop.max_steps, loop.max_epochs
-    if 0 <= steps <= trainer.global_step or (epochs is not None and 0 <= epochs <= loop.epoch_progress.current.processed):
+    progress: Any = loop.epoch_progress.current
+    if 0 <= steps <= trainer.global_step or (epochs is not None and 0 <= epochs <= progress.processed):
         return True
     return trainer.should_stop and loop._can_stop_early
 
