@@ -173,7 +173,7 @@ def test_discriminator_without_images_is_an_error(tmp_path: Path) -> None:
 def test_discriminator_with_sharded_networks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     module = method(gan=GAN)
     monkeypatch.setattr(GaussianAdapter, "supports_sharding", True)
-    module._trainer = SimpleNamespace(strategy=FSDP2Strategy())
+    module._trainer = SimpleNamespace(strategy=FSDP2Strategy(), callbacks=[])
     with pytest.raises(
         ConfigurationError,
         match=r"FSDP2Strategy, which shards networks, .* DMD2 \(heads\) needs unsharded features; set trainer",

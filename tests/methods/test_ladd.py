@@ -110,7 +110,7 @@ def test_only_real_data_need_images(tmp_path: Path) -> None:
 def test_sharded_networks_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     module = method()
     monkeypatch.setattr(GaussianAdapter, "supports_sharding", True)
-    module._trainer = SimpleNamespace(strategy=FSDP2Strategy())
+    module._trainer = SimpleNamespace(strategy=FSDP2Strategy(), callbacks=[])
     with pytest.raises(
         ConfigurationError,
         match=r"FSDP2Strategy, which shards networks, .* LADD \(heads\) needs unsharded features; set trainer",
