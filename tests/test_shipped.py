@@ -112,7 +112,8 @@ def test_student_accuracy_matches_its_model_card(saved_student: Path) -> None:
 
 
 def test_student_directory_holds_its_own_weights_only() -> None:
-    assert {path.suffix for path in STUDENT.rglob("*") if path.is_file()} == {".json", ".safetensors", ".md"}
+    files = [path for path in STUDENT.rglob("*") if path.is_file() and path.name != MANIFEST]
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md"}
     shared = json.loads((STUDENT / SHARED_COMPONENTS).read_text())
     assert Path(resolve_pretrained(shared["base"])) == TEACHER
     own = {path.name for path in STUDENT.iterdir() if path.is_dir()}

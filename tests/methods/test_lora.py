@@ -174,7 +174,9 @@ def test_checkpoints_hold_trained_weights_only_and_resume_exactly(teacher: str, 
         other = dict(networks(resumed)[name].named_parameters())
         assert all(torch.equal(parameter, other[each]) for each, parameter in network.named_parameters()), name
     for other in (None, LoraOptions(rank=2, targets=("to_q",)), LoraOptions(rank=2, targets=("to_q", "norm.linear"))):
-        with pytest.raises(ConfigurationError, match=r"use the model settings it was trained with|student\.lora\.rank is 2, and"):
+        with pytest.raises(
+            ConfigurationError, match=r"use the model settings it was trained with|student\.lora\.rank is 2, and"
+        ):
             fit(method(teacher, lora=other), tmp_path, 2, ckpt_path=tmp_path / "x.ckpt")
 
 
