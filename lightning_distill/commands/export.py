@@ -23,7 +23,7 @@ class ExportCLI(OptionsCLI):
     def execute(self, options: CheckpointExport) -> None:
         """Export the student, with the settings that the checkpoint was trained with."""
         check_export_directory(options.directory)
-        self.before_validate()
+        self.check_teacher()
         if options.ckpt_path in ("last", "best", "hpc"):
             options = replace(options, ckpt_path=find_checkpoint(options.ckpt_path, self._searched(), resumes=False))
         path = local_checkpoint(options.ckpt_path)

@@ -237,6 +237,10 @@ class DistillCLI(LightningCLI):
     def before_validate(self) -> None:
         """Check the processes, and that the teacher's weights exist and are complete, before processes wait for each other."""
         check_cpu_processes(self.trainer)
+        self.check_teacher()
+
+    def check_teacher(self) -> None:
+        """Check that the teacher's weights exist and are complete."""
         if isinstance(self.model, TeacherStudentBase):
             self.model.prepare_data()
 

@@ -32,6 +32,14 @@ class SendSignals(Callback):
             self._send(trainer)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_not_ignored():
+    """Undo what a shell does for processes in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def fit(directory, *callbacks, **settings) -> Trainer:
     trainer = Trainer(
         max_steps=6,
