@@ -40,5 +40,7 @@ def test_missing_weight_raises(tmp_path: Path) -> None:
     weights = load_file(file)
     name = next(name for name in weights if "layer_norm" in name)
     save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})
-    with pytest.raises(ConfigurationError, match=f"whose text_encoder_2 cannot be read in shards: its files lack the weight '{name}'"):
+    with pytest.raises(
+        ConfigurationError, match=f"whose text_encoder_2 cannot be read in shards: its files lack the weight '{name}'"
+    ):
         meta_encoder(directory, None, "text_encoder_2", torch.float32)
