@@ -163,7 +163,7 @@ def test_untrusted_code_raises(capsys, images, tmp_path):
     teacher = save_stand_in("newer", tmp_path / "teacher")
     place = f"--model.adapter.pretrained={teacher}"
     line = error_line(capsys, "--trainer.accelerator=cpu", f"--data.directory={images}", place, config=HUNYUAN)
-    assert "review its Python files, and set adapter.trust_remote_code to true" in line
+    assert "review its Python files, and set model.adapter.trust_remote_code to true" in line
 
 
 def test_missing_images_raise(capsys, tmp_path):
