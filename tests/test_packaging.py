@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import lightning_distill
+from lightning_distill.digests import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 MAX_WHEEL_BYTES = 11_000_000
@@ -18,8 +19,6 @@ MAX_WHEEL_BYTES = 11_000_000
 CODE = """
 import torch
 from lightning_distill.flow import flow_step
-
-from lightning_distill.digests import MANIFEST
 
 x = torch.zeros(2)
 reveal_type(flow_step(x, x, x, x))
