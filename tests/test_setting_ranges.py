@@ -1,7 +1,7 @@
 """No number of a setting is silently NaN or negative: every constructor names the setting."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -94,13 +94,14 @@ SIGNED = {"mean", "omega", "weight_bias", "seed", "threshold"}
 """Settings that may be negative."""
 
 
-def _numbers(kinds: tuple[type, ...], *types: str) -> list[Any]:
-    """Each class with each of its numbers, by the types of its own constructor."""
+def _numbers(kinds: tuple[type, ...], *types: str, without: Collection[str] = ()) -> list[Any]:
+    """Each class with each of its numbers, by the types of its own constructor; those named in `without` are left out."""
     return [
         pytest.param(kind, parameter.name, id=f"{kind.__name__}.{parameter.name}")
         for kind in kinds
         for parameter in inspect.signature(kind).parameters.values()
-        if any(each in types for each in str(getattr(parameter.annotation, "__name__", parameter.annotation)).split(" | "))
+        if parameter.name not in without
+        and any(each in types for each in str(getattr(parameter.annotation, "__name__", parameter.annotation)).split(" | "))
     ]
 
 
@@ -113,25 +114,11 @@ def _refused(kind: type, name: str, value: float) -> None:
         kind(**{**arguments, name: value})
 
 
-@pytest.mark.parametrize(("kind", "name"), _numbers(SETTINGS, "float"))
+@pytest.mark.parametrize(("kind", "name"), _numbers((*SETTINGS, *METHODS), "float"))
 def test_nan_is_refused(kind, name):
     _refused(kind, name, NAN)
 
 
-@pytest.mark.parametrize(("kind", "name"), _numbers(SETTINGS, "float", "int"))
+@pytest.mark.parametrize(("kind", "name"), _numbers((*SETTINGS, *METHODS), "float", "int", without=SIGNED))
 def test_a_negative_number_is_refused(kind, name):
-    if name in SIGNED:
-        pytest.skip("may be negative")
-    _refused(kind, name, -1)
-
-
-@pytest.mark.parametrize(("kind", "name"), _numbers(METHODS, "float"))
-def test_nan_is_refused_by_methods(kind, name):
-    _refused(kind, name, NAN)
-
-
-@pytest.mark.parametrize(("kind", "name"), _numbers(METHODS, "float", "int"))
-def test_a_negative_number_is_refused_by_methods(kind, name):
-    if name in SIGNED:
-        pytest.skip("may be negative")
     _refused(kind, name, -1)

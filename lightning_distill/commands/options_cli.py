@@ -1,5 +1,6 @@
 """Base class of the subcommands that read the config of a training run and have options of their own."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from lightning_distill.commands import PROGRAM
 from lightning_distill.commands.training import DistillCLI
 
 
-class OptionsCLI(DistillCLI):
+class OptionsCLI(DistillCLI, ABC):
     """A subcommand on the model, data and trainer settings of `fit`, with the fields of a dataclass as further options.
 
     Args:
@@ -50,10 +51,10 @@ class OptionsCLI(DistillCLI):
         """Run the subcommand."""
         self.execute(self.options_class(**{field.name: self.config[field.name] for field in fields(self.options_class)}))
 
+    @abstractmethod
     def execute(self, options: Any) -> None:
         """Run the subcommand.
 
         Args:
             options: Instance of `options_class`.
         """
-        raise NotImplementedError

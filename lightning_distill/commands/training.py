@@ -220,7 +220,7 @@ class DistillCLI(LightningCLI):
         return trainer
 
     def _loggers(self, config: dict[str, Any]) -> list[Logger]:
-        """Loggers of the settings, of which those of files are for training runs only."""
+        """Configured loggers; those that write to the run's directory are kept for `fit` only."""
         value, is_training = config.get("logger"), self.subcommand == "fit"
         if value in (None, True):
             value = is_training and TensorBoardLogger(

@@ -74,7 +74,7 @@ def _find_pattern(pattern: str, setting: str) -> list[Path]:
         raise ConfigurationError(f"{setting} is {pattern!r}, which matches no file; correct the path")
     if missing:
         raise ConfigurationError(
-            f"{setting} is {pattern!r}, of which {len(missing)} of {len(names)} files are missing, first {missing[0]}; add "
+            f"{setting} is {pattern!r}, but {len(missing)} of its {len(names)} files are missing, first {missing[0]}; add "
             "them, or correct the pattern"
         )
     return found

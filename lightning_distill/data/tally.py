@@ -15,7 +15,7 @@ class Tally:
         self.entries: dict[str, tuple[int, str]] = dict(entries or {})
 
     def add(self, description: str, example: str, count: int = 1) -> None:
-        """Count an example, or several of which it is the first."""
+        """Add `count` files with a description; the first example of a description is kept."""
         earlier, first = self.entries.get(description, (0, example))
         self.entries[description] = earlier + count, first
 

@@ -27,7 +27,7 @@ REST = "rest.pt"
 LAST = "last.ckpt"
 """Link to the newest checkpoint in a directory."""
 
-# What zipfile raises for headers that make no sense.
+# What zipfile raises for damaged headers; unknown compression is a RuntimeError.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError, KeyError)
 _TRAINING_KEYS = ("optimizer_states", "lr_schedulers", "loops")
 
@@ -133,17 +133,7 @@ def check_records(file: Any, path: str | Path) -> None:
             # torch stores records uncompressed; another file would be unpacked to any size.
             odd = [info.filename for info in archive.infolist() if info.compress_type or info.file_size > size]
             wrong = odd[0] if odd else archive.testzip()
-    # zipfile raises all of these for headers that make no sense.
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-    ) as error:
+    except _ZIP_ERRORS as error:
         raise damaged(path, f"{first_line(error)}") from error
     if wrong is not None:
         raise damaged(path, f"the checksum of its record {wrong!r} differs")

@@ -51,7 +51,7 @@ def test_a_file_named_twice_is_read_once() -> None:
         ("absent/*.tar", r"data\.source is 'absent/\*\.tar', which matches no file; correct the path"),
         ("one/*.tar::absent.tar", r"data\.source is 'absent\.tar', which matches no file"),
         ("one/03.tar", "which matches no file"),
-        ("one/{00..05}.tar", r"of which 3 of 6 files are missing, first one/03\.tar; add them, or correct the pattern"),
+        ("one/{00..05}.tar", r"but 3 of its 6 files are missing, first one/03\.tar; add them, or correct the pattern"),
         ("one/{00..02.tar", "whose braces do not match"),
         ("https://x/{0..9}.tar", "only files of this machine are read"),
         ("pipe:cat x.tar", "only files of this machine are read"),

@@ -35,7 +35,7 @@ from tests.tiny import WORDS, save_tiny_pipeline, tiny_vae
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLUX pipeline with five joint and four single blocks, of which few are measured."""
+    """A FLUX pipeline with five joint and four single blocks; the planner measures a few of them."""
     directory = tmp_path_factory.mktemp("teacher")
     build_flux_pipeline(tiny_vae(), WORDS, num_layers=5, num_single_layers=4, num_attention_heads=2).save_pretrained(directory)
     return directory
