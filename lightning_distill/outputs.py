@@ -14,6 +14,7 @@ from lightning_distill.errors import ConfigurationError, StorageError
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FAILED = {errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENODEV}
 _TEXT_OF_FULL = re.compile(r"No space left on device|Disk quota exceeded")  # safetensors raises an error without an errno
+_PREFIX = ".probe-"
 _PROBE = bytes(4096)  # a full disk may still accept empty files
 
 
@@ -31,6 +32,11 @@ def check_directory(path: str | Path, setting: str) -> None:
         raise ConfigurationError(
             f"{setting} is {str(path)!r}, which cannot be written ({reason}); set it to a writable directory"
         )
+
+
+def directory_contents(directory: Path) -> list[Path]:
+    """Files and folders in a directory, without the probes of other processes that check it at the same time."""
+    return [path for path in directory.iterdir() if not path.name.startswith(_PREFIX)]
 
 
 def check_file(path: str | Path, setting: str) -> None:
@@ -59,7 +65,7 @@ def _obstacle(directory: Path) -> str | None:
         if not existing.is_dir():
             return f"{str(existing)!r} is not a directory"
         # In a directory of its own, because directories may be refused where files are accepted.
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=existing) as probe:
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=existing) as probe:
             (Path(probe) / "probe").write_bytes(_PROBE)
     except OSError as error:
         return (error.strerror or str(error)).lower()

@@ -1,6 +1,7 @@
 import errno
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_distill.errors import ConfigurationError, StorageError
-from lightning_distill.outputs import atomic_file, check_directory, check_file, storage_error, unfinished_path, writing
+from lightning_distill.outputs import (
+    atomic_file,
+    check_directory,
+    check_file,
+    directory_contents,
+    storage_error,
+    unfinished_path,
+    writing,
+)
 
 
 @pytest.fixture
@@ -119,3 +128,11 @@ def test_other_errors_are_unchanged():
     assert storage_error(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
     with pytest.raises(ValueError, match="a bug"), writing("out"):
         raise ValueError("a bug")
+
+
+def test_probes_of_other_processes_are_no_contents(tmp_path):
+    """Processes of one run check the same directory at the same time."""
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=tmp_path):
+        assert directory_contents(tmp_path) == []
+    (tmp_path / "file").touch()
+    assert directory_contents(tmp_path) == [tmp_path / "file"]

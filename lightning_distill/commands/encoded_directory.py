@@ -13,7 +13,7 @@ from lightning_distill.data.encoded_index import INDEX, EncodedIndex, EncodedSha
 from lightning_distill.data.encoded_shards import NULL, EncodedSample, write_samples
 from lightning_distill.digests import sha256
 from lightning_distill.errors import ConfigurationError
-from lightning_distill.outputs import atomic_file, unfinished_path
+from lightning_distill.outputs import atomic_file, directory_contents, unfinished_path
 
 ENTRY = ".json"
 """Suffix of the files with the index entries of single shards, until all shards are complete."""
@@ -65,8 +65,9 @@ class EncodedDirectory:
             ConfigurationError: If the directory has other contents, or data of other settings.
         """
         if not (self.path / INDEX).is_file():
-            leftover = unfinished_path(self.path / INDEX).name
-            if self.path.is_dir() and any(path.name != leftover for path in self.path.iterdir()):
+            # Another process may create the index at this moment.
+            own = {INDEX, unfinished_path(self.path / INDEX).name}
+            if self.path.is_dir() and any(path.name not in own for path in directory_contents(self.path)):
                 raise ConfigurationError(
                     f"out is {str(self.path)!r}, which has contents other than precomputed data; choose another directory"
                 )

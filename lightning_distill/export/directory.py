@@ -14,7 +14,7 @@ from lightning_distill import __version__
 from lightning_distill.digests import write_manifest
 from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.export.card import ModelCard, render_card
-from lightning_distill.outputs import check_directory, sync, writing
+from lightning_distill.outputs import check_directory, directory_contents, sync, writing
 from lightning_distill.paths import expand_path
 from lightning_distill.sharding.weight_files import safetensors_shapes
 from lightning_distill.students.lora_student import PREFIX, lora_layers, lora_weights, time_weights
@@ -97,7 +97,7 @@ def check_export_directory(directory: str | Path, setting: str = "directory") ->
     """
     directory = Path(expand_path(str(directory), setting))
     check_directory(directory, setting)
-    occupied = any(directory.iterdir()) if directory.is_dir() else directory.exists()
+    occupied = bool(directory_contents(directory)) if directory.is_dir() else directory.exists()
     if occupied and not (directory / MARK).is_file():
         raise ConfigurationError(
             f"{setting} is {str(directory)!r}, which has files that are not an earlier export; choose another directory, or "

@@ -1,6 +1,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class ThreadedFabric(Fabric):
         return self.rank == 0
 
     def barrier(self, name: str | None = None) -> None:
-        self.threads.wait(30)
+        self.threads.wait(60)
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
@@ -130,14 +131,17 @@ class ThreadedFabric(Fabric):
 def test_output_does_not_depend_on_the_number_of_processes(complete: dict[str, bytes], processes: int, tmp_path: Path) -> None:
     barrier = threading.Barrier(processes)
     options = PrecomputeOptions(out=str(tmp_path / "out"), shard_size=7)
-    threads = [
-        threading.Thread(target=encode_dataset, args=(PixelDistillation(), shapes(), options, ThreadedFabric(rank, barrier)))
-        for rank in range(processes)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(processes) as pool:
+        runs = [
+            pool.submit(encode_dataset, PixelDistillation(), shapes(), options, ThreadedFabric(rank, barrier))
+            for rank in range(processes)
+        ]
+        for run in as_completed(runs):
+            if run.exception() is not None:
+                barrier.abort()
+    for run in runs:
+        if not isinstance(run.exception(), threading.BrokenBarrierError):
+            run.result()
     assert contents(tmp_path / "out") == complete
 
 
