@@ -1,7 +1,7 @@
 """Settings of a model that uses a checkpoint without training, against those that the checkpoint was trained with."""
 
+import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -10,6 +10,9 @@ from lightning_distill.commands.resume_report import SETTINGS, UNSET, Change, ch
 from lightning_distill.errors import ConfigurationError
 
 TEACHER = "model.adapter.pretrained"
+LOCATIONS = (TEACHER, "model.adapter.lora", "model.student.pretrained")
+"""Settings with paths, which may differ on another machine."""
+_FOLDERS = re.compile(r"[^\s'\"]*/(?=[^\s'\"/])")
 
 NETWORK = ("model.adapter", "model.student", "model.guidance.kind")
 """Settings that define teacher and student, besides the class of the method; weights of other ones mean other networks."""
@@ -78,8 +81,8 @@ def _defines_networks(change: Change, changed: set[str]) -> bool:
         return False
     if change.name == "model.adapter.revision":
         return TEACHER not in changed  # a copy in a directory has no revision
-    is_location = change.name in (TEACHER, "model.student.pretrained")
-    return not (is_location and PurePath(change.value).name == PurePath(change.saved).name)
+    value, saved = (_FOLDERS.sub("", text.rstrip("/")) for text in (change.value, change.saved))
+    return not (_is_among(change.name, LOCATIONS) and value == saved)
 
 
 def _is_among(name: str, settings: tuple[str, ...]) -> bool:

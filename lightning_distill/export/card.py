@@ -9,7 +9,8 @@ import diffusers
 
 from lightning_distill import __version__
 from lightning_distill.methods.base import TeacherStudentBase
-from lightning_distill.teachers.usage import DIFFUSERS_CODE, ExportCode
+from lightning_distill.teachers.teacher_lora import TeacherLora
+from lightning_distill.teachers.usage import DIFFUSERS_CODE, MERGE_LORA, ExportCode
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ModelCard:
         figures: Measured figures by name, such as "val/prompt_accuracy/nfe_4".
         notes: Further paragraphs, in Markdown.
         torch_dtype: Dtype of the teacher's weights, in which the base model of a LoRA student is loaded.
+        teacher_lora: LoRA that is merged into the teacher.
         started_from: Name, directory or hub id of the student with the initial weights. None: they are the teacher's.
     """
 
@@ -42,6 +44,7 @@ class ModelCard:
     figures: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
     torch_dtype: str = "float32"
+    teacher_lora: Sequence[TeacherLora] = ()
     started_from: str | None = None
 
     @classmethod
@@ -75,6 +78,7 @@ class ModelCard:
             figures=figures or {},
             notes=notes,
             torch_dtype=method.adapter.weights_dtype,
+            teacher_lora=method.adapter.lora,
             started_from=method.student_options.pretrained,
         )
 
@@ -93,6 +97,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
     facts = {
         "Method": card.method,
         "Teacher" if student else "Started from": _name(card.teacher),
+        "LoRA merged into it": ", ".join(map(str, card.teacher_lora)) or None,
         **({} if card.started_from is None else {"Started from": _name(card.started_from)}),
         "Image size": f"{card.height} x {card.width} pixels",
         "Guidance scale": f"{card.guidance_scale:g}",
@@ -121,6 +126,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
     example = {"student": code.student, "lora_student": code.lora_student, "teacher": code.teacher}[kind].format(
         base=_name(card.teacher),
         torch_dtype=card.torch_dtype,
+        base_lora="".join(map(_merge_code, card.teacher_lora)),
         inputs="\n".join(f"    {each}," for each in inputs),
         steps=steps,
         guidance_scale=card.guidance_scale,
@@ -150,6 +156,11 @@ _ABOUT = {
     "teacher": "A stock text-to-image model for {library}. If the transformer does not embed the guidance scale, guidance "
     "needs a second branch. Prompts are padded to the length that they had in training.",
 }
+
+
+def _merge_code(lora: TeacherLora) -> str:
+    options = "" if lora.weight_name is None else f', weight_name="{lora.weight_name}"'
+    return MERGE_LORA.format(name=lora.name, options=options, weight=lora.weight)
 
 
 def _enumeration(numbers: Sequence[int]) -> str:

@@ -143,6 +143,11 @@ class TeacherStudentBase(LightningModule, ABC):
                 "guidance.kind is improved, which evaluates the student without a prompt, and model.caption_dropout 0 never "
                 "trains it so; set caption_dropout to 0.1"
             )
+        if student.interval_embedding == "none" and not self.stochastic_sampling:
+            raise ConfigurationError(
+                f"student.interval_embedding is none, but {type(self).__name__} trains its student for steps that end above "
+                "r = 0; choose zero or clone"
+            )
         self.student_options = student
         self.guidance = guidance
         self.optimizer = optimizer

@@ -17,7 +17,7 @@ from lightning_distill.sharding.blocks import blocks, experts
 from lightning_distill.students.lora_student import add_lora, student_only_prefixes
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers.diffusers_adapter import DTYPES, DiffusersAdapter
-from lightning_distill.teachers.student import lora_config, make_trainable, student_config
+from lightning_distill.teachers.student import lora_config, make_student_trainable, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 
 MEASURED_BLOCKS = 2
@@ -130,7 +130,7 @@ def _student(
 ) -> TwoTimeModel:
     """Convert a network on the meta device to a student on fake tensors, as `build_student` builds it, without values."""
     if options.lora is None:
-        make_trainable(student)
+        make_student_trainable(student, options)
     else:
         _share_weights(student, teacher)
         add_lora(student, lora_config(student, options.lora))

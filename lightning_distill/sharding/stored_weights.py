@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_distill.sharding.low_rank_update import LowRankUpdate
 from lightning_distill.sharding.weight_files import WeightFiles
 
 
@@ -15,11 +16,18 @@ class StoredWeights:
     Args:
         files: File of each tensor.
         stored_names: Name of a tensor in its file, where it differs.
+        updates: Updates by the names of their tensors, added when a tensor is read.
     """
 
-    def __init__(self, files: Mapping[str, Path], stored_names: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        stored_names: Mapping[str, str] | None = None,
+        updates: Mapping[str, LowRankUpdate] | None = None,
+    ) -> None:
         self._files = files
         self._stored_names = stored_names or {}
+        self._updates = updates or {}
 
     @classmethod
     def of_component(cls, directory: Path, variant: str | None = None) -> "StoredWeights":
@@ -46,17 +54,33 @@ class StoredWeights:
             names: The present name of each new name.
         """
         stored_names = {new: self._stored_names.get(name, name) for new, name in names.items()}
-        return StoredWeights({new: self._files[name] for new, name in names.items()}, stored_names)
+        updates = {new: self._updates[name] for new, name in names.items() if name in self._updates}
+        return StoredWeights({new: self._files[name] for new, name in names.items()}, stored_names, updates)
+
+    def updated(self, updates: Mapping[str, LowRankUpdate]) -> "StoredWeights":
+        """The same tensors with updates, which are added to the rows that are read.
+
+        Raises:
+            KeyError: If there is no tensor of an update's name.
+        """
+        if missing := [name for name in updates if name not in self]:
+            raise KeyError(missing[0])
+        return StoredWeights(self._files, self._stored_names, updates)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """A tensor in its stored dtype, on the CPU; for a tensor with dimensions only the rows from `start` to `stop`.
+        """A tensor on the CPU, in its stored dtype or that of its update; with dimensions only rows `start` to `stop`.
 
         Raises:
             KeyError: If there is no tensor of this name.
         """
+        stored = self._read(name, start, stop)
+        update = self._updates.get(name)
+        return stored if update is None else update.added_to(stored, start)
+
+    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
         with safe_open(self._files[name], framework="pt") as tensors:
             stored_name = self._stored_names.get(name, name)
             tensor = tensors.get_slice(stored_name)

@@ -39,7 +39,7 @@ def build_on_shared_weights(base: nn.Module, network_class: type[TwoTimeModel], 
     """Build a network that shares all parameters with a base network, except for its student-only modules.
 
     Shared parameters are the same objects in both networks. Student-only modules are the time embedders and, with a policy, its
-    grid.
+    grid; a network without an interval input shares the time embedders as well.
 
     Args:
         base: Two-time or stock network with parameters of the same names. Its buffers are shared as well.
@@ -76,7 +76,12 @@ def build_on_shared_weights(base: nn.Module, network_class: type[TwoTimeModel], 
 
 
 def student_only_modules(network: nn.Module) -> dict[str, nn.Module]:
-    """Modules of a student in addition to its teacher's weights, by name: time embedders, and a policy's grid."""
+    """Modules of a student in addition to its teacher's weights, by name: `time_modules`, or none for a stock network."""
+    return {} if isinstance(network, TwoTimeModel) and network.is_stock else time_modules(network)
+
+
+def time_modules(network: nn.Module) -> dict[str, nn.Module]:
+    """Time embedders, and a policy's grid, by name."""
     return {name: network.get_submodule(name) for name, part in network.named_modules() if isinstance(part, StudentOnlyModule)}
 
 
@@ -129,7 +134,7 @@ def lora_weights(network: TwoTimeModel) -> dict[str, Tensor]:
 
 
 def time_weights(network: TwoTimeModel) -> dict[str, Tensor]:
-    """Weights of the time embedders and of a policy's grid, by their names in the network."""
+    """Student-only weights, of the time embedders and of a policy's grid, by their names in the network."""
     prefixes = student_only_prefixes(network)
     return {name: value for name, value in network.state_dict().items() if name.startswith(prefixes)}
 
@@ -203,8 +208,12 @@ def load_lora_student(base: DiffusionPipeline, directory: str | Path) -> FewStep
     found = torch.tensor(base_sample(base.transformer, settings["base_sample"]["layers"]))
     # Both may have been rounded to 16 bits.
     if not torch.allclose(found, sample, rtol=0.01, atol=1e-6):
-        raise ValueError("the weights of the given base are not those that this student was trained on; pass its own base")
+        fused = "".join(f", with {each['path']} fused at weight {each['weight']:g}" for each in settings["base_lora"])
+        raise ValueError(
+            f"the weights of the given base are not those that this student was trained on; pass its own base{fused}"
+        )
     network = build_on_shared_weights(base.transformer, family.network_class, config)
+    _separate_time(network)
     add_lora(network, LoraConfig.from_pretrained(str(directory)))
     lora = {name.removeprefix(PREFIX): value for name, value in load_file(directory / LORA_WEIGHTS).items()}
     times = load_file(directory / TIME_WEIGHTS)
@@ -214,6 +223,14 @@ def load_lora_student(base: DiffusionPipeline, directory: str | Path) -> FewStep
     network.load_state_dict(times, strict=False)
     sampling = settings["max_sequence_length"], settings["stochastic_sampling"]
     return student_pipeline(family, base, network.eval(), *sampling)
+
+
+def _separate_time(network: TwoTimeModel) -> None:
+    """Replace time embedders that are shared with the base by float32 copies: the base may be in 16 bits."""
+    for part in time_modules(network).values():
+        for module in part.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().float(), requires_grad=False))
 
 
 def _as_json(value: Any) -> Any:

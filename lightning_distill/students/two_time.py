@@ -268,6 +268,13 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
         return keys - {"args"}
 
     @property
+    def is_stock(self) -> bool:
+        """Whether the stock class can represent this network: one time, its original features, and no policy."""
+        config = self.config
+        has_original_time = config.time_frequency_bound is None and not config.rescaled_time
+        return config.interval_embedding == "none" and has_original_time and config.policy_points == 1
+
+    @property
     def timestep_embedders(self) -> list[TwoTimeEmbedding]:
         """All timestep embedders; most models have one."""
         return [module for module in self.modules() if isinstance(module, TwoTimeEmbedding)]

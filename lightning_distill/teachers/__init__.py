@@ -9,6 +9,7 @@ from lightning_distill.teachers.registry import resolve_pretrained
 from lightning_distill.teachers.shipped import load_shipped_student, save_shipped_student
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
+from lightning_distill.teachers.teacher_lora import TeacherLora
 
 __all__ = [
     "Condition",
@@ -19,6 +20,7 @@ __all__ = [
     "ModelAdapter",
     "SmoothTimeReport",
     "StudentOptions",
+    "TeacherLora",
     "load_lora_student",
     "load_shipped_student",
     "resolve_pretrained",

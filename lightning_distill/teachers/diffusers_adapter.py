@@ -1,6 +1,6 @@
 """Adapter for diffusers pipelines of all supported families, from a directory or a hub id."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
+from lightning_distill.sharding.low_rank_update import LowRankUpdate
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.students.few_step import FewStepPipeline
 from lightning_distill.students.lora_student import ADAPTER, add_lora, lora_layers, merge_lora_weights
@@ -19,6 +20,7 @@ from lightning_distill.teachers.families import FAMILIES, stock_options, two_tim
 from lightning_distill.teachers.features import evenly_spaced_layers, record_block_inputs, trunk, trunk_width
 from lightning_distill.teachers.fingerprint import fingerprint
 from lightning_distill.teachers.lora_directory import save_lora_student
+from lightning_distill.teachers.lora_files import read_updates
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.teachers.pipeline_files import component_classes, pipeline_class_name, stock_class
@@ -28,12 +30,14 @@ from lightning_distill.teachers.sharded_loading import (
     build_sharded_lora,
     build_sharded_student,
     meta_network,
+    read_updated,
     stored_component,
 )
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.stored_encoders import meta_encoder
 from lightning_distill.teachers.student import build_student, check_pretrained, lora_config, student_config
 from lightning_distill.teachers.student_options import StudentOptions
+from lightning_distill.teachers.teacher_lora import TeacherLora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +55,8 @@ class DiffusersAdapter(ModelAdapter):
         max_sequence_length: Number of tokens to which prompts are padded. None: the length of the checkpoint's tokenizer.
         attention_backend: Name of a diffusers attention backend for teacher and student ("native", "_native_math", "flash").
             None: diffusers' default. Exported pipelines always use the default.
+        lora: LoRA files that are merged into the transformer: paths or hub ids, or with weights, `TeacherLora`. The merged
+            transformer is the teacher.
     """
 
     supports_sharding: ClassVar[bool] = True
@@ -63,6 +69,7 @@ class DiffusersAdapter(ModelAdapter):
         max_sequence_length: int | None = None,
         attention_backend: str | None = None,
         variant: str | None = None,
+        lora: Sequence[TeacherLora | str] | TeacherLora | str = (),
     ) -> None:
         super().__init__()
         self.attention_backend = attention_backend
@@ -71,6 +78,9 @@ class DiffusersAdapter(ModelAdapter):
         self.revision = revision
         self.torch_dtype = torch_dtype
         self.max_sequence_length = max_sequence_length
+        listed = [lora] if isinstance(lora, TeacherLora | str) else lora
+        self.lora = tuple(TeacherLora(each) if isinstance(each, str) else each for each in listed)
+        self._updates: Mapping[str, LowRankUpdate] | None = None
         self._pipeline: FewStepPipeline | None = None
         self._family: type[FewStepPipeline] | None = None
         self._encoders = True
@@ -115,6 +125,7 @@ class DiffusersAdapter(ModelAdapter):
         self.embeds_guidance = bool(self._transformer_config().get("guidance_embeds", False))
         if weights:
             self.location.check_files()
+            self._lora_updates()
         components = self.location.components() if weights else component_classes(index)
         tokenizer = self._family.prompt_tokenizer
         if self.max_sequence_length is not None and tokenizer not in components:
@@ -166,6 +177,11 @@ class DiffusersAdapter(ModelAdapter):
             raise ConfigurationError(
                 f"student.policy_points is {options.policy_points}, but {self.family.network_class.__name__} does not support "
                 "policies; set it to 1"
+            )
+        if options.interval_embedding == "none" and self._transformer_config().get("use_meanflow"):
+            raise ConfigurationError(
+                f"student.interval_embedding is none, but the transformer of adapter.pretrained {self.pretrained!r} has two "
+                "times itself; set interval_embedding to zero"
             )
         if options.pretrained is not None:
             check_pretrained(options, self.family.network_class, student_config(self._transformer_config(), options))
@@ -254,7 +270,29 @@ class DiffusersAdapter(ModelAdapter):
             self.sharding.shard(network, weights)
             return network
         teacher = self.location.load("transformer", self.family.network_class, DTYPES[self.torch_dtype])
+        if updates := self._lora_updates():
+            read_updated(teacher, self._stored_weights(), updates)
         return self.prepare_teacher(teacher)
+
+    def _lora_updates(self) -> Mapping[str, LowRankUpdate]:
+        """Updates of the teacher's weights by `lora`, read and checked once."""
+        if not self.lora:
+            return {}
+        if self._updates is None:
+            config = self._transformer_config()
+            if "quantization_config" in config:
+                raise self.location.source.error(
+                    f"whose transformer is quantized, so adapter.lora {self.lora[0].path!r} cannot be merged into it; set "
+                    "adapter.pretrained to the original weights"
+                )
+
+            def build() -> nn.Module:
+                with init_empty_weights(include_buffers=False):
+                    network = self.family.network_class.from_config(config)
+                return nn.Module.to(network, DTYPES[self.torch_dtype])  # the override in diffusers warns about float32 modules
+
+            self._updates = read_updates(self.lora, self.family.stock_class, build)
+        return self._updates
 
     def prepare_teacher(self, network: nn.Module) -> nn.Module:
         """Freeze a transformer, set its attention backend, and set `embeds_guidance` from its configuration."""
@@ -288,7 +326,8 @@ class DiffusersAdapter(ModelAdapter):
             location = PipelineLocation(student, None, None, "student.pretrained")
             return stored_component(location.path, None, "transformer", "student.pretrained")[0]
         variant = self.location.variant_of("transformer")
-        return stored_component(self.location.path, self.revision, "transformer", variant=variant)[0]
+        weights, _ = stored_component(self.location.path, self.revision, "transformer", variant=variant)
+        return weights.updated(self._lora_updates())
 
     def unsharded_copy(self, network: nn.Module) -> nn.Module:
         """The network itself or, if it is sharded, an unsharded copy on the CPU of the first process."""
@@ -453,7 +492,7 @@ class DiffusersAdapter(ModelAdapter):
         """Write a LoRA student without its base model, for `load_lora_student`."""
         base_model = self.pretrained if self.revision is None else f"{self.pretrained}@{self.revision}"
         settings = self.sequence_length, self.stochastic_sampling
-        save_lora_student(self.pipeline, two_time(student), *settings, base_model, directory)
+        save_lora_student(self.pipeline, two_time(student), *settings, base_model, self.lora, directory)
 
     def save_teacher(self, network: nn.Module, directory: Path) -> None:
         """Write the stock pipeline of the family."""

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers.utils.dynamic_modules_utils import get_relative_import_files
@@ -23,6 +24,7 @@ from lightning_distill.students.lora_student import (
     time_weights,
 )
 from lightning_distill.students.two_time import TwoTimeModel
+from lightning_distill.teachers.teacher_lora import TeacherLora
 
 CODE = "few_step_student"
 """Folder of the code, a package that users import from the directory."""
@@ -36,6 +38,7 @@ def save_lora_student(
     max_sequence_length: int,
     stochastic_sampling: bool,
     base_model: str,
+    base_lora: Sequence[TeacherLora],
     directory: Path,
 ) -> None:
     """Write a LoRA student without its base model, for `load_lora_student`.
@@ -46,6 +49,7 @@ def save_lora_student(
         max_sequence_length: Number of tokens to which training padded prompts.
         stochastic_sampling: Whether each step predicts x0 and re-noises.
         base_model: Hub id, shipped name or directory of the teacher. Only the last part of a directory is written.
+        base_lora: LoRA that is merged into the teacher.
         directory: Output directory; created if it does not exist.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,6 +62,7 @@ def save_lora_student(
     layers = layers[:: math.ceil(len(layers) / SAMPLED_LAYERS)]
     settings = {
         "base_model": Path(base_model).name if Path(base_model).exists() else base_model,
+        "base_lora": [{"path": each.name, "weight": each.weight} for each in base_lora],
         "pipeline": [source.stem, type(pipeline).__name__],
         "max_sequence_length": max_sequence_length,
         "stochastic_sampling": stochastic_sampling,

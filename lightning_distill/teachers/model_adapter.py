@@ -16,6 +16,7 @@ from lightning_distill.flow.times import step_grid
 from lightning_distill.sharding.protocols import Sharding
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student_options import StudentOptions
+from lightning_distill.teachers.teacher_lora import TeacherLora
 from lightning_distill.teachers.usage import DIFFUSERS_CODE, ExportCode
 
 Condition = dict[str, Tensor]
@@ -44,6 +45,9 @@ class ModelAdapter(nn.Module, ABC):
 
     export_code: ClassVar[ExportCode] = DIFFUSERS_CODE
     """Code snippets for the model cards of exports."""
+
+    lora: tuple[TeacherLora, ...] = ()
+    """LoRA that is merged into the teacher."""
 
     teacher_time_frequency: ClassVar[float] = 1000.0
     """Largest angular frequency of the teacher's features of t, in rad per unit of t."""
@@ -107,6 +111,10 @@ class ModelAdapter(nn.Module, ABC):
         if options.time_embedding == "rescaled":
             raise ConfigurationError(
                 f"student.time_embedding is rescaled, which {type(self).__name__} does not support; choose smooth or original"
+            )
+        if options.interval_embedding == "none":
+            raise ConfigurationError(
+                f"student.interval_embedding is none, which {type(self).__name__} does not support; choose zero or clone"
             )
         if options.pretrained is not None:
             raise ConfigurationError(

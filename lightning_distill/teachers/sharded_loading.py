@@ -1,5 +1,6 @@
 """Build networks on the meta device and read their shards from files, so that no process has the unsharded weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.protocols import Sharding, SharesBaseWeights
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.sharding.weight_files import WeightFilesError
-from lightning_distill.students.lora_student import add_lora, build_on_shared_weights, student_only_modules
+from lightning_distill.students.lora_student import add_lora, build_on_shared_weights, student_only_modules, time_modules
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers.pipeline_source import PipelineSource
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
-from lightning_distill.teachers.student import initialize_time_inputs, lora_config, make_trainable, student_config
+from lightning_distill.teachers.student import initialize_time_inputs, lora_config, make_student_trainable, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 
 
@@ -50,7 +51,7 @@ def stored_component(
 
 
 def meta_network(network_class: type[TwoTimeModel], config: dict[str, Any], weights: StoredWeights) -> TwoTimeModel:
-    """Build a network on the meta device, except its student-only modules (time embedders) and its buffers.
+    """Build a network on the meta device, except its time embedders and its buffers.
 
     Time embedders are small, and those of a student are computed from the teacher's unsharded ones. They are initialised or
     read in float32 on the CPU. Stored buffers are read.
@@ -65,24 +66,40 @@ def meta_network(network_class: type[TwoTimeModel], config: dict[str, Any], weig
     """
     with init_empty_weights(include_buffers=False):
         network: TwoTimeModel = network_class.from_config(config)
-    materialize_student_only_modules(network, weights)
+    materialize_time_modules(network, weights)
     return network
 
 
 @torch.no_grad()
-def materialize_student_only_modules(network: nn.Module, weights: StoredWeights) -> None:
-    """Initialise or read the student-only modules of a meta network, float32 on the CPU, and read its buffers.
+def materialize_time_modules(network: nn.Module, weights: StoredWeights) -> None:
+    """Initialise or read the time embedders of a meta network, float32 on the CPU, and read its buffers.
 
     Raises:
         RuntimeError: If the files lack a weight of the remaining modules.
     """
-    for path, part in student_only_modules(network).items():
+    for path, part in time_modules(network).items():
         _materialize(part, path, weights)
     if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta and name not in weights]:
         raise RuntimeError(f"the network's files do not match its configuration: they lack {missing}")
     for name, buffer in network.named_buffers():
         if name in weights:
             buffer.copy_(weights.read(name))
+
+
+@torch.no_grad()
+def read_updated(network: nn.Module, weights: StoredWeights, names: Iterable[str]) -> None:
+    """Read some weights of an unsharded network again, with their updates.
+
+    The update of a stored weight is rounded once, as for sharded networks; that of a loaded one would be rounded twice.
+
+    Args:
+        network: The network, changed in place.
+        weights: Stored weights with updates.
+        names: Names of the updated weights.
+    """
+    for name in names:
+        parameter = network.get_parameter(name)
+        parameter.data = weights.read(name).to(parameter.device, parameter.dtype)
 
 
 def build_sharded_student(
@@ -107,7 +124,7 @@ def build_sharded_student(
     student = meta_network(network_class, student_config(teacher, options), weights)
     embedders = meta_network(network_class, teacher, weights).timestep_embedders if options.pretrained is None else []
     report = initialize_time_inputs(embedders, student, options)
-    make_trainable(student)
+    make_student_trainable(student, options)
     sharding.shard(student, weights)
     return student, report
 

@@ -36,7 +36,7 @@ def build_student(teacher: TwoTimeModel, options: StudentOptions) -> tuple[TwoTi
         student = _copy(teacher, config) if options.lora is None else _share_weights(teacher, config)
     report = initialize_time_inputs(teacher.timestep_embedders, student, options)
     if options.lora is None:
-        make_trainable(student)
+        make_student_trainable(student, options)
     else:
         add_lora(student, lora_config(student, options.lora))
     return student.train(), report
@@ -48,6 +48,14 @@ def make_trainable(network: nn.Module) -> nn.Module:
     for name in network.unused_module_names() if isinstance(network, TwoTimeModel) else ():
         network.get_submodule(name).requires_grad_(False)
     return network.train()
+
+
+def make_student_trainable(network: TwoTimeModel, options: StudentOptions) -> None:
+    """Make the weights of a student without LoRA trainable, except its time embedders if it has no interval input."""
+    make_trainable(network)
+    if options.interval_embedding == "none":
+        for embedder in network.timestep_embedders:
+            embedder.requires_grad_(False)
 
 
 def student_config(teacher: Mapping[str, Any], options: StudentOptions) -> dict[str, Any]:
@@ -95,7 +103,8 @@ def initialize_time_inputs(
     if options.pretrained is None:
         if options.time_embedding == "smooth":
             report = refit_embedders(embedders, student.timestep_embedders, options.derivative_penalty)
-        student.reset_interval_embedding()
+        if options.interval_embedding != "none":
+            student.reset_interval_embedding()
     if options.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return report
@@ -122,13 +131,14 @@ def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel],
     if location.directory is not None:
         check_digests(location.directory, location.source)
     stored = location.read_config(network_class, "transformer/config.json", subfolder="transformer")
-    if stored.get("interval_embedding", "none") == "none":
+    if options.interval_embedding != "none" and stored.get("interval_embedding", "none") == "none":
         raise ConfigurationError(
             f"student.pretrained is {pretrained!r}, whose transformer has one time input, so it is a teacher; set it to an "
             "export of ExportPipeline, or to null to start from the teacher"
         )
-    for name, value in {"rescaled_time": False, "policy_points": 1}.items():
-        stored.setdefault(name, value)  # older exports do not have these settings
+    defaults = {"interval_embedding": "none", "time_frequency_bound": None, "rescaled_time": False, "policy_points": 1}
+    for name, value in defaults.items():
+        stored.setdefault(name, value)  # stock transformers and older exports do not have these settings
     for name, value in config.items():
         if name in stored and stored[name] != value:
             raise ConfigurationError(

@@ -43,7 +43,9 @@ class StudentOptions:
 
     Args:
         interval_embedding: Initialisation of the second time input. "zero": it has no effect at first, so the student starts
-            as the teacher. "clone": it is a copy of the timestep embedder (arXiv 2512.13006), so the student differs.
+            as the teacher. "clone": it is a copy of the timestep embedder (arXiv 2512.13006), so the student differs. "none":
+            there is no such input, and the time embedders stay the teacher's, for methods that evaluate the student at r = 0
+            only, with `time_embedding` "original".
         time_embedding: "smooth": refitted on features of bounded frequency. "original": the teacher's embedding. "rescaled":
             the teacher's embedding with times in [0, 1] in place of [0, 1000]. The student has to learn rescaled times with
             `TimestepRescaling`; other methods start from its export.
@@ -64,7 +66,7 @@ class StudentOptions:
         ConfigurationError: If a setting is out of its range.
     """
 
-    interval_embedding: Literal["zero", "clone"] = "zero"
+    interval_embedding: Literal["zero", "clone", "none"] = "zero"
     time_embedding: Literal["smooth", "original", "rescaled"] = "smooth"
     frequency_bound: float = 6.2832
     derivative_penalty: float = 3e-4
@@ -85,3 +87,13 @@ class StudentOptions:
             raise ConfigurationError(f"student.max_drift is {self.max_drift}; set it to 0 or more, 0.1 is usual")
         if self.policy_points < 1:
             raise ConfigurationError(f"student.policy_points is {self.policy_points}; set it to 1 for no policy, or above")
+        if self.interval_embedding == "none" and self.time_embedding != "original":
+            raise ConfigurationError(
+                f"student.interval_embedding is none, but student.time_embedding is {self.time_embedding}; set it to original, "
+                "or interval_embedding to zero"
+            )
+        if self.interval_embedding == "none" and self.policy_points > 1:
+            raise ConfigurationError(
+                f"student.interval_embedding is none, but student.policy_points is {self.policy_points}, and a policy needs "
+                "the end of its step; set policy_points to 1, or interval_embedding to zero"
+            )

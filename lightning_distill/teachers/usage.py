@@ -15,7 +15,7 @@ class ExportCode:
         student: Code for a student.
         teacher: Code for a teacher.
         lora_student: Code for a student exported without its base model. It may also contain `{base}` and the base model's
-            `{torch_dtype}`.
+            `{torch_dtype}`, and `{base_lora}` for the code that merges the teacher's LoRA.
     """
 
     library: str
@@ -24,6 +24,11 @@ class ExportCode:
     lora_student: str = ""
 
 
+MERGE_LORA = """base.load_lora_weights("{name}"{options})
+base.fuse_lora(lora_scale={weight:g})
+base.unload_lora_weights()
+"""
+"""Code that merges LoRA into a pipeline of diffusers."""
 _PIPELINE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this/directory"{options})
@@ -40,7 +45,7 @@ sys.path.append("this/directory")
 from few_step_student.lora_student import load_lora_student
 
 base = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.{torch_dtype})
-pipeline = load_lora_student(base, "this/directory")
+{base_lora}pipeline = load_lora_student(base, "this/directory")
 image = pipeline(
 {inputs}
 ).images[0]

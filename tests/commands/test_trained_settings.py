@@ -53,6 +53,7 @@ LORA = {"rank": 2, "alpha": None}
         ({"student__lora": LORA}, "model.student.lora is {rank: 2, alpha: null}, .* trained with null; set it to null"),
         ({"adapter__pretrained": "hub/other"}, "model.adapter.pretrained is hub/other, .* trained with hub/teacher; set it to"),
         ({"adapter__revision": "v2"}, "model.adapter.revision is v2, .* trained with v1; set it to v1"),
+        ({"adapter__lora": ["style.safetensors"]}, r"model.adapter.lora is \['style.safetensors'\], .* trained with unset"),
         ({"guidance__kind": "improved"}, "model.guidance.kind is improved, .* trained with two_branch"),
     ],
 )
@@ -92,6 +93,23 @@ def test_settings_of_training_data_and_validation_are_not_compared(new: dict[str
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_trained_settings(new, CHECKPOINT, "a.ckpt")
+
+
+STYLES = [{"path": "/training/style.safetensors", "weight": 0.5}, "/training/light.safetensors"]
+
+
+def test_lora_of_the_same_name_in_another_place_is_a_warning() -> None:
+    trained = {SETTINGS: settings(adapter__lora=STYLES)}
+    moved = [{"path": "/here/style.safetensors", "weight": 0.5}, "/here/light.safetensors"]
+    with pytest.warns(UserWarning, match="model.adapter.lora"):
+        check_trained_settings(settings(adapter__lora=moved), trained, "a.ckpt")
+    for other in (
+        [{**STYLES[0], "weight": 1.0}, STYLES[1]],  # type: ignore[dict-item]
+        ["/here/other.safetensors", STYLES[1]],
+        [STYLES[0]],
+    ):
+        with pytest.raises(ConfigurationError, match="model.adapter.lora is"):
+            check_trained_settings(settings(adapter__lora=other), trained, "a.ckpt")
 
 
 def test_a_checkpoint_without_settings_is_not_compared() -> None:

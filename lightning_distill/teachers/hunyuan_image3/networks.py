@@ -14,7 +14,7 @@ from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.students.two_time import TwoTimeEmbedding
 from lightning_distill.students.two_time_hunyuan_image3 import TwoTimeHunyuanImage3
 from lightning_distill.teachers.hunyuan_image3.directory import published_class, two_time_class
-from lightning_distill.teachers.sharded_loading import materialize_student_only_modules
+from lightning_distill.teachers.sharded_loading import materialize_time_modules
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student import initialize_time_inputs
 from lightning_distill.teachers.student_options import StudentOptions
@@ -112,7 +112,7 @@ def _meta_network(
     kind: type[TwoTimeHunyuanImage3], config: Any, weights: StoredWeights, dtype: torch.dtype
 ) -> TwoTimeHunyuanImage3:
     network = build_on_meta_device(kind, config, dtype)
-    materialize_student_only_modules(network, weights)
+    materialize_time_modules(network, weights)
     return network
 
 
