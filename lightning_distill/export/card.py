@@ -29,8 +29,8 @@ class ModelCard:
         figures: Measured figures by name, such as "val/prompt_accuracy/nfe_4".
         notes: Further paragraphs, in Markdown.
         torch_dtype: Dtype of the teacher's weights, in which the base model of a LoRA student is loaded.
-        teacher_lora: LoRA that is merged into the teacher.
         started_from: Name, directory or hub id of the student with the initial weights. None: they are the teacher's.
+        teacher_lora: LoRA that is merged into the teacher.
     """
 
     method: str
@@ -44,8 +44,8 @@ class ModelCard:
     figures: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
     torch_dtype: str = "float32"
-    teacher_lora: Sequence[TeacherLora] = ()
     started_from: str | None = None
+    teacher_lora: Sequence[TeacherLora] = ()
 
     @classmethod
     def from_method(
@@ -78,8 +78,8 @@ class ModelCard:
             figures=figures or {},
             notes=notes,
             torch_dtype=method.adapter.weights_dtype,
-            teacher_lora=method.adapter.lora,
             started_from=method.student_options.pretrained,
+            teacher_lora=method.adapter.lora,
         )
 
 

@@ -101,14 +101,14 @@ STYLES = [{"path": "/training/style.safetensors", "weight": 0.5}, "/training/lig
 def test_lora_of_the_same_name_in_another_place_is_a_warning() -> None:
     trained = {SETTINGS: settings(adapter__lora=STYLES)}
     moved = [{"path": "/here/style.safetensors", "weight": 0.5}, "/here/light.safetensors"]
-    with pytest.warns(UserWarning, match="model.adapter.lora"):
+    with pytest.warns(UserWarning, match=r"model\.adapter\.lora"):
         check_trained_settings(settings(adapter__lora=moved), trained, "a.ckpt")
     for other in (
         [{**STYLES[0], "weight": 1.0}, STYLES[1]],  # type: ignore[dict-item]
         ["/here/other.safetensors", STYLES[1]],
         [STYLES[0]],
     ):
-        with pytest.raises(ConfigurationError, match="model.adapter.lora is"):
+        with pytest.raises(ConfigurationError, match=r"model\.adapter\.lora is"):
             check_trained_settings(settings(adapter__lora=other), trained, "a.ckpt")
 
 
