@@ -1,11 +1,13 @@
 """LoRA of given rank from the difference of two networks' weights, and the error that it makes."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.export.lora_layers import LoraLayers
 
 Read = Callable[[str], Tensor]
@@ -47,27 +49,40 @@ def extract_lora(student: Read, teacher: Read, names: Iterable[str], linear: Ite
     Two weights are in memory at a time. The result is deterministic.
 
     Args:
-        student: Reads a weight of the student, in any precision.
-        teacher: Reads a weight of the teacher, of the same shape.
+        student: Reads a weight of the student, in any precision and on any device.
+        teacher: Reads a weight of the teacher, on the same device.
         names: Names of all weights of both.
         linear: Names of the linear layers.
         rank: Largest rank of an update.
 
     Returns:
-        Factors :math:`B = U \sqrt{S}, A = \sqrt{S} V^T` in float32, and their error.
+        Factors :math:`B = U \sqrt{S}, A = \sqrt{S} V^T` in float32 on the CPU, and their error.
+
+    Raises:
+        ConfigurationError: If the two have a weight of different shapes.
+        NonFiniteError: If a weight is NaN or infinite.
     """
     matrices = {f"{name}.weight": name for name in linear}
     layers: LoraLayers = {}
     total = missed = other = 0.0
     for name in names:
-        change = student(name).float() - teacher(name).float()
+        trained, original = student(name), teacher(name)
+        if trained.shape != original.shape:
+            raise ConfigurationError(
+                f"format lora is not possible: {name} of the student has the shape {tuple(trained.shape)}, and "
+                f"{tuple(original.shape)} in the teacher; export the format any_step"
+            )
+        change = trained.float() - original.float()
         energy = _energy(change)
+        if not math.isfinite(energy):
+            raise NonFiniteError(f"nothing was exported, because {name} is NaN or infinite; export an earlier checkpoint")
         total += energy
         if name not in matrices:
             other += energy
         elif energy:
-            layers[matrices[name]] = a, b = truncated_svd(change, rank)
+            a, b = truncated_svd(change, rank)
             missed += _energy(change - b @ a)
+            layers[matrices[name]] = (a.cpu(), b.cpu())
     if not total:
         return ExtractedLora({}, 0.0, 0.0)
     return ExtractedLora(layers, ((missed + other) / total) ** 0.5, (other / total) ** 0.5)
@@ -87,7 +102,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if smaller <= max(EXACT_SIZE, rank + OVERSAMPLING):
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(matrix, rank + OVERSAMPLING, POWER_ITERATIONS)
         vt = v.mT

@@ -63,6 +63,7 @@ _kohya = partial(ToolKeys, prefix="lora_unet_", separator="_")
 _FLUX, _FLUX_2 = LAYOUTS["FluxTransformer2DModel"], LAYOUTS["Flux2Transformer2DModel"]
 _FLUX_WIDTHS = {"linear1": 3072}
 _FLUX_NOTE = "diffusers drops the time embedder of FLUX.1 from files with these keys; load the format `lora` in diffusers."
+_Z_IMAGE_NOTE = "ComfyUI drops attention layers of Z-Image from files with these keys; load the format `comfyui` in ComfyUI."
 
 TOOL_KEYS: dict[str, dict[Tool, ToolKeys]] = {
     "FluxTransformer2DModel": {
@@ -89,7 +90,7 @@ TOOL_KEYS: dict[str, dict[Tool, ToolKeys]] = {
     # ComfyUI maps diffusers' names of SD3 to its own (`mmdit_to_diffusers` in comfy/utils.py).
     "SD3Transformer2DModel": {"comfyui": ToolKeys(prefix="transformer.", factors=_LORA_A_B, has_alpha=False)},
     # ComfyUI does so for Z-Image as well (`z_image_to_diffusers`). musubi-tuner has diffusers' names.
-    "ZImageTransformer2DModel": {"comfyui": ToolKeys(), "kohya": _kohya()},
+    "ZImageTransformer2DModel": {"comfyui": ToolKeys(), "kohya": _kohya(note=_Z_IMAGE_NOTE)},
 }
 """Key names by the class of the transformer in diffusers, for every tool whose files diffusers can read back.
 

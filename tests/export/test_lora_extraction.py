@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.errors import ConfigurationError, NonFiniteError
 from lightning_distill.export import lora_extraction
 from lightning_distill.export.lora_extraction import extract_lora, linear_layers, truncated_svd
 
@@ -66,3 +67,12 @@ def test_the_randomised_decomposition_is_as_good_and_repeatable(monkeypatch: pyt
     assert all(map(torch.equal, found, again))
     best, error = ((matrix - b @ a).norm().item() for a, b in (exact, found))
     assert error == pytest.approx(best, rel=1e-3)
+
+
+def test_weights_without_a_low_rank_change_raise() -> None:
+    teacher = network()
+    state = teacher.state_dict()
+    with pytest.raises(ConfigurationError, match=r"3\.weight of the student has the shape \(40, 30\), and \(20, 30\) in the"):
+        extract({**state, "3.weight": torch.ones(40, 30)}, teacher, 2)
+    with pytest.raises(NonFiniteError, match=r"3\.weight is NaN or infinite"):
+        extract({**state, "3.weight": torch.full((20, 30), torch.nan)}, teacher, 2)

@@ -6,12 +6,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.lora_layers import LoraLayers, save_lora_file
+from lightning_distill.export.single_file import original_tensors, plan_single_file
 from lightning_distill.export.tool_keys import TOOL_KEYS, Tool, check_tool_lora, save_tool_lora, tool_keys, tool_lora
 from lightning_distill.students.lora_student import lora_modules
 from lightning_distill.teachers.families import FAMILIES as PIPELINES
@@ -113,12 +120,45 @@ def test_diffusers_drops_the_time_embedder_of_flux() -> None:
         assert "time embedder" in tool_keys("FluxTransformer2DModel", tool).note
 
 
-def test_readers_swap_scale_and_shift_of_the_output_layer() -> None:
-    b = torch.arange(6.0)[:, None]
-    for transformer in ("FluxTransformer2DModel", "Flux2Transformer2DModel"):
-        state = tool_lora({"norm_out.linear": (torch.ones(1, 2), b)}, transformer, "comfyui")
-        up = next(value for name, value in state.items() if name.endswith(("lora_up.weight", "lora_B.weight")))
-        assert up.flatten().tolist() == [3, 4, 5, 0, 1, 2]
+def original_weights(weights: dict[str, Tensor], transformer: nn.Module) -> dict[str, Tensor]:
+    """Weights in the original layout."""
+    plan = plan_single_file(weights, type(transformer).__name__, transformer.config)
+    return dict(original_tensors(plan, weights, lambda names: {name: weights[name] for name in names}))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("kind", [FluxTransformer2DModel, Flux2Transformer2DModel, QwenImageTransformer2DModel])
+def test_updates_of_the_original_weights_are_the_merged_weights(kind: type[nn.Module], tool: Tool) -> None:
+    """ComfyUI adds B A to `X.weight` of the original layout for the keys `diffusion_model.X` and `lora_unet_X`."""
+    torch.manual_seed(0)
+    with init_empty_weights():
+        transformer = kind(num_layers=2, **({} if kind is QwenImageTransformer2DModel else {"num_single_layers": 2}))
+    # Four inputs are enough: no layout depends on their number.
+    weights = {name: torch.randn(len(value), *(4 for _ in value.shape[1:])) for name, value in transformer.state_dict().items()}
+    keys = tool_keys(kind.__name__, tool)
+    layers = random_layers({name: (rows, 4) for name, (rows, _) in linear_shapes(transformer).items()})
+    layers = {name: layers[name] for name, place in keys.layout.layers(layers).items() if place.name not in keys.unread}
+    state = tool_lora(layers, kind.__name__, tool)
+    found = original_weights(weights, transformer)
+    stems = {f"diffusion_model.{name}": name for name in found}
+    stems |= {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.weight": name for name in found}
+    used = set()
+    for name in state:
+        stem, factor, suffix = name.rpartition(f".{keys.factors.a}")
+        if factor:
+            a, b = state[name], state[f"{stem}.{keys.factors.b}{suffix}"]
+            original = stems[f"{stem}{suffix}"]
+            found[original] = found[original] + b @ a
+            used.add(stem)
+    assert {name.rpartition(".lora_")[0] or name.removesuffix(".alpha") for name in state} == used
+    merged_weights = {
+        name: value + layers[layer][1] @ layers[layer][0] if (layer := name.removesuffix(".weight")) in layers else value
+        for name, value in weights.items()
+    }
+    expected = original_weights(merged_weights, transformer)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
 
 
 @pytest.mark.parametrize(
