@@ -1,5 +1,6 @@
 """The LoRA file: every loader of diffusers gives the merged weights' outputs, for mixed ranks and next to another LoRA."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, HunyuanImagePipeline
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import nn
 
 from lightning_distill.export.lora_layers import lora_layers_of, save_lora_file
@@ -73,3 +75,21 @@ def test_layers_with_ranks_and_scales_of_their_own() -> None:
     assert [len(a) for a, _ in layers.values()] == [2, 3]
     for name, (a, b) in layers.items():
         torch.testing.assert_close(b @ a, network[int(name)].get_delta_weight(ADAPTER))
+
+
+def test_header_gives_each_layer_its_rank_and_the_scale_one(tmp_path: Path) -> None:
+    """Older readers know neither without it. Names that end alike have patterns of their own."""
+    layers = random_layers(dict.fromkeys(["proj_out", "blocks.0.proj_out", "blocks.1.proj_out", "blocks.10.proj_out"], (4, 4)))
+    with safe_open(save_lora_file(layers, tmp_path), framework="pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in header.items()})
+    network = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList([nn.ModuleDict({"proj_out": nn.Linear(4, 4)}) for _ in range(12)]),
+            "proj_out": nn.Linear(4, 4),
+        }
+    )
+    inject_adapter_in_model(config, network, ADAPTER)
+    found = {name: part for name, part in network.named_modules() if isinstance(part, LoraLayer)}
+    assert {name: part.r[ADAPTER] for name, part in found.items()} == {name: len(a) for name, (a, _) in layers.items()}
+    assert {part.scaling[ADAPTER] for part in found.values()} == {1.0}

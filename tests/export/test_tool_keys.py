@@ -161,13 +161,20 @@ def test_updates_of_the_original_weights_are_the_merged_weights(kind: type[nn.Mo
         torch.testing.assert_close(found[name], value)
 
 
-@pytest.mark.parametrize(
-    ("family", "tool"), [*((family, tool) for family in READ_IN_FULL for tool in TOOLS), ("stable_diffusion_3", "comfyui")]
-)
+LOADED = [(family, tool) for family in ["flux", "flux_guided", *READ_IN_FULL] for tool in TOOLS]
+
+
+@pytest.mark.parametrize(("family", "tool"), [*LOADED, ("stable_diffusion_3", "comfyui")])
 def test_loaded_file_equals_merged_weights(family: str, tool: Tool, tmp_path: Path) -> None:
     pipeline, evaluate = tiny_stock(family)
     transformer = pipeline.transformer
-    layers = random_layers(linear_shapes(transformer, layer_names(pipeline)))
+    names = layer_names(pipeline)
+    if family.startswith("flux") and family not in READ_IN_FULL:
+        # The reader has the width of FLUX.1 built in for one fused layer, and drops the time embedder.
+        fused = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+        names = [name for name in names if "blocks" in name and not (name.startswith("single") and name.endswith(fused))]
+        assert len(names) > 8
+    layers = random_layers(linear_shapes(transformer, names))
     expected = evaluate(merged(transformer, layers))
     file = tmp_path / "lora.safetensors"
     save_tool_lora(layers, type(transformer).__name__, tool, file)
