@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
+from lightning_distill.commands.generation import guidance_arguments
 from lightning_distill.commands.pipelines import load_pipeline
-from lightning_distill.commands.sample import guidance_arguments
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.metrics import PromptAccuracy, prompt_diversity

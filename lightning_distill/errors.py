@@ -47,6 +47,12 @@ def first_and_count(names: Sequence[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def alternatives(values: Sequence[object]) -> str:
+    """Values as in `1, 2 or 4`."""
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def find_configuration_error(error: BaseException | None) -> ConfigurationError | None:
     """First `ConfigurationError` in a chain of causes; jsonargparse wraps the errors of constructors."""
     while error is not None and not isinstance(error, ConfigurationError):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from lightning_distill.callbacks.images import unique_prompts
 from lightning_distill.commands.config_files import shipped_configs
+from lightning_distill.commands.generation import sample
 from lightning_distill.commands.main import main
 from lightning_distill.commands.pipelines import foreign_code, is_own_code, load_pipeline
-from lightning_distill.commands.sample import sample
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.digests import MANIFEST, file_names, find_damage, read_manifest

@@ -101,14 +101,17 @@ class ExportPipeline(Callback):
     def model_card(self, trainer: Trainer, module: TeacherStudentBase) -> ModelCard:
         """Model card of the run, with the figures of `FinalReport` or, without a report, of the last validation."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
-        reports = [callback.summary for callback in callbacks if isinstance(callback, FinalReport) and callback.summary]
-        figures = reports[-1].figures() if reports else {}
+        reports = [callback for callback in callbacks if isinstance(callback, FinalReport) and callback.summary]
+        report = reports[-1] if reports else None
+        summary = None if report is None else report.summary
+        figures = {} if summary is None else summary.figures()
         if not figures:
             figures = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         return ModelCard.from_method(
             module,
             steps=trainer.global_step,
-            minutes=reports[-1].minutes if reports else self._elapsed() / 60,  # excludes the time that the report takes
+            minutes=self._elapsed() / 60 if summary is None else summary.minutes,  # excludes the time that the report takes
             figures={name: value for name, value in figures.items() if math.isfinite(value)},
             notes=self.notes,
+            images=None if report is None else report.images,
         )

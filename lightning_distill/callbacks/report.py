@@ -12,6 +12,7 @@ from typing import Any
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from rich import box
 from rich.table import Table
@@ -33,6 +34,10 @@ from lightning_distill.metrics.diversity import PromptDiversity
 from lightning_distill.outputs import atomic_file, check_directory
 from lightning_distill.paths import expand_path
 
+SUMMARY = "summary.json"
+"""File of the figures of a run."""
+IMAGES = "images.png"
+"""File of the image grid of a run."""
 PromptBatch = tuple[list[int], list[str]]
 """Indices in the data set, and the captions of these indices."""
 
@@ -45,6 +50,7 @@ class Summary:
         teacher: Overall metric of the teacher by number of steps.
         student: Overall metric of the student by number of steps.
         minutes: Time of training with its validations, over all resumed parts.
+        steps: Optimizer steps of the training.
         categories: The metric by network, number of steps and category.
         diversity: `PromptDiversity` by network and number of steps.
     """
@@ -52,6 +58,7 @@ class Summary:
     teacher: dict[str, float] = field(default_factory=dict)
     student: dict[str, float] = field(default_factory=dict)
     minutes: float = 0.0
+    steps: int = 0
     categories: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     diversity: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -91,6 +98,7 @@ class FinalReport(Callback):
 
     Attributes:
         summary: The figures at the end of training; None before, and if nothing was measured.
+        images: File of the image grid at the end of training; None before, and if there is none.
 
     Raises:
         ConfigurationError: If a setting is out of its range.
@@ -126,6 +134,7 @@ class FinalReport(Callback):
         self.diversity_seeds = diversity_seeds
         self.teacher = teacher
         self.summary: Summary | None = None
+        self.images: Path | None = None
         self._seconds = 0.0
         self._started: float | None = None
 
@@ -158,13 +167,15 @@ class FinalReport(Callback):
             return
         with evaluation_mode(trainer, module):
             self.summary = summary = self._measure(module, batches, prompts)
+            summary.steps = trainer.global_step
             columns = unique_prompts(prompts, self.columns)
             seeds = range(self.seed, self.seed + len(columns))
             rows = student_rows(module, columns, seeds) | teacher_row(module, columns, seeds)
         if trainer.is_global_zero:
-            with atomic_file(directory / "summary.json") as file:
+            self.images = directory / IMAGES
+            with atomic_file(directory / SUMMARY) as file:
                 file.write((json.dumps(asdict(summary), indent=2) + "\n").encode())
-            with atomic_file(directory / "images.png") as file:
+            with atomic_file(self.images) as file:
                 image_grid(rows, columns).save(file, format="png")
         if module.metrics:
             metric = next(iter(module.metrics.values()))
@@ -230,6 +241,28 @@ class FinalReport(Callback):
     def _print(self, trainer: Trainer, content: Table | str) -> None:
         if trainer.is_global_zero:
             rich.get_console().print(content)
+
+
+def read_report(directory: Path, steps: int) -> tuple[Summary, Path | None] | None:
+    """Figures and image grid of a finished run.
+
+    Args:
+        directory: Directory of the run.
+        steps: Optimizer steps of a checkpoint.
+
+    Returns:
+        The figures and the file of the grid; None if the run has no report, or one after another number of steps.
+    """
+    file, images = directory / SUMMARY, directory / IMAGES
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        summary = Summary(**content)
+    except (ValueError, TypeError) as error:
+        rank_zero_warn(f"{file} is not the summary of a run ({error}); the model card has no figures")
+        return None
+    return (summary, images if images.is_file() else None) if summary.steps == steps else None
 
 
 def validation_prompts(trainer: Trainer) -> Iterator[PromptBatch]:

@@ -1,16 +1,22 @@
 """`lightning-distill export`: convert a checkpoint to a pipeline directory."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_distill.callbacks.report import read_report
 from lightning_distill.commands.checkpoint_path import check_exists, find_checkpoint
 from lightning_distill.commands.options_cli import OptionsCLI
 from lightning_distill.commands.trained_settings import card_fields, check_trained_settings
 from lightning_distill.export.checkpoint import CheckpointExport, export_checkpoint, local_checkpoint
 from lightning_distill.export.directory import check_export_directory
+from lightning_distill.export.hub import check_push, push
 from lightning_distill.sharding.checkpoint_files import read_checkpoint
 
 
@@ -23,6 +29,8 @@ class ExportCLI(OptionsCLI):
     def execute(self, options: CheckpointExport) -> None:
         """Export the student, with the settings that the checkpoint was trained with."""
         check_export_directory(options.directory)
+        if options.push_to_hub is not None:
+            check_push(options.push_to_hub)
         self.check_teacher()
         if options.ckpt_path in ("last", "best", "hpc"):
             options = replace(options, ckpt_path=find_checkpoint(options.ckpt_path, self._searched(), resumes=False))
@@ -30,7 +38,12 @@ class ExportCLI(OptionsCLI):
         check_exists(str(path), resumes=False)
         content = read_checkpoint(path, mmap=True)
         check_trained_settings(self.config_dump, content, options.ckpt_path)
-        export_checkpoint(self.model, options, card_fields(content))
+        directory = export_checkpoint(
+            self.model, options, card_fields(content) | _report(path, content["global_step"], options)
+        )
+        if options.push_to_hub is not None:
+            url = push(directory, options.push_to_hub, options.public)
+            rank_zero_info(f"Pushed {directory} to {url}")
 
     def _searched(self) -> Trainer:
         """A trainer with the directories of checkpoints of the settings, on the CPU of any machine."""
@@ -46,6 +59,18 @@ class ExportCLI(OptionsCLI):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+
+
+def _report(checkpoint: Path, steps: int, options: CheckpointExport) -> dict[str, Any]:
+    """Fields of the model card from the report of the checkpoint's run, if it is of the same weights."""
+    if options.weights == "last":
+        return {}  # reports measure the EMA
+    for directory in (checkpoint.absolute().parent.parent, checkpoint.absolute().parent):
+        if report := read_report(directory, steps):
+            summary, images = report
+            figures = {name: value for name, value in summary.figures().items() if math.isfinite(value)}
+            return {"figures": figures, "minutes": summary.minutes, "images": images}
+    return {}
 
 
 def main(arguments: Sequence[str], name: str) -> None:

@@ -1,7 +1,7 @@
-"""Load pipeline directories for `sample`: exported students, with their code checked, and stock pipelines."""
+"""Load pipelines for `sample`: exported students, with their code checked, stock pipelines, and LoRA on them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,19 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
 import lightning_distill.students
+from lightning_distill.commands.base_pipelines import (
+    WeightFile,
+    add_lora_files,
+    find_weights,
+    fuse_lora_files,
+    load_base,
+    load_with_weights,
+)
+from lightning_distill.commands.student_choice import ON_BASE, read_mark
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.sharding.weight_files import WeightFilesError, safetensors_shapes
 from lightning_distill.students.lora_student import LORA_WEIGHTS, SETTINGS, TIME_WEIGHTS, load_lora_student
 from lightning_distill.teachers.component_files import check_component
-from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from lightning_distill.teachers.families import FAMILIES
 from lightning_distill.teachers.finite import check_finite
 from lightning_distill.teachers.hunyuan_image3.directory import is_hunyuan_image3, published_class, read_config
@@ -39,33 +47,58 @@ STUDENTS = {family.__name__ for family in FAMILIES.values()}
 
 
 def load_pipeline(
-    name: str, trust_remote_code: bool = False, torch_dtype: torch.dtype = torch.float32, base: str | None = None
+    name: str | None,
+    trust_remote_code: bool = False,
+    torch_dtype: torch.dtype = torch.float32,
+    base: str | None = None,
+    loras: Sequence[WeightFile] = (),
 ) -> DiffusionPipeline | PreTrainedModel:
     """Load a pipeline or a student of HunyuanImage 3.0, to the GPU if there is one.
 
     Args:
-        name: Shipped name or directory.
+        name: Shipped name or directory. None: the pipeline is the base.
         trust_remote_code: Whether to run Python files in the directory that are not of this package.
         torch_dtype: dtype of the weights.
-        base: Base of a LoRA student that was exported without it: shipped name, directory or hub id; None means its teacher.
+        base: Base of a student that was exported without it: shipped name, directory or hub id; None means its teacher.
+        loras: LoRA files for a stock pipeline, or for the base of a LoRA student whose teacher had them.
 
     Raises:
         ConfigurationError: If there is no pipeline of a known family, it is incomplete or damaged, has untrusted code or
             weights that are not finite, or its base is missing.
     """
-    directory, source = Path(resolve_pretrained(name)), PipelineSource("--pipeline", name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (directory / SETTINGS).is_file():
-        pipeline = _on_base(source, directory, base, torch_dtype)
-    elif base is not None:
-        raise ConfigurationError(f"--base is {base!r}, but --pipeline {name!r} is a complete pipeline; leave --base out")
-    elif (directory / INDEX).is_file():
-        pipeline = _load_directory(source, directory, trust_remote_code, torch_dtype)
+    if name is None:
+        source, pipeline = PipelineSource("--base", str(base)), load_with_weights(loras, base, torch_dtype)
     else:
-        return _load_hunyuan_image3(source, directory, trust_remote_code, torch_dtype).eval().to(device)
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    check_finite(modules, source)
-    return pipeline.to(device)
+        source = PipelineSource("--pipeline", name)
+        pipeline = _load(source, trust_remote_code, torch_dtype, base, loras)
+    modules = {"model": pipeline} if isinstance(pipeline, PreTrainedModel) else pipeline.components
+    check_finite({name: part for name, part in modules.items() if isinstance(part, torch.nn.Module)}, source)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(
+    source: PipelineSource, trust_remote_code: bool, torch_dtype: torch.dtype, base: str | None, loras: Sequence[WeightFile]
+) -> DiffusionPipeline | PreTrainedModel:
+    name, directory = source.value, Path(resolve_pretrained(source.value))
+    mark = read_mark(directory, source)
+    if mark is not None and mark.kind in ON_BASE:
+        return load_with_weights([find_weights(name, "--pipeline"), *loras], base, torch_dtype)
+    is_whole = not (directory / SETTINGS).is_file()
+    if is_whole and base is not None:
+        raise ConfigurationError(f"--base is {base!r}, but --pipeline {name!r} is a complete pipeline; leave --base out")
+    has_index = (directory / INDEX).is_file()
+    if not is_whole:
+        return _on_base(source, directory, base, torch_dtype, loras)
+    if loras and not (has_index and isinstance(read_index(directory, source)["_class_name"], str)):
+        raise ConfigurationError(
+            f"--lora is {loras[0].source.value!r}, but --pipeline {name!r} is not a stock pipeline; leave --lora out, or "
+            "export the student as stock or lora"
+        )
+    if not has_index:
+        return _load_hunyuan_image3(source, directory, trust_remote_code, torch_dtype).eval()
+    pipeline = _load_directory(source, directory, trust_remote_code, torch_dtype)
+    add_lora_files(pipeline, loras)
+    return pipeline
 
 
 def is_student(pipeline: DiffusionPipeline) -> bool:
@@ -123,12 +156,13 @@ def _load_hunyuan_image3(
         kind: Any = published_class(directory)
         model: PreTrainedModel = kind.from_pretrained(directory, dtype=torch_dtype, use_safetensors=True)
         model.load_tokenizer(str(directory))
-    check_finite({"model": model}, source)
     return model
 
 
-def _on_base(source: PipelineSource, directory: Path, base: str | None, torch_dtype: torch.dtype) -> DiffusionPipeline:
-    """Load a LoRA student on its base with the code of this package. Code in the directory is not run."""
+def _on_base(
+    source: PipelineSource, directory: Path, base: str | None, torch_dtype: torch.dtype, loras: Sequence[WeightFile]
+) -> DiffusionPipeline:
+    """Load a LoRA student on its base, with LoRA fused that its teacher had. Code in the directory is not run."""
     name = source.value
     check_digests(directory, source)
     with source.loading(SETTINGS):
@@ -143,17 +177,9 @@ def _on_base(source: PipelineSource, directory: Path, base: str | None, torch_dt
             safetensors_shapes(directory / file)
     except WeightFilesError as error:
         raise source.error(f"which {error}") from error
-    base, _, revision = (base or stored_base).partition("@")
-    try:
-        adapter = DiffusersAdapter(base, revision=revision or None)
-        adapter.check()
-        stock = adapter.location.load_pipeline(adapter.family.stock_class, torch_dtype)
-    except ConfigurationError as error:
-        reason = str(error).removeprefix("adapter.pretrained is ")
-        raise ConfigurationError(
-            f"--pipeline {name!r} has only the LoRA weights of a student, whose base cannot be loaded ({reason}); set --base "
-            "to the directory or hub id of its base"
-        ) from error
+    base = base or stored_base
+    stock = load_base(f"--pipeline {name!r}", base, torch_dtype)
+    fuse_lora_files(stock, loras)
     with source.loading("weights"):
         try:
             return load_lora_student(stock, directory)

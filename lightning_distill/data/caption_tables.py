@@ -212,11 +212,13 @@ class CaptionColumn:
     Args:
         path: File, for messages.
         name: Name of the column; None selects the first of `CAPTION_COLUMNS` that the first row has.
+        setting: Dotted name of the setting of `name`, for messages.
     """
 
-    def __init__(self, path: Path, name: str | None) -> None:
+    def __init__(self, path: Path, name: str | None, setting: str = "data.caption_column") -> None:
         self.path = path
         self.name = name
+        self.setting = setting
         self._blank: list[str] = []
         self._replaced: list[str] = []
 
@@ -233,7 +235,7 @@ class CaptionColumn:
             others = self._other_columns(row)
             raise ConfigurationError(
                 f'{row.place} of {self.path} has no string under "{self.name}"; correct or remove it'
-                + (f", or set data.caption_column to one of {others}" if others else "")
+                + (f", or set {self.setting} to one of {others}" if others else "")
             )
         return self.usable(captions, row.place)
 
@@ -261,12 +263,12 @@ class CaptionColumn:
             others = self._other_columns(row)
             raise ConfigurationError(
                 f'{row.place} of {self.path} has no string under "text", "caption" or "prompt"; '
-                + (f"set data.caption_column to one of {others}" if others else "add a column of captions")
+                + (f"set {self.setting} to one of {others}" if others else "add a column of captions")
             )
         if len(found) > 1:
             rank_zero_warn(
-                f"{self.path} has the columns {', '.join(found)}: captions are read from {found[0]!r}; set data.caption_column "
-                "to choose"
+                f"{self.path} has the columns {', '.join(found)}: captions are read from {found[0]!r}; set {self.setting} to "
+                "choose"
             )
         return found[0]
 

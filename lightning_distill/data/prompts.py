@@ -117,13 +117,16 @@ class Prompts(ResumableData):
             self.check_training_size(len(self._train))
 
 
-def read_prompts(path: Path, setting: str, caption_column: str | None = None) -> list[str]:
+def read_prompts(
+    path: Path, setting: str, caption_column: str | None = None, column_setting: str = "data.caption_column"
+) -> list[str]:
     """Unique prompts of a file, in file order.
 
     Args:
         path: Text file, or table or list with an ending of `ENDINGS`.
         setting: Name of the setting with the file, for error messages.
         caption_column: Column of the prompts in a table; None searches it.
+        column_setting: Name of the setting with the column, for error messages.
 
     Raises:
         ConfigurationError: If the file is missing, has another ending, cannot be parsed, or has no prompts.
@@ -138,10 +141,10 @@ def read_prompts(path: Path, setting: str, caption_column: str | None = None) ->
         )
     if ending == TEXT_ENDING and caption_column is not None:
         raise ConfigurationError(
-            f"data.caption_column is {caption_column!r}, but {setting} is {str(path)!r}, which has no columns; remove "
-            "data.caption_column"
+            f"{column_setting} is {caption_column!r}, but {setting} is {str(path)!r}, which has no columns; remove "
+            f"{column_setting}"
         )
-    column = CaptionColumn(path, caption_column)
+    column = CaptionColumn(path, caption_column, column_setting)
     found: list[str] = []
     for row in read_lines(path) if ending == TEXT_ENDING else read_rows(path):
         if ending == TEXT_ENDING:

@@ -37,9 +37,13 @@ class CheckpointExport:
         weights: "average" for the EMA, "last" for the weights without averaging. None: the EMA, if the checkpoint has one.
         lora: Format of a LoRA student: "merged" or "unmerged", as in `ExportPipeline`.
         max_shard_size: Largest size of an output file, such as "500MB", which is also about the memory that the export takes.
+        push_to_hub: Repository of the Hugging Face hub, as owner/name, to which the directory is uploaded after the export. It
+            is created if it does not exist. The token is that of `hf auth login` or HF_TOKEN.
+        public: Whether that repository is public.
 
     Raises:
-        ConfigurationError: If `max_shard_size` is not a size above 0 in KB, MB, GB or TB.
+        ConfigurationError: If `max_shard_size` is not a size above 0 in KB, MB, GB or TB, or `public` is set without
+            `push_to_hub`.
     """
 
     ckpt_path: str
@@ -47,6 +51,8 @@ class CheckpointExport:
     weights: Literal["average", "last"] | None = None
     lora: Literal["merged", "unmerged"] = "merged"
     max_shard_size: str = "5GB"
+    push_to_hub: str | None = None
+    public: bool = False
 
     def __post_init__(self) -> None:
         size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", self.max_shard_size, re.IGNORECASE)
@@ -54,6 +60,8 @@ class CheckpointExport:
             raise ConfigurationError(
                 f"max_shard_size is {self.max_shard_size!r}; set it to a number above 0 with KB, MB, GB or TB, such as 5GB"
             )
+        if self.public and self.push_to_hub is None:
+            raise ConfigurationError("public is true, but push_to_hub is not set; set it to owner/name, or leave public out")
 
 
 def export_checkpoint(module: LightningModule, options: CheckpointExport, card_fields: Mapping[str, Any] | None = None) -> Path:

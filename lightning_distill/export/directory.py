@@ -1,6 +1,5 @@
 """Exports: trained networks as directories that their libraries load, each with a model card."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,10 +9,11 @@ from typing import Literal
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_distill import __version__
 from lightning_distill.digests import write_manifest
 from lightning_distill.errors import ConfigurationError, NonFiniteError
-from lightning_distill.export.card import ModelCard, render_card
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.mark import MARK, ExportMark
+from lightning_distill.export.readme import write_card
 from lightning_distill.outputs import check_directory, directory_contents, sync, writing
 from lightning_distill.paths import expand_path
 from lightning_distill.sharding.weight_files import safetensors_shapes
@@ -21,9 +21,6 @@ from lightning_distill.students.lora_student import PREFIX, lora_layers, lora_we
 from lightning_distill.teachers.families import two_time
 from lightning_distill.teachers.finite import first_non_finite
 from lightning_distill.teachers.model_adapter import ModelAdapter
-
-MARK = "export.json"
-"""File that identifies a directory as an export of this package."""
 
 
 def export_student(
@@ -121,13 +118,12 @@ def _export(
         shutil.rmtree(leftover, ignore_errors=True)
     student_arguments = {"guidance_scale": card.guidance_scale} if adapter.embeds_guidance else {}
     arguments = adapter.stock_arguments(card.guidance_scale) if kind == "teacher" else student_arguments
-    mark = {"kind": kind, "lightning_distill": __version__, "method": card.method}
     with writing(target):
         try:
             unfinished.mkdir(parents=True)
             save(unfinished)
-            (unfinished / "README.md").write_text(render_card(card, kind, arguments, adapter.export_code))
-            (unfinished / MARK).write_text(json.dumps(mark) + "\n")
+            write_card(unfinished, card, kind, arguments, adapter.export_code)
+            ExportMark(kind, method=card.method).write(unfinished)
             _check_weights(unfinished, weights, target)
             write_manifest(unfinished)
             for path in (*unfinished.rglob("*"), unfinished):

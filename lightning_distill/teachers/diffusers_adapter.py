@@ -38,6 +38,7 @@ from lightning_distill.teachers.stored_encoders import meta_encoder
 from lightning_distill.teachers.student import build_student, check_pretrained, lora_config, student_config
 from lightning_distill.teachers.student_options import StudentOptions
 from lightning_distill.teachers.teacher_lora import TeacherLora
+from lightning_distill.teachers.usage import DIFFUSERS_CODE, DIFFUSERS_CODE_WITHOUT_LOADER, ExportCode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,6 +93,16 @@ class DiffusersAdapter(ModelAdapter):
     def name(self) -> str:
         """Name of the teacher in model cards: the shipped name, directory or hub id."""
         return str(self.pretrained)
+
+    @property
+    def pipeline_class(self) -> str:
+        """Name of the class of the stock pipeline."""
+        return self.family.stock_class.__name__
+
+    @property
+    def export_code(self) -> ExportCode:
+        """Code snippets for the model cards of exports."""
+        return DIFFUSERS_CODE if hasattr(self.family.stock_class, "load_lora_weights") else DIFFUSERS_CODE_WITHOUT_LOADER
 
     @property
     def weights_dtype(self) -> str:

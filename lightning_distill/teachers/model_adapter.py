@@ -43,8 +43,8 @@ class ModelAdapter(nn.Module, ABC):
     stochastic_sampling: bool = False
     """Whether exported students predict x0 and re-noise in each step, as consistency models do."""
 
-    export_code: ClassVar[ExportCode] = DIFFUSERS_CODE
-    """Code snippets for the model cards of exports."""
+    revision: str | None = None
+    """Revision of the teacher on the hub."""
 
     lora: tuple[TeacherLora, ...] = ()
     """LoRA that is merged into the teacher."""
@@ -56,6 +56,16 @@ class ModelAdapter(nn.Module, ABC):
     def name(self) -> str:
         """Name of the teacher in model cards: hub id, shipped name or directory. The class name if it has none of them."""
         return type(self).__name__
+
+    @property
+    def pipeline_class(self) -> str:
+        """Name of the class of diffusers of the stock pipeline; empty for teachers outside diffusers."""
+        return ""
+
+    @property
+    def export_code(self) -> ExportCode:
+        """Code snippets for the model cards of exports."""
+        return DIFFUSERS_CODE
 
     @property
     def weights_dtype(self) -> str:

@@ -1,6 +1,6 @@
 """Code snippets that load exports and sample from them, for model cards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -8,25 +8,32 @@ class ExportCode:
     """Python code for model cards of exports; each snippet assigns an image to `image`.
 
     All snippets may contain the placeholder `{inputs}`, for the prompt and the settings of the image, one a line. They may
-    also contain `{steps}`, `{guidance_scale}`, `{height}` and `{width}`.
+    also contain `{steps}`, `{guidance_scale}`, `{height}`, `{width}`, and `{torch_dtype}` of the teacher's weights. Those that
+    need the base model may contain `{base}`, and `{base_lora}` for the code that merges the teacher's LoRA. Those of exports
+    for one number of steps may contain `{file}`, `{scheduler_class}`, `{scheduler}`, which creates it, and `{network_class}`.
 
     Args:
         library: Library that loads the exports, under its name on the hub.
         student: Code for a student.
         teacher: Code for a teacher.
-        lora_student: Code for a student exported without its base model. It may also contain `{base}` and the base model's
-            `{torch_dtype}`, and `{base_lora}` for the code that merges the teacher's LoRA.
+        lora_student: Code for a student for any number of steps exported without its base model.
+        stock: Code for a stock pipeline of a student.
+        lora: Code for LoRA weights of a student.
+        single_file: Code for the transformer of a student in one file.
     """
 
     library: str
     student: str
     teacher: str
     lora_student: str = ""
+    stock: str = ""
+    lora: str = ""
+    single_file: str = ""
 
 
-MERGE_LORA = """base.load_lora_weights("{name}"{options})
-base.fuse_lora(lora_scale={weight:g})
-base.unload_lora_weights()
+MERGE_LORA = """{pipeline}.load_lora_weights("{name}"{options})
+{pipeline}.fuse_lora(lora_scale={weight:g})
+{pipeline}.unload_lora_weights()
 """
 """Code that merges LoRA into a pipeline of diffusers."""
 _PIPELINE = """from diffusers import DiffusionPipeline
@@ -50,9 +57,49 @@ image = pipeline(
 {inputs}
 ).images[0]
 """
+_STOCK = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this/directory", torch_dtype=torch.{torch_dtype})
+image = pipeline(
+{inputs}
+).images[0]
+"""
+_LORA = """import torch
+from diffusers import DiffusionPipeline, {scheduler_class}
+
+pipeline = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.{torch_dtype})
+{base_lora}pipeline.load_lora_weights("this/directory", weight_name="{file}")
+pipeline.scheduler = {scheduler}
+image = pipeline(
+{inputs}
+).images[0]
+"""
+_SINGLE_FILE = """import torch
+from diffusers import DiffusionPipeline, {network_class}, {scheduler_class}
+
+transformer = {network_class}.from_single_file(
+    "this/directory/{file}", config="{base}", subfolder="transformer", torch_dtype=torch.{torch_dtype}
+)
+pipeline = DiffusionPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.{torch_dtype})
+pipeline.scheduler = {scheduler}
+image = pipeline(
+{inputs}
+).images[0]
+"""
 DIFFUSERS_CODE = ExportCode(
     library="diffusers",
     student=_PIPELINE.replace("{options}", ", trust_remote_code=True"),
     teacher=_PIPELINE.replace("{options}", ""),
     lora_student=_LORA_PIPELINE,
+    stock=_STOCK,
+    lora=_LORA,
+    single_file=_SINGLE_FILE,
 )
+DIFFUSERS_CODE_WITHOUT_LOADER = replace(
+    DIFFUSERS_CODE,
+    lora=_LORA.replace(
+        'load_lora_weights("this/directory"', 'transformer.load_lora_adapter("this/directory", prefix="transformer"'
+    ),
+)
+"""Code for families whose pipeline has no `load_lora_weights`."""

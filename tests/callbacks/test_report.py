@@ -46,7 +46,7 @@ def test_summary_json(tmp_path):
     module = PixelDistillation(strength=1.0)
     fit(tmp_path, module, FinalReport(diversity_prompts=3, diversity_seeds=2))
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == ["teacher", "student", "minutes", "categories", "diversity"]
+    assert list(summary) == ["teacher", "student", "minutes", "steps", "categories", "diversity"]
     assert summary["teacher"] == {"1": 1.0, "2": 1.0, "4": 1.0}
     assert summary["student"] == {"1": 1.0, "2": 1.0}
     assert set(summary["categories"]["teacher"]) == {"1", "2", "4"}

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_distill.commands import generation
 from lightning_distill.commands import main as cli
-from lightning_distill.commands import sample as sampling
+from lightning_distill.commands.image_output import GAP, write_grid
 from lightning_distill.commands.pipelines import load_pipeline
-from lightning_distill.commands.sample import GAP, main, write_grid
+from lightning_distill.commands.sample import main
 from lightning_distill.digests import MANIFEST, write_manifest
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
@@ -108,11 +109,11 @@ def test_each_image_has_a_seed_independent_of_the_batch(
 ) -> None:
     pipeline = load_pipeline(str(pipelines["student"]))
     pipeline.set_progress_bar_config(disable=True)
-    together = sampling.sample(pipeline, PROMPTS, nfe=2, seed=5)
-    monkeypatch.setattr(sampling, "BATCH_SIZE", 2)
-    torch.testing.assert_close(sampling.sample(pipeline, PROMPTS, nfe=2, seed=5), together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(sampling.sample(pipeline, PROMPTS[1:], nfe=2, seed=6), together[1:], rtol=0, atol=1e-5)
-    assert not torch.allclose(sampling.sample(pipeline, PROMPTS, nfe=2, seed=6), together, atol=1e-3)
+    together = generation.sample(pipeline, PROMPTS, nfe=2, seed=5)
+    monkeypatch.setattr(generation, "BATCH_SIZE", 2)
+    torch.testing.assert_close(generation.sample(pipeline, PROMPTS, nfe=2, seed=5), together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(generation.sample(pipeline, PROMPTS[1:], nfe=2, seed=6), together[1:], rtol=0, atol=1e-5)
+    assert not torch.allclose(generation.sample(pipeline, PROMPTS, nfe=2, seed=6), together, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [None, 2.5])
@@ -154,7 +155,7 @@ def test_a_lora_student_is_loaded_on_its_base(
     assert read(tmp_path / "x.png").shape == (64 + GAP, 64 + GAP, 3)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigurationError, match=r"has only the LoRA weights of a student.*set --base to the directory or hub id"
+        ConfigurationError, match=r"needs its base, which cannot be loaded .*set --base to the directory or hub id"
     ):
         main(arguments)  # the student records only the name of the teacher's directory
     monkeypatch.setitem(registry.SHIPPED, "shapes-teacher", str(pipelines["teacher"]))
@@ -188,7 +189,7 @@ def test_code_in_the_directory_of_a_lora_student_is_not_run(pipelines: dict[str,
     [
         ("student", "teacher", "is a complete pipeline; leave --base out"),
         ("lora", "guided", "does not fit the base .* guidance_embeds"),
-        ("lora", "student", "cannot be loaded .* set --base to the directory or hub id of its base"),
+        ("lora", "student", "cannot be loaded .* set --base to the directory or hub id of the base"),
     ],
 )
 def test_incompatible_bases_raise(pipelines: dict[str, Path], pipeline: str, base: str, message: str) -> None:
@@ -198,8 +199,8 @@ def test_incompatible_bases_raise(pipelines: dict[str, Path], pipeline: str, bas
 
 def test_a_teacher_with_embedded_guidance_takes_the_scale_as_input(pipelines: dict[str, Path]) -> None:
     pipeline = load_pipeline(str(pipelines["guided"]))
-    assert sampling.guidance_arguments(pipeline, None, 2) == {"guidance_scale": 3.5}
-    assert sampling.guidance_arguments(pipeline, 1.0, 2) == {"guidance_scale": 1.0}
+    assert generation.guidance_arguments(pipeline, None, 2) == {"guidance_scale": 3.5}
+    assert generation.guidance_arguments(pipeline, 1.0, 2) == {"guidance_scale": 1.0}
 
 
 def test_size_and_enlargement(pipelines: dict[str, Path], tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_weights_that_are_not_finite_raise(pipelines: dict[str, Path], tmp_path:
             ["--height", "100000", "--width", "100000"],
             "--height 100000 and --width 100000: 1 images of this size need at least",
         ),
-        (["--scale", "100000"], "or a smaller --scale than 100000"),
+        (["--scale", "100000"], "a smaller --scale than 100000, or --out to a directory"),
         (["--height", "20"], "--height 20 and --width 32: images of 20 x 32 do not fit; use multiples of 8 pixels"),
         (["--guidance_scale", "3"], "this student has its guidance built in; leave --guidance_scale out"),
         (
@@ -370,4 +371,7 @@ def test_missing_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as caught:
         main(["--pipeline", "shapes-student"])
     assert caught.value.code == 2
-    assert "--prompt, --out" in capsys.readouterr().err
+    assert "--out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--pipeline", "shapes-student", "--out", "x.png"])
+    assert "one of the arguments --prompt --prompts_file is required" in capsys.readouterr().err

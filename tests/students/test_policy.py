@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.commands.generation import sample
 from lightning_distill.commands.pipelines import load_pipeline
-from lightning_distill.commands.sample import sample
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import export_student

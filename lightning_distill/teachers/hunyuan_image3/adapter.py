@@ -54,6 +54,11 @@ _TEACHER = """model.generation_config.diff_infer_steps = {steps}
 model.generation_config.diff_guidance_scale = {guidance_scale}
 image = model.generate_image(prompt="a prompt", image_size="{height}x{width}")
 """
+_CODE = ExportCode(
+    library="transformers",
+    student=_LOAD.format(options="") + _STUDENT,
+    teacher=_LOAD.format(options=', attn_implementation="sdpa", moe_impl="eager"') + _TEACHER,
+)
 
 
 class HunyuanImage3Adapter(ModelAdapter):
@@ -76,11 +81,6 @@ class HunyuanImage3Adapter(ModelAdapter):
     """
 
     supports_sharding: ClassVar[bool] = True
-    export_code: ClassVar[ExportCode] = ExportCode(
-        library="transformers",
-        student=_LOAD.format(options="") + _STUDENT,
-        teacher=_LOAD.format(options=', attn_implementation="sdpa", moe_impl="eager"') + _TEACHER,
-    )
 
     def __init__(
         self,
@@ -108,6 +108,11 @@ class HunyuanImage3Adapter(ModelAdapter):
     def name(self) -> str:
         """Name of the teacher in model cards: the directory or hub id."""
         return str(self.pretrained)
+
+    @property
+    def export_code(self) -> ExportCode:
+        """Code snippets for the model cards of exports."""
+        return _CODE
 
     @property
     def weights_dtype(self) -> str:

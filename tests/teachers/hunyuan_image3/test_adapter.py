@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lightning_distill.commands import generation
 from lightning_distill.commands import sample as sampling
 from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.digests import MANIFEST
@@ -371,7 +372,7 @@ def test_exported_student_has_the_published_layout_and_its_code(directory: str, 
     with pytest.raises(ConfigurationError, match=r"brings code of its own \(.*py\); read it"):
         sampling.main(command)
     sampling.main([*command, "--trust_remote_code"])
-    images = sampling.sample(load_pipeline(str(out), True), PROMPTS, nfe=4, guidance_scale=3.5 if scale else None)
+    images = generation.sample(load_pipeline(str(out), True), PROMPTS, nfe=4, guidance_scale=3.5 if scale else None)
     assert torch.equal(images, sample_images(adapter, student, PROMPTS, 4, 3.5))
 
 
@@ -380,9 +381,9 @@ def test_unsupported_arguments_of_the_sample_command_raise(newer_directory: str,
     out = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
     student = load_pipeline(str(out), True)
     with pytest.raises(ConfigurationError, match="--height 24 and --width 24: images of 24 x 24 do not fit"):
-        sampling.sample(student, ["a circle"], nfe=1, height=24, width=24)
+        generation.sample(student, ["a circle"], nfe=1, height=24, width=24)
     with pytest.raises(ConfigurationError, match="this student has its guidance built in"):
-        sampling.sample(student, ["a circle"], nfe=1, guidance_scale=2.0)
+        generation.sample(student, ["a circle"], nfe=1, guidance_scale=2.0)
     with pytest.raises(ConfigurationError, match=r"HunyuanImage 3\.0 itself; sample by its generate_image"):
         load_pipeline(newer_directory, True)
 

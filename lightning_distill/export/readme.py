@@ -1,0 +1,205 @@
+"""Model cards: the README of an exported directory."""
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from huggingface_hub import ModelCardData
+
+from lightning_distill import __version__
+from lightning_distill.errors import alternatives
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.comfyui_settings import comfyui_settings
+from lightning_distill.export.figures import figure_tables
+from lightning_distill.teachers.families import FAMILIES
+from lightning_distill.teachers.pipeline_directory import stock_network_class
+from lightning_distill.teachers.teacher_lora import TeacherLora
+from lightning_distill.teachers.usage import DIFFUSERS_CODE, MERGE_LORA, ExportCode
+
+IMAGES = "images.png"
+"""Grid of images in an export, shown by its card."""
+ADAPTERS = ("lora", "comfyui", "kohya", "lora_student")
+"""Kinds of exports that are LoRA for their base model."""
+
+
+def write_card(
+    directory: Path, card: ModelCard, kind: str, arguments: Mapping[str, object], code: ExportCode = DIFFUSERS_CODE
+) -> None:
+    """Write the README of an export, and copy its grid of images and the license files of the teacher.
+
+    Args:
+        directory: Directory of the export.
+        card: Contents.
+        kind: Kind of the export, as in `render_card`.
+        arguments: Further arguments of the pipeline, besides prompt, steps and size.
+        code: Code snippets that load the export and sample from it.
+    """
+    (directory / "README.md").write_text(render_card(card, kind, arguments, code), encoding="utf-8")
+    if card.images is not None:
+        shutil.copyfile(card.images, directory / IMAGES)
+    for file in card.license.files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], code: ExportCode = DIFFUSERS_CODE) -> str:
+    """The README of an export in Markdown, with the metadata for the hub.
+
+    Args:
+        card: Contents.
+        kind: "student" (or "any_step"), "lora_student", "stock", "lora", "comfyui", "kohya", "single_file" or "teacher".
+        arguments: Further arguments of the pipeline, besides prompt, steps and size.
+        code: Code snippets that load the export and sample from it.
+    """
+    student = kind != "teacher"
+    lines = ["---", _metadata(card, kind, code.library), "---", "", f"# {_TITLES.get(kind, 'Few-step student')}", ""]
+    steps = "1 step" if tuple(card.nfe) == (1,) else f"{alternatives(card.nfe)} steps"
+    lines += [_ABOUT[kind].format(steps=steps, library=code.library), ""]
+    if card.images is not None:
+        lines += [f"![Images of prompts that were not trained on, by number of steps]({IMAGES})", ""]
+    lines += ["```python", _code(card, kind, arguments, code).rstrip(), "```", ""]
+    lines += _comfyui(card, kind, arguments)
+    facts: dict[str, object] = {
+        "Method": card.method,
+        "Teacher" if student else "Started from": base_name(card.teacher),
+        "LoRA merged into it": ", ".join(map(str, card.teacher_lora)) or None,
+        **({} if card.started_from is None else {"Started from": base_name(card.started_from)}),
+        "Image size": f"{card.height} x {card.width} pixels",
+        "Guidance scale": f"{card.guidance_scale:g}",
+        "Training steps": card.steps,
+        "Training time": None if card.minutes is None else f"{card.minutes:.1f} minutes",
+        **card.settings,
+        "Error of the time embeddings": None if card.residual is None else f"{card.residual:.1e}",
+        "Condition number of their update": None if card.condition_number is None else f"{card.condition_number:.3g}",
+        "Error of the extracted LoRA": None if card.lora_error is None else f"{card.lora_error:.3g} of the change",
+    }
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
+    if card.figures:
+        lines += ["", "## Measured", "", *figure_tables(card.figures)]
+    if card.scheduler is not None:
+        config = json.dumps(card.scheduler["config"], indent=2, default=str)
+        lines += ["", "## Scheduler", "", f"`{card.scheduler['class']}` with this configuration:", "", "```json", config, "```"]
+    lines += ["", card.notes] if card.notes else []
+    lines += ["", card.license.sentence()] if student else []
+    return "\n".join([*lines, "", f"Written by lightning-distill {__version__} with diffusers {diffusers.__version__}.", ""])
+
+
+def _metadata(card: ModelCard, kind: str, library: str) -> str:
+    on_hub = "/" in card.teacher and not Path(card.teacher).exists()
+    relation = "adapter" if kind in ADAPTERS else "finetune"
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="text-to-image",
+        base_model=card.teacher if on_hub else None,
+        license=card.license.license,
+        license_name=card.license.name,
+        license_link=card.license.link,
+        tags=["lightning-distill", *(["lora"] if kind in ADAPTERS else []), *(["comfyui"] if kind == "comfyui" else [])],
+    )
+    if on_hub:
+        data["base_model_relation"] = relation
+    return str(data.to_yaml()).rstrip()
+
+
+def _comfyui(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> list[str]:
+    if kind not in ("lora", "comfyui", "kohya", "single_file") or card.scheduler is None:
+        return []
+    settings = comfyui_settings(card.pipeline_class, card.nfe[0], card.scheduler, arguments, kind == "single_file")
+    if not settings:
+        return []
+    rows = [f"| {name} | {value} |" for name, value in settings.items()]
+    return ["## Settings in ComfyUI", "", "| | |", "|---|---|", *rows, ""]
+
+
+def base_name(teacher: str) -> str:
+    """A hub id or shipped name unchanged; only the last part of a local path, which means nothing on other machines."""
+    return Path(teacher).name if Path(teacher).exists() else teacher
+
+
+def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: ExportCode) -> str:
+    """Code that loads an export and samples an image from it."""
+    snippets = {
+        "student": code.student,
+        "any_step": code.student,
+        "lora_student": code.lora_student,
+        "stock": code.stock,
+        "lora": code.lora,
+        "comfyui": code.lora,
+        "kohya": code.lora,
+        "single_file": code.single_file,
+        "teacher": code.teacher,
+    }
+    steps = 32 if kind == "teacher" else max(card.nfe)
+    inputs = [
+        'prompt="a prompt"' if kind == "teacher" else '"a prompt"' if kind in ("student", "any_step") else 'prompt="a prompt"',
+        *(f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()),
+        f"num_inference_steps={steps}",
+        f"height={card.height}",
+        f"width={card.width}",
+    ]
+    network = FAMILIES[card.pipeline_class].network_class if card.pipeline_class else None
+    return snippets[kind].format(
+        base=base_name(card.teacher),
+        torch_dtype=card.torch_dtype,
+        base_lora="".join(_merge_code(each, "base" if kind == "lora_student" else "pipeline") for each in card.teacher_lora),
+        inputs="\n".join(f"    {each}," for each in inputs),
+        steps=steps,
+        guidance_scale=card.guidance_scale,
+        height=card.height,
+        width=card.width,
+        file=card.file,
+        network_class="" if network is None else stock_network_class(network).__name__,
+        scheduler_class="" if card.scheduler is None else card.scheduler["class"],
+        scheduler="" if card.scheduler is None else _scheduler_code(card.scheduler),
+    )
+
+
+def _merge_code(lora: TeacherLora, pipeline: str) -> str:
+    options = "" if lora.weight_name is None else f', weight_name="{lora.weight_name}"'
+    return MERGE_LORA.format(pipeline=pipeline, name=lora.name, options=options, weight=lora.weight)
+
+
+def _scheduler_code(scheduler: Mapping[str, Any]) -> str:
+    """Code that creates a scheduler: the settings that differ from the defaults of its class."""
+    kind = getattr(diffusers, scheduler["class"])
+    defaults = {name: each.default for name, each in inspect.signature(kind.__init__).parameters.items()}
+    config = {name: value for name, value in scheduler["config"].items() if name in defaults and value != defaults[name]}
+    return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in config.items())})"
+
+
+_STUDENT = (
+    "A text-to-image {kind} that generates images in {{steps}}, distilled from a many-step teacher. Guidance is distilled in: "
+    "a step is one forward pass, and negative prompts have no effect. "
+)
+_ONE_NUMBER = "It is for this number of steps alone. "
+_PIPELINE = _STUDENT.format(kind="pipeline")
+_LORA = _STUDENT.format(kind="LoRA") + _ONE_NUMBER + "It has the scale in its weights: load it with strength 1. "
+_TITLES = {
+    "teacher": "Flow-matching teacher",
+    "lora": "Few-step LoRA",
+    "comfyui": "Few-step LoRA for ComfyUI",
+    "kohya": "Few-step LoRA in the format of kohya's scripts",
+    "single_file": "Few-step transformer in one file",
+}
+_ANY_STEP = (
+    _PIPELINE + "Its code is in Python files in this directory, so loading needs `trust_remote_code`. It needs `diffusers`, "
+    "`transformers` and `accelerate`."
+)
+_ABOUT = {
+    "student": _ANY_STEP,
+    "any_step": _ANY_STEP,
+    "lora_student": _PIPELINE + "This directory has only the trained weights: LoRA and time embedders. Python files in this "
+    "directory load them onto the teacher's pipeline, whose own weights do not change. They need `diffusers`, `transformers`, "
+    "`accelerate` and `peft`.",
+    "stock": _PIPELINE + _ONE_NUMBER + "It is a pipeline of `{library}` without code of its own.",
+    "lora": _LORA + "`load_lora_weights` of `{library}` reads it, beside other LoRA if wanted.",
+    "comfyui": _LORA + "The names of its weights are those of ComfyUI; `{library}` converts them.",
+    "kohya": _LORA + "The names of its weights are those of kohya's scripts and of Forge; `{library}` converts them.",
+    "single_file": _STUDENT.format(kind="transformer") + _ONE_NUMBER + "The layout is that of the original checkpoint, for "
+    "ComfyUI's folder `diffusion_models`; `{library}` reads it by `from_single_file`.",
+    "teacher": "A stock text-to-image model for {library}. If the transformer does not embed the guidance scale, guidance "
+    "needs a second branch. Prompts are padded to the length that they had in training.",
+}
