@@ -1,17 +1,16 @@
 """Load LoRA weights, single transformers and LoRA students with the pipelines of their base models, for `sample`."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from peft.tuners.lora import LoraLayer
 
 from lightning_distill.commands.student_choice import read_mark
-from lightning_distill.errors import ConfigurationError, first_and_count
+from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.mark import ExportMark
 from lightning_distill.paths import expand_path
 from lightning_distill.sharding.weight_files import WeightFilesError, safetensors_shapes
@@ -21,6 +20,7 @@ from lightning_distill.teachers.families import FAMILIES
 from lightning_distill.teachers.pipeline_directory import stock_network_class
 from lightning_distill.teachers.pipeline_files import check_digests, stock_class
 from lightning_distill.teachers.pipeline_source import PipelineSource
+from lightning_distill.teachers.teacher_lora import SETTING, TeacherLora
 
 ENDING = ".safetensors"
 
@@ -79,27 +79,53 @@ def _only_file(directory: Path, source: PipelineSource) -> Path:
     return files[0]
 
 
-def load_base(name: str, base: str, torch_dtype: torch.dtype, without: Sequence[str] = ()) -> DiffusionPipeline:
+def checked_adapter(base: str, loras: Sequence[WeightFile]) -> DiffusersAdapter:
+    """The pipeline of a base model, checked together with LoRA files before anything is loaded.
+
+    Args:
+        base: Shipped name, directory or hub id, with `@` and a revision of a hub id if needed.
+        loras: LoRA files for its transformer.
+
+    Raises:
+        ConfigurationError: If the pipeline or a file is damaged, or they do not fit.
+    """
+    base, _, revision = base.partition("@")
+    files = [TeacherLora(str(each.file), each.weight) for each in loras]
+    adapter = DiffusersAdapter(base, revision=revision or None, lora=files)
+    try:
+        adapter.check()
+    except ConfigurationError as error:
+        message = str(error)
+        for each in loras:
+            message = message.replace(f"{SETTING} is {str(each.file)!r}", f"{each.source.setting} is {each.source.value!r}")
+        raise ConfigurationError(message.replace(SETTING, "--lora").replace("adapter.pretrained", "--base")) from error
+    return adapter
+
+
+def load_base(
+    name: str, base: str, torch_dtype: torch.dtype, loras: Sequence[WeightFile] = (), without: Sequence[str] = ()
+) -> DiffusionPipeline:
     """Load the stock pipeline of a base model.
 
     Args:
         name: Value of the argument that names what is used with it.
-        base: Shipped name, directory or hub id, with `@` and a revision of a hub id if needed.
+        base: As in `checked_adapter`.
         torch_dtype: Dtype of the weights.
+        loras: LoRA files, which are checked before the pipeline is loaded, and not applied.
         without: Components that are not loaded.
 
     Raises:
-        ConfigurationError: If it cannot be loaded.
+        ConfigurationError: If it cannot be loaded, or LoRA files do not fit.
     """
-    base, _, revision = base.partition("@")
     try:
-        adapter = DiffusersAdapter(base, revision=revision or None)
-        adapter.check()
+        adapter = checked_adapter(base, loras)
         pipeline: DiffusionPipeline = adapter.location.load_pipeline(adapter.family.stock_class, torch_dtype, without)
     except ConfigurationError as error:
-        reason = str(error).removeprefix("adapter.pretrained is ")
+        if not str(error).startswith("--base is "):
+            raise
         raise ConfigurationError(
-            f"{name} needs its base, which cannot be loaded ({reason}); set --base to the directory or hub id of the base"
+            f"{name} needs its base, which cannot be loaded ({str(error).removeprefix('--base is ')}); set --base to the "
+            "directory or hub id of the base"
         ) from error
     return pipeline
 
@@ -122,10 +148,11 @@ def load_with_weights(files: Sequence[WeightFile], base: str | None, torch_dtype
         raise first.error("whose base is unknown; set --base to the directory or hub id of its base")
     single = [each for each in files if each.mark is not None and each.mark.kind == "single_file"]
     name = f"{first.setting} {first.value!r}"
-    pipeline = load_base(name, base, torch_dtype, ["transformer"] if single else [])
+    loras = [each for each in files if each not in single]
+    pipeline = load_base(name, base, torch_dtype, loras, ["transformer"] if single else [])
     for each in single:
         pipeline.register_modules(transformer=_single_transformer(each, pipeline, base, torch_dtype))
-    add_lora_files(pipeline, [each for each in files if each not in single])
+    add_lora_files(pipeline, loras)
     for each in files:
         if each.mark is not None and each.mark.scheduler is not None:
             pipeline.register_modules(scheduler=_scheduler(each.mark.scheduler, each.source))
@@ -151,27 +178,22 @@ def _scheduler(settings: Any, source: PipelineSource) -> Any:
 
 
 def add_lora_files(pipeline: DiffusionPipeline, files: Sequence[WeightFile]) -> None:
-    """Load LoRA files into a stock pipeline, with their weights.
+    """Load checked LoRA files into a stock pipeline, with their weights.
 
     Raises:
-        ConfigurationError: If a file cannot be loaded, or has layers that the pipeline does not have.
+        ConfigurationError: If a file cannot be loaded.
     """
     if not files:
         return
-    # diffusers has no loader of LoRA for the pipeline of HunyuanImage 2.1, but for its transformer.
-    whole = hasattr(pipeline, "load_lora_weights")
-    target: Any = pipeline if whole else pipeline.transformer
+    target: Any = _lora_target(pipeline)
     names = [f"lora_{i}" for i in range(len(files))]
     for name, each in zip(names, files, strict=True):
-        where = {"weight_name": each.file.name, "adapter_name": name}
+        where: dict[str, Any] = {"weight_name": each.file.name, "adapter_name": name}
         with each.source.loading("LoRA"):
-            if whole:
+            if target is pipeline:
                 target.load_lora_weights(str(each.file.parent), **where)
-                state: Any = target.lora_state_dict(str(each.file.parent), weight_name=each.file.name)
             else:
                 target.load_lora_adapter(str(each.file.parent), prefix=PREFIX.rstrip("."), **where)
-                state = safetensors_shapes(each.file)
-        _check_layers(pipeline, name, state, each.source)
     target.set_adapters(names, [each.weight for each in files])
 
 
@@ -180,24 +202,11 @@ def fuse_lora_files(pipeline: DiffusionPipeline, files: Sequence[WeightFile]) ->
     if not files:
         return
     add_lora_files(pipeline, files)
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    else:
-        pipeline.transformer.fuse_lora()
-        pipeline.transformer.unload_lora()
+    target: Any = _lora_target(pipeline)
+    target.fuse_lora()
+    (target.unload_lora_weights if target is pipeline else target.unload_lora)()
 
 
-def _check_layers(pipeline: DiffusionPipeline, adapter: str, keys: Iterable[str], source: PipelineSource) -> None:
-    loaded = {
-        f"{component}.{name}"
-        for component, module in pipeline.components.items()
-        if isinstance(module, torch.nn.Module)
-        for name, part in module.named_modules()
-        if isinstance(part, LoraLayer) and adapter in part.lora_A
-    }
-    stored = {key.partition(".lora")[0] for key in keys if key.startswith(PREFIX) and ".lora" in key}
-    missing = sorted(stored - loaded)
-    if missing or not loaded:
-        lacks = f"the layers {first_and_count(missing)}" if missing else "any of its layers"
-        raise source.error(f"but the {type(pipeline).__name__} does not have {lacks}; give the base that it was trained on")
+def _lora_target(pipeline: DiffusionPipeline) -> Any:
+    """The pipeline, or its transformer: diffusers has no loader of LoRA for the pipeline of HunyuanImage 2.1."""
+    return pipeline if hasattr(pipeline, "load_lora_weights") else pipeline.transformer

@@ -13,6 +13,7 @@ import lightning_distill.students
 from lightning_distill.commands.base_pipelines import (
     WeightFile,
     add_lora_files,
+    checked_adapter,
     find_weights,
     fuse_lora_files,
     load_base,
@@ -96,6 +97,8 @@ def _load(
         )
     if not has_index:
         return _load_hunyuan_image3(source, directory, trust_remote_code, torch_dtype).eval()
+    if loras:
+        checked_adapter(name, loras)
     pipeline = _load_directory(source, directory, trust_remote_code, torch_dtype)
     add_lora_files(pipeline, loras)
     return pipeline
@@ -178,7 +181,7 @@ def _on_base(
     except WeightFilesError as error:
         raise source.error(f"which {error}") from error
     base = base or stored_base
-    stock = load_base(f"--pipeline {name!r}", base, torch_dtype)
+    stock = load_base(f"--pipeline {name!r}", base, torch_dtype, loras)
     fuse_lora_files(stock, loras)
     with source.loading("weights"):
         try:
