@@ -19,7 +19,7 @@ from lightning_distill.methods.guidance import Guidance
 from lightning_distill.methods.validation import ValidationOptions
 from lightning_distill.sharding.base_weights import BaseUnit
 from lightning_distill.sharding.protocols import local_part
-from lightning_distill.teachers import Condition
+from lightning_distill.teachers import Condition, TeacherLora
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from tests.teachers.tiny_families import make_adapter
 from tests.tiny import PROMPTS
@@ -79,13 +79,19 @@ def build_method(
     dtype: str = "float32",
     name: str = "MeanFlow",
     student: str | None = None,
+    teacher_lora: list[str] | None = None,
+    one_time: bool = False,
 ) -> Any:
-    adapter = make_adapter(pretrained, torch_dtype=dtype)
+    merged = {"lora": [TeacherLora(file, 0.5) for file in teacher_lora]} if teacher_lora else {}
+    adapter = make_adapter(pretrained, torch_dtype=dtype, **merged)
     adapter.check()
+    time: dict[str, Any] = {"interval_embedding": "none", "time_embedding": "original"} if one_time else {}
     low_rank = LoraOptions(lora) if lora else None
     shared: dict[str, Any] = {
         "guidance": Guidance("embedded" if adapter.embeds_guidance else "two_branch", 2.0),
-        "student": StudentOptions(gradient_checkpointing=checkpointing, max_drift=1.0, lora=low_rank, pretrained=student),
+        "student": StudentOptions(
+            gradient_checkpointing=checkpointing, max_drift=1.0, lora=low_rank, pretrained=student, **time
+        ),
         "validation": ValidationOptions(nfe=(1,), average_velocity=bool(SameRandomNumbers.errors)),
         "ema_decay": 0.9 if ema else None,
         "optimizer": OPTIMIZERS[optimizer],
@@ -160,7 +166,8 @@ def run(arguments: argparse.Namespace) -> None:
     parts = arguments.checkpointing, arguments.aligned, arguments.ema, arguments.optimizer
     low_rank = arguments.lora, arguments.critic_lora, arguments.dtype, arguments.method, arguments.student
     SameRandomNumbers.errors = json.loads(arguments.errors)
-    module = build_method(arguments.pretrained, arguments.solution, *parts, *low_rank)
+    further = arguments.teacher_lora, arguments.one_time
+    module = build_method(arguments.pretrained, arguments.solution, *parts, *low_rank, *further)
     switch = SwitchSolution(threshold=0.5, guard_factor=None if arguments.unguarded else 2.0)
     best = AtomicCheckpoint(str(arguments.out), filename="best", monitor="val/average_velocity_error", save_last=False)
     trainer = Trainer(
@@ -236,6 +243,8 @@ def main() -> None:
     parser.add_argument("--critic-lora", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--student")
+    parser.add_argument("--teacher-lora", action="append")
+    parser.add_argument("--one-time", action="store_true")
     parser.add_argument("--errors", default="{}")
     parser.add_argument("--unguarded", action="store_true")
     parser.add_argument("--resume")
