@@ -57,7 +57,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
     student = kind != "teacher"
     lines = ["---", _metadata(card, kind, code.library), "---", "", f"# {_TITLES.get(kind, 'Few-step student')}", ""]
     steps = "1 step" if tuple(card.nfe) == (1,) else f"{alternatives(card.nfe)} steps"
-    lines += [_ABOUT[kind].format(steps=steps, library=code.library), ""]
+    lines += [_ABOUT[kind].format(steps=steps, library=code.library, only=_ONE_NUMBER if card.residual is not None else ""), ""]
     if card.images is not None:
         lines += [f"![Images of prompts that were not trained on, by number of steps]({IMAGES})", ""]
     lines += ["```python", _code(card, kind, arguments, code).rstrip(), "```", ""]
@@ -107,7 +107,7 @@ def _metadata(card: ModelCard, kind: str, library: str) -> str:
 def _comfyui(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> list[str]:
     if kind not in ("lora", "comfyui", "kohya", "single_file") or card.scheduler is None:
         return []
-    settings = comfyui_settings(card.pipeline_class, card.nfe[0], card.scheduler, arguments, kind == "single_file")
+    settings = comfyui_settings(card.pipeline_class, card.nfe, card.scheduler, arguments, kind == "single_file")
     if not settings:
         return []
     rows = [f"| {name} | {value} |" for name, value in settings.items()]
@@ -176,7 +176,7 @@ _STUDENT = (
 )
 _ONE_NUMBER = "It is for this number of steps alone. "
 _PIPELINE = _STUDENT.format(kind="pipeline")
-_LORA = _STUDENT.format(kind="LoRA") + _ONE_NUMBER + "It has the scale in its weights: load it with strength 1. "
+_LORA = _STUDENT.format(kind="LoRA") + "{only}It has the scale in its weights: load it with strength 1. "
 _TITLES = {
     "teacher": "Flow-matching teacher",
     "lora": "Few-step LoRA",
@@ -194,11 +194,11 @@ _ABOUT = {
     "lora_student": _PIPELINE + "This directory has only the trained weights: LoRA and time embedders. Python files in this "
     "directory load them onto the teacher's pipeline, whose own weights do not change. They need `diffusers`, `transformers`, "
     "`accelerate` and `peft`.",
-    "stock": _PIPELINE + _ONE_NUMBER + "It is a pipeline of `{library}` without code of its own.",
+    "stock": _PIPELINE + "{only}It is a pipeline of `{library}` without code of its own.",
     "lora": _LORA + "`load_lora_weights` of `{library}` reads it, beside other LoRA if wanted.",
     "comfyui": _LORA + "The names of its weights are those of ComfyUI; `{library}` converts them.",
     "kohya": _LORA + "The names of its weights are those of kohya's scripts and of Forge; `{library}` converts them.",
-    "single_file": _STUDENT.format(kind="transformer") + _ONE_NUMBER + "The layout is that of the original checkpoint, for "
+    "single_file": _STUDENT.format(kind="transformer") + "{only}The layout is that of the original checkpoint, for "
     "ComfyUI's folder `diffusion_models`; `{library}` reads it by `from_single_file`.",
     "teacher": "A stock text-to-image model for {library}. If the transformer does not embed the guidance scale, guidance "
     "needs a second branch. Prompts are padded to the length that they had in training.",

@@ -1,5 +1,6 @@
 """Contents of model cards."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import metadata_load
@@ -118,6 +119,7 @@ def test_card_of_a_stock_pipeline_states_its_number_of_steps_and_the_errors_of_i
     ):
         assert part in text
     assert "trust_remote_code" not in text
+    assert "this number of steps alone" not in render_card(replace(card, residual=None), "stock", {})
     assert "ComfyUI" not in text
 
 
