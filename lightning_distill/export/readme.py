@@ -59,7 +59,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
     steps = "1 step" if tuple(card.nfe) == (1,) else f"{alternatives(card.nfe)} steps"
     lines += [_ABOUT[kind].format(steps=steps, library=code.library, only=_ONE_NUMBER if card.residual is not None else ""), ""]
     if card.images is not None:
-        lines += [f"![Images of prompts that were not trained on, by number of steps]({IMAGES})", ""]
+        lines += [f"![Images of validation prompts by number of steps]({IMAGES})", ""]
     lines += ["```python", _code(card, kind, arguments, code).rstrip(), "```", ""]
     lines += _comfyui(card, kind, arguments)
     facts: dict[str, object] = {
@@ -73,7 +73,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         "Training time": None if card.minutes is None else f"{card.minutes:.1f} minutes",
         **card.settings,
         "Error of the time embeddings": None if card.residual is None else f"{card.residual:.1e}",
-        "Condition number of their update": None if card.condition_number is None else f"{card.condition_number:.3g}",
+        "Condition number of their hidden vectors": None if card.condition_number is None else f"{card.condition_number:.3g}",
         "Error of the extracted LoRA": None if card.lora_error is None else f"{card.lora_error:.3g} of the change",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
@@ -134,7 +134,7 @@ def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: Exp
     }
     steps = 32 if kind == "teacher" else max(card.nfe)
     inputs = [
-        'prompt="a prompt"' if kind == "teacher" else '"a prompt"' if kind in ("student", "any_step") else 'prompt="a prompt"',
+        '"a prompt"' if kind in ("student", "any_step") else 'prompt="a prompt"',
         *(f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()),
         f"num_inference_steps={steps}",
         f"height={card.height}",
@@ -172,7 +172,7 @@ def _scheduler_code(scheduler: Mapping[str, Any]) -> str:
 
 _STUDENT = (
     "A text-to-image {kind} that generates images in {{steps}}, distilled from a many-step teacher. Guidance is distilled in: "
-    "a step is one forward pass, and negative prompts have no effect. "
+    "a step is one forward pass, without a negative prompt. "
 )
 _ONE_NUMBER = "It is for this number of steps alone. "
 _PIPELINE = _STUDENT.format(kind="pipeline")

@@ -115,7 +115,7 @@ def test_card_of_a_stock_pipeline_states_its_number_of_steps_and_the_errors_of_i
         "in 1 step,",
         "this number of steps alone",
         "| Error of the time embeddings | 1.2e-07 |",
-        "| Condition number of their update | 2.6e+03 |",
+        "| Condition number of their hidden vectors | 2.6e+03 |",
     ):
         assert part in text
     assert "trust_remote_code" not in text
