@@ -18,7 +18,7 @@ from lightning_distill.export.figures import figure_tables
 from lightning_distill.teachers.families import FAMILIES
 from lightning_distill.teachers.pipeline_directory import stock_network_class
 from lightning_distill.teachers.teacher_lora import TeacherLora
-from lightning_distill.teachers.usage import DIFFUSERS_CODE, MERGE_LORA, ExportCode
+from lightning_distill.teachers.usage import DIFFUSERS_CODE, ExportCode
 
 IMAGES = "images.png"
 """Grid of images in an export, shown by its card."""
@@ -110,6 +110,8 @@ def _comfyui(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> lis
     settings = comfyui_settings(card.pipeline_class, card.nfe, card.scheduler, arguments, kind == "single_file")
     if not settings:
         return []
+    if card.teacher_lora and kind != "single_file":
+        settings["LoRA of the teacher"] = f"{', '.join(map(str, card.teacher_lora))}, node `LoraLoaderModelOnly` for each"
     rows = [f"| {name} | {value} |" for name, value in settings.items()]
     return ["## Settings in ComfyUI", "", "| | |", "|---|---|", *rows, ""]
 
@@ -144,7 +146,9 @@ def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: Exp
     return snippets[kind].format(
         base=base_name(card.teacher),
         torch_dtype=card.torch_dtype,
-        base_lora="".join(_merge_code(each, "base" if kind == "lora_student" else "pipeline") for each in card.teacher_lora),
+        base_lora="".join(
+            _merge_code(code, each, "base" if kind == "lora_student" else "pipeline") for each in card.teacher_lora
+        ),
         inputs="\n".join(f"    {each}," for each in inputs),
         steps=steps,
         guidance_scale=card.guidance_scale,
@@ -157,9 +161,9 @@ def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: Exp
     )
 
 
-def _merge_code(lora: TeacherLora, pipeline: str) -> str:
+def _merge_code(code: ExportCode, lora: TeacherLora, pipeline: str) -> str:
     options = "" if lora.weight_name is None else f', weight_name="{lora.weight_name}"'
-    return MERGE_LORA.format(pipeline=pipeline, name=lora.name, options=options, weight=lora.weight)
+    return code.merge_lora.format(pipeline=pipeline, name=lora.name, options=options, weight=lora.weight)
 
 
 def _scheduler_code(scheduler: Mapping[str, Any]) -> str:
