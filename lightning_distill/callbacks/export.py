@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_distill.callbacks.report import FinalReport
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import check_export_directory, export_student, export_teacher
+from lightning_distill.export.directory import check_export_directory
+from lightning_distill.export.formats import FormatOptions, PlannedExport, check_format_options, plan_exports
+from lightning_distill.export.students import export_student, export_teacher
 from lightning_distill.methods.base import TeacherStudentBase
 
 
@@ -25,19 +28,35 @@ class ExportPipeline(Callback):
         directory: Target directory; an earlier export in it is replaced. None is `student` in the trainer's
             `default_root_dir`, or `teacher` after training a teacher.
         notes: Further paragraphs of the model card, in Markdown.
-        lora: Format of a LoRA student: "merged" for full weights, or "unmerged" for only the trained weights. Those are small
-            and load onto the teacher's pipeline.
+        lora: Form of a LoRA student in the format "any_step": "merged" for full weights, "unmerged" for only the trained
+            weights.
+        formats: "any_step" for any number of steps, with code; "stock", a pipeline of diffusers without code;
+            "lora", "comfyui" and "kohya", LoRA files for these tools; "single_file", the transformer in its original layout.
+            One export is written to `directory`, several to its subfolders. None: "stock" for the largest number of steps and
+            "any_step"; for LoRA students "lora" for each number of steps.
+        nfe: Numbers of steps, each with exports of its own, except for "any_step". None: those of validation.
+        rank: Rank of a LoRA that is extracted from a student without LoRA.
 
     Raises:
-        ConfigurationError: If `lora` is neither "merged" nor "unmerged".
+        ConfigurationError: If an option of the formats is invalid.
     """
 
-    def __init__(self, directory: str | None = None, notes: str = "", lora: Literal["merged", "unmerged"] = "merged") -> None:
-        if lora not in ("merged", "unmerged"):
-            raise ConfigurationError(f"ExportPipeline.lora is {lora!r}; choose merged or unmerged")
+    def __init__(
+        self,
+        directory: str | None = None,
+        notes: str = "",
+        lora: Literal["merged", "unmerged"] = "merged",
+        formats: Sequence[str] | None = None,
+        nfe: Sequence[int] | None = None,
+        rank: int | None = None,
+    ) -> None:
+        self.options = FormatOptions(
+            None if formats is None else tuple(formats), None if nfe is None else tuple(nfe), rank, lora
+        )
+        check_format_options(self.options, "ExportPipeline.")
         self.directory = directory
         self.notes = notes
-        self.lora = lora
+        self._planned: list[PlannedExport] = []
         self._target: Path | None = None
         self._seconds = 0.0
         self._since: float | None = None
@@ -47,7 +66,7 @@ class ExportPipeline(Callback):
 
         Raises:
             ConfigurationError: If the module is not a `TeacherStudentBase`, or the directory cannot be written, or has files
-                that are not an earlier export. Also if `lora` is "unmerged" and the student has no LoRA.
+                that are not an earlier export. Also if a format cannot represent the student.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper of Trainer's constructor
             return
@@ -56,10 +75,13 @@ class ExportPipeline(Callback):
                 f"ExportPipeline exports students and teachers, but {type(pl_module).__name__} trains neither; "
                 "remove it from trainer.callbacks"
             )
-        if self.lora == "unmerged" and pl_module.student_options.lora is None:
+        if pl_module.has_teacher:
+            student, validated = pl_module.student_options, pl_module.validation.nfe
+            self._planned = plan_exports(self.options, pl_module.adapter, student, validated, "ExportPipeline.")
+        elif self.options != FormatOptions():
             raise ConfigurationError(
-                "ExportPipeline.lora is unmerged, but model.student.lora is null; set ExportPipeline.lora to merged, or "
-                "model.student.lora to LoRA options"
+                f"ExportPipeline has options of formats, but {type(pl_module).__name__} trains a teacher, which is exported "
+                "as a stock pipeline; leave formats, nfe, rank and lora out"
             )
         default = Path(trainer.default_root_dir) / ("student" if pl_module.has_teacher else "teacher")
         self._target = check_export_directory(self.directory or default, "ExportPipeline.directory")
@@ -93,7 +115,7 @@ class ExportPipeline(Callback):
             return
         card = self.model_card(trainer, pl_module)
         if pl_module.has_teacher:
-            export_student(pl_module.adapter, network, self._target, card, self.lora)
+            export_student(pl_module.adapter, network, self._target, card, self._planned, self.options)
         else:
             export_teacher(pl_module.adapter, network, self._target, card)
         rank_zero_info(f"Exported the {'student' if pl_module.has_teacher else 'teacher'} to {self._target}")

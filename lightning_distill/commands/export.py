@@ -1,4 +1,4 @@
-"""`lightning-distill export`: convert a checkpoint to a pipeline directory."""
+"""`lightning-distill export`: the student of a checkpoint in the formats of other tools."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,18 @@ from lightning_distill.export.directory import check_export_directory
 from lightning_distill.export.hub import check_push, push
 from lightning_distill.sharding.checkpoint_files import read_checkpoint
 
+LISTS = ("--format", "--nfe")
+"""Options whose values are several words."""
+
 
 class ExportCLI(OptionsCLI):
     """`export`, in one process on the CPU; of the trainer's settings it uses only the directories of checkpoints."""
 
     options_class = CheckpointExport
-    description = "Convert the student of a checkpoint, a file or a sharded directory, to a pipeline directory."
+    description = "Export the student of a checkpoint, a file or a sharded directory, in one format or several."
+
+    def __init__(self, arguments: Sequence[str], name: str) -> None:
+        super().__init__(join_lists(arguments), name)
 
     def execute(self, options: CheckpointExport) -> None:
         """Export the student, with the settings that the checkpoint was trained with."""
@@ -59,6 +65,19 @@ class ExportCLI(OptionsCLI):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+
+
+def join_lists(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which the words after an option of `LISTS` are one list, as in `--nfe=[1, 2, 4]` for `--nfe 1 2 4`."""
+    joined: list[str] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        words: list[str] = []
+        while argument in LISTS and remaining and not remaining[0].startswith(("-", "[")):
+            words.append(remaining.pop(0))
+        joined.append(f"{argument}=[{', '.join(words)}]" if words else argument)
+    return joined
 
 
 def _report(checkpoint: Path, steps: int, options: CheckpointExport) -> dict[str, Any]:

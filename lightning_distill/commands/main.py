@@ -35,7 +35,7 @@ SUBCOMMANDS = {
     "test": Subcommand("training", "evaluate a model on the test data"),
     "predict": Subcommand("training", "generate an image for every prompt of the data"),
     "sample": Subcommand("sample", "generate images with a pipeline directory"),
-    "export": Subcommand("export", "convert a checkpoint to a pipeline directory"),
+    "export": Subcommand("export", "export the student of a checkpoint for diffusers, ComfyUI and others"),
     "precompute": Subcommand("precompute", "encode images and prompts once, before training"),
     "plan": Subcommand("plan", "estimate the GPU memory of a training run"),
 }

@@ -9,14 +9,12 @@ from lightning_distill.export.mark import MARK, ExportMark
 from lightning_distill.students.lora_student import SETTINGS
 from lightning_distill.teachers.pipeline_files import INDEX
 from lightning_distill.teachers.pipeline_source import PipelineSource
-from lightning_distill.teachers.registry import resolve_pretrained
+from lightning_distill.teachers.registry import expand_pretrained
 
 DEFAULT_NFE = 4
 """Number of steps of students for any number, and of stock pipelines."""
 ON_BASE = ("lora", "comfyui", "kohya", "single_file")
 """Kinds of exports that are used with the pipeline of their base model."""
-STOCK = ("stock", *ON_BASE)
-"""Kinds of exports that stock pipelines load, with arguments of their own."""
 PREFERENCE = ("stock", "any_step", *ON_BASE)
 """Kinds of several exports of a student, best first."""
 
@@ -58,7 +56,7 @@ def choose_export(name: str, nfe: int | None) -> Choice:
     Raises:
         ConfigurationError: If none of several exports is for this number of steps, or an `export.json` is damaged.
     """
-    directory, source = Path(resolve_pretrained(name)), PipelineSource("--pipeline", name)
+    directory, source = Path(expand_pretrained(name)), PipelineSource("--pipeline", name)
     exports = _exports(directory, source)
     if not exports:
         return Choice(name, read_mark(directory, source))

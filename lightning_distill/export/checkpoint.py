@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_distill.errors import ConfigurationError, first_and_count
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import check_export_directory, export_student
+from lightning_distill.export.directory import check_export_directory
+from lightning_distill.export.formats import FormatOptions, plan_exports
+from lightning_distill.export.students import export_student
 from lightning_distill.methods.base import TeacherStudentBase
 from lightning_distill.methods.checkpoint_state import Shape, check_lora_rank, check_shapes
 from lightning_distill.sharding.checkpoint_files import (
@@ -35,7 +37,13 @@ class CheckpointExport:
         ckpt_path: A checkpoint of `fit`: a file, or the directory of a sharded strategy.
         directory: Target directory; an earlier export in it is replaced.
         weights: "average" for the EMA, "last" for the weights without averaging. None: the EMA, if the checkpoint has one.
-        lora: Format of a LoRA student: "merged" or "unmerged", as in `ExportPipeline`.
+        format: "any_step" for any number of steps, with code; "stock", a pipeline of diffusers without code;
+            "lora", "comfyui" and "kohya", LoRA files for these tools; "single_file", the transformer in its original layout.
+            One export is written to `directory`, several to its subfolders. None: "stock" for the largest number of steps and
+            "any_step"; for LoRA students "lora" for each number of steps.
+        nfe: Numbers of steps, each with exports of its own, except for "any_step". None: those of validation.
+        rank: Rank of a LoRA that is extracted from a student without LoRA.
+        lora: Form of a LoRA student in "any_step": "merged" for full weights, "unmerged" for only the trained weights.
         max_shard_size: Largest size of an output file, such as "500MB", which is also about the memory that the export takes.
         push_to_hub: Repository of the Hugging Face hub, as owner/name, to which the directory is uploaded after the export. It
             is created if it does not exist. The token is that of `hf auth login` or HF_TOKEN.
@@ -49,6 +57,9 @@ class CheckpointExport:
     ckpt_path: str
     directory: str = "student"
     weights: Literal["average", "last"] | None = None
+    format: list[str] | None = None
+    nfe: list[int] | None = None
+    rank: int | None = None
     lora: Literal["merged", "unmerged"] = "merged"
     max_shard_size: str = "5GB"
     push_to_hub: str | None = None
@@ -62,6 +73,12 @@ class CheckpointExport:
             )
         if self.public and self.push_to_hub is None:
             raise ConfigurationError("public is true, but push_to_hub is not set; set it to owner/name, or leave public out")
+
+    @property
+    def formats(self) -> FormatOptions:
+        """Options of the formats."""
+        formats = None if self.format is None else tuple(self.format)
+        return FormatOptions(formats, None if self.nfe is None else tuple(self.nfe), self.rank, self.lora)
 
 
 def export_checkpoint(module: LightningModule, options: CheckpointExport, card_fields: Mapping[str, Any] | None = None) -> Path:
@@ -91,6 +108,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport, card_f
     directory = check_export_directory(options.directory)
     module.adapter.check()
     module.adapter.check_student(module.student_options)
+    planned = plan_exports(options.formats, module.adapter, module.student_options, module.validation.nfe)
     names, read, step = _open(options.ckpt_path)
     prefix = _prefix(options, names)
     stored = {each.removeprefix(prefix): each for each in names if each.startswith(prefix)}
@@ -108,7 +126,7 @@ def export_checkpoint(module: LightningModule, options: CheckpointExport, card_f
         values = read(stored.values())
         student.load_state_dict({path: values[original] for path, original in stored.items()}, strict=False)
     card = replace(ModelCard.from_method(module, steps=step), **(card_fields or {}))
-    target = export_student(module.adapter, student, directory, card, options.lora)
+    target = export_student(module.adapter, student, directory, card, planned, options.formats)
     rank_zero_info(f"Exported the student of {options.ckpt_path} to {target}")
     return target
 

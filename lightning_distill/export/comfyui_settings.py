@@ -1,9 +1,7 @@
 """Settings in ComfyUI that sample as a student was trained, for model cards."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from lightning_distill.errors import alternatives
 
 SHIFT_NODES = {
     "FluxPipeline": "ModelSamplingAuraFlow",
@@ -22,7 +20,7 @@ would take the logarithm of the shift.
 
 
 def comfyui_settings(
-    pipeline_class: str, nfe: Sequence[int], scheduler: Mapping[str, Any], arguments: Mapping[str, Any], single_file: bool
+    pipeline_class: str, nfe: int, scheduler: Mapping[str, Any], arguments: Mapping[str, Any], single_file: bool
 ) -> dict[str, str]:
     """Settings by their name in ComfyUI; empty for families that it does not have.
 
@@ -31,7 +29,7 @@ def comfyui_settings(
 
     Args:
         pipeline_class: Class of the stock pipeline.
-        nfe: Numbers of steps.
+        nfe: Number of steps.
         scheduler: "class" and "config" of the scheduler.
         arguments: Arguments of the pipeline besides prompt, steps and size.
         single_file: Whether the export is the transformer, not a LoRA.
@@ -43,7 +41,7 @@ def comfyui_settings(
         "file": "`models/diffusion_models`, node `UNETLoader`"
         if single_file
         else "`models/loras`, node `LoraLoaderModelOnly` with strength 1",
-        "steps": alternatives(nfe),
+        "steps": str(nfe),
         "cfg": "1",
         "sampler": "lcm" if config.get("stochastic_sampling") else "euler",
         "scheduler": "simple",

@@ -57,6 +57,10 @@ class FewStepPipeline(DiffusionPipeline, ABC):
     """Default maximum of that number: the default of the stock pipeline."""
     patch_size = 2
     """Latents per side of an image token."""
+    stock_passes_sigmas: ClassVar[bool] = True
+    """Whether the stock pipeline passes evenly spaced sigmas to its scheduler, instead of the number of steps alone."""
+    stock_without_guidance: ClassVar[dict[str, Any]] = {}
+    """Components and settings that turn off the guidance of the stock pipeline, where arguments of a call cannot."""
 
     @abstractmethod
     def encode_condition(self, prompts: list[str], max_sequence_length: int) -> dict[str, Tensor]:

@@ -115,6 +115,9 @@ class TwoTimeEmbedding(Float32TimestepEmbedding, StudentOnlyModule):
         interval_frequency_bound: As in `TwoTimeModel`.
     """
 
+    embeds_end: ClassVar[bool] = False
+    """Whether the embedding is that of r alone, and the stock embedder receives the end of the step."""
+
     def __init__(
         self,
         like: TimestepEmbedding,
@@ -198,6 +201,8 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     """The stock forward's `timestep` at noise: 1 or 1000."""
     feature_scale: ClassVar[float] = 1000.0
     """Time at noise that the original features receive."""
+    stock_rounds_times: ClassVar[bool] = True
+    """Whether the stock pipeline rounds the scheduler's timesteps to the dtype of its latents."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Default LoRA targets in the blocks: name suffixes of linear layers for attention and feed-forward."""
     output_layer: ClassVar[str | None] = None
@@ -257,6 +262,20 @@ class TwoTimeModel(ModelMixin, ConfigMixin):
     def stock_time_arguments(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
         """Convert times to arguments of the stock forward."""
         return {"timestep": t * self.timestep_scale}
+
+    def stock_time_features(self, embedder: str, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Features (N, F) that the stock pipeline computes for one of its embedders, at least float32.
+
+        Args:
+            embedder: Name of the embedder.
+            timesteps: Timesteps (N,) of the stock scheduler in [0, 1000], float32.
+            dtype: Dtype of the stock transformer and its latents.
+        """
+        times = timesteps.to(dtype) if self.stock_rounds_times else timesteps
+        if self.timestep_scale == 1:
+            times = times / 1000 * self.feature_scale
+        features: Tensor = self.get_submodule(f"{embedder.rpartition('.')[0]}.time_proj")(times)
+        return features
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

@@ -118,6 +118,7 @@ class TwoTimeFlux2KleinPipeline(FewStepFlux2, Flux2KleinPipeline):
     """FLUX.2 klein, base or distilled, in a few steps."""
 
     stock_class = Flux2KleinPipeline
+    stock_without_guidance: ClassVar[dict[str, Any]] = {"is_distilled": True}
 
 
 def positions(time: int, rows: int, columns: int, length: int, device: torch.device) -> Tensor:

@@ -23,6 +23,8 @@ def checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class EndTimeEmbedding(TwoTimeEmbedding):
     """Embedding of r in the distilled checkpoints (`use_meanflow`)."""
 
+    embeds_end: ClassVar[bool] = True
+
     def __init__(
         self,
         like: Any,
@@ -70,6 +72,7 @@ class TwoTimeHunyuanImagePipeline(FewStepPipeline, HunyuanImagePipeline):
     """HunyuanImage 2.1 in a few steps."""
 
     stock_class = HunyuanImagePipeline
+    stock_without_guidance: ClassVar[dict[str, Any]] = {"guider": None, "ocr_guider": None}
     network_class = TwoTimeHunyuanImageTransformer2DModel
     condition_names: ClassVar[tuple[str, ...]] = (
         "prompt_embeds",

@@ -7,6 +7,7 @@ package.
 import inspect
 from typing import Any, ClassVar
 
+import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
@@ -28,11 +29,19 @@ class TwoTimeSanaTransformer2DModel(TwoTimeModel, SanaTransformer2DModel):
         parent = embedder.rpartition(".")[0]
         return ScaledTimeProjection(self.get_submodule(f"{parent}.time_proj"), 1000 * self.config.timestep_scale)
 
+    def stock_time_features(self, embedder: str, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Features (N, F) that the stock pipeline computes for its embedder, of unrounded timesteps (N,) in [0, 1000]."""
+        features: Tensor = self.get_submodule(f"{embedder.rpartition('.')[0]}.time_proj")(
+            timesteps * self.config.timestep_scale
+        )
+        return features
+
 
 class TwoTimeSanaPipeline(FewStepPipeline, SanaPipeline):
     """Sana in a few steps."""
 
     stock_class = SanaPipeline
+    stock_passes_sigmas: ClassVar[bool] = False
     network_class = TwoTimeSanaTransformer2DModel
     condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
     default_sequence_length: ClassVar[int] = 300

@@ -19,6 +19,7 @@ class TwoTimeSD3Transformer2DModel(TwoTimeModel, SD3Transformer2DModel):
     """SD3 transformer with a second time input; latents and prompts are those of the stock class."""
 
     timestep_scale: ClassVar[float] = 1000.0
+    stock_rounds_times: ClassVar[bool] = False
     lora_targets: ClassVar[tuple[str, ...]] = (*JOINT_ATTENTION, *FEED_FORWARD)
 
 
@@ -29,6 +30,7 @@ class TwoTimeStableDiffusion3Pipeline(FewStepPipeline, StableDiffusion3Pipeline)
     """
 
     stock_class = StableDiffusion3Pipeline
+    stock_passes_sigmas: ClassVar[bool] = False
     network_class = TwoTimeSD3Transformer2DModel
     condition_names: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     prompt_tokenizer: ClassVar[str] = "tokenizer_3"

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from torch import Tensor, nn
 
 from .few_step import FewStepPipeline
@@ -71,6 +72,12 @@ class TwoTimeZImageTransformer2DModel(TwoTimeModel, ZImageTransformer2DModel):
     def stock_time_arguments(self, t: Tensor, r: Tensor) -> dict[str, Tensor]:
         """Convert times to arguments of the stock forward."""
         return {"t": 1 - t}
+
+    def stock_time_features(self, embedder: str, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Features (N, F) that the stock pipeline computes for its embedder, of unrounded timesteps (N,) in [0, 1000]."""
+        channels = self.get_submodule(embedder).layers[0].in_features
+        features: Tensor = TimestepEmbedder.timestep_embedding((1000 - timesteps) / 1000 * self.t_scale, channels)
+        return features
 
 
 class TwoTimeZImagePipeline(FewStepPipeline, ZImagePipeline):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from lightning_distill.teachers.fingerprint import fingerprint
 from lightning_distill.teachers.lora_directory import save_lora_student
 from lightning_distill.teachers.lora_files import read_updates
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
-from lightning_distill.teachers.pipeline_directory import save_few_step_pipeline, save_stock_pipeline
+from lightning_distill.teachers.pipeline_directory import meta_stock_network, save_few_step_pipeline, save_stock_pipeline
 from lightning_distill.teachers.pipeline_files import component_classes, pipeline_class_name, stock_class
 from lightning_distill.teachers.pipeline_location import PipelineLocation
 from lightning_distill.teachers.registry import check_location
@@ -34,9 +35,10 @@ from lightning_distill.teachers.sharded_loading import (
     stored_component,
 )
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
+from lightning_distill.teachers.stock_student import StockSource
 from lightning_distill.teachers.stored_encoders import meta_encoder
 from lightning_distill.teachers.student import build_student, check_pretrained, lora_config, student_config
-from lightning_distill.teachers.student_options import StudentOptions
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from lightning_distill.teachers.teacher_lora import TeacherLora
 from lightning_distill.teachers.usage import DIFFUSERS_CODE, DIFFUSERS_CODE_WITHOUT_LOADER, ExportCode
 
@@ -494,6 +496,35 @@ class DiffusersAdapter(ModelAdapter):
         """Write the few-step pipeline of the family, which loads with `trust_remote_code=True`."""
         settings = self.sequence_length, self.stochastic_sampling
         save_few_step_pipeline(self._full_pipeline(), two_time(student), *settings, directory)
+
+    def stock_obstacle(self, student: StudentOptions) -> str | None:
+        """Why no stock network can represent students with these options, or None."""
+        if student.policy_points > 1:
+            return f"student.policy_points is {student.policy_points}, and stock networks have no policies"
+        return None
+
+    def stock_source(self, student: nn.Module, height: int, width: int) -> StockSource:
+        """Networks and settings from which the stock forms of a student are computed, for one image size."""
+        weights = self._stored_weights()
+        teacher = meta_network(self.family.network_class, self._transformer_config(), weights)
+        shift = self.time_shift(self.latent_shape(height, width))
+        source = self.family, self._full_pipeline, two_time(student), teacher, weights
+        return StockSource(*source, shift, self.stochastic_sampling)
+
+    @property
+    def stock_grid_is_free(self) -> bool:
+        """Whether the scheduler of a stock form has the student's grid for any number of steps."""
+        return self.family.stock_passes_sigmas
+
+    def meta_stock_network(self) -> ModelMixin:
+        """The stock transformer with parameters on the meta device; the adapter need not be loaded."""
+        return meta_stock_network(self.family.network_class, self._transformer_config())
+
+    def lora_target_names(self, options: LoraOptions) -> list[str]:
+        """Names of the layers that get low-rank updates; the adapter need not be loaded."""
+        with torch.device("meta"):
+            network = self.family.network_class.from_config(self._transformer_config())
+        return sorted(lora_config(network, options).target_modules)
 
     def merge_lora(self, student: nn.Module) -> nn.Module:
         """Merge LoRA updates into the weights, in float32 on the CPU; returns the student itself if it has no LoRA."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from lightning_distill.errors import ConfigurationError
@@ -15,7 +16,8 @@ from lightning_distill.flow.guidance import classifier_free, inside_interval
 from lightning_distill.flow.times import step_grid
 from lightning_distill.sharding.protocols import Sharding
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
-from lightning_distill.teachers.student_options import StudentOptions
+from lightning_distill.teachers.stock_student import StockSource
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from lightning_distill.teachers.teacher_lora import TeacherLora
 from lightning_distill.teachers.usage import DIFFUSERS_CODE, ExportCode
 
@@ -293,6 +295,47 @@ class ModelAdapter(nn.Module, ABC):
             f"adapter is {type(self).__name__}, which provides no features for discriminators; choose a method without a "
             "discriminator, or set adapter to DiffusersAdapter"
         )
+
+    def stock_obstacle(self, student: StudentOptions) -> str | None:
+        """Why no stock network can represent students with these options, or None; does not need a loaded adapter."""
+        return f"students of {type(self).__name__} need their own code"
+
+    @property
+    def stock_grid_is_free(self) -> bool:
+        """Whether the scheduler of a stock form has the student's grid for any number of steps."""
+        return True
+
+    def meta_stock_network(self) -> ModelMixin:
+        """The stock transformer with parameters on the meta device; the adapter need not be loaded.
+
+        Raises:
+            ConfigurationError: If there are no stock forms.
+        """
+        raise self._no_stock_form_error()
+
+    def lora_target_names(self, options: LoraOptions) -> list[str]:
+        """Names of the layers that get low-rank updates; the adapter need not be loaded.
+
+        Raises:
+            ConfigurationError: If there are no stock forms.
+        """
+        raise self._no_stock_form_error()
+
+    def stock_source(self, student: nn.Module, height: int, width: int) -> StockSource:
+        """Networks and settings from which the stock forms of a student are computed, for one image size.
+
+        Args:
+            student: The student; its parameters may be streamed from a checkpoint.
+            height: Height of the images in pixels, which may determine the time grid.
+            width: Width of the images in pixels.
+
+        Raises:
+            ConfigurationError: If there are no stock forms.
+        """
+        raise self._no_stock_form_error()
+
+    def _no_stock_form_error(self) -> ConfigurationError:
+        return ConfigurationError(f"adapter is {type(self).__name__}, whose students have no stock form; export any_step")
 
     @abstractmethod
     def save_student(self, student: nn.Module, directory: Path) -> None:

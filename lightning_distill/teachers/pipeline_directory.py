@@ -3,7 +3,9 @@
 import inspect
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -44,7 +46,7 @@ def save_few_step_pipeline(
         for file in (source, *map(Path, get_relative_import_files(source))):
             shutil.copyfile(file, directory / folder / file.name)
     index_file.write_text(json.dumps(index, indent=2) + "\n")
-    _remove_local_paths(directory)
+    remove_local_paths(directory)
 
 
 def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, directory: Path) -> None:
@@ -61,17 +63,26 @@ def save_stock_pipeline(pipeline: FewStepPipeline, network: TwoTimeModel, direct
     config = network.config
     if config.interval_embedding != "none" or config.time_frequency_bound is not None or config.rescaled_time:
         raise ValueError("a stock pipeline cannot represent a network with two times or modified time; save it as a student")
-    stock_class = stock_network_class(type(network))
-    with torch.device("meta"):
-        stock = stock_class(
-            **{name: value for name, value in config.items() if not name.startswith("_") and name not in TWO_TIME_SETTINGS}
-        )
+    stock = meta_stock_network(type(network), config)
     # A stock model casts times to its dtype, so float32 time embeddings would fail beside bfloat16 weights.
     state = {name: value.to(network.dtype) for name, value in network.state_dict().items()}
     stock.load_state_dict(state, assign=True)
     stock_pipeline: DiffusionPipeline = pipeline.stock_class(**{**pipeline_arguments(pipeline), "transformer": stock})
     stock_pipeline.save_pretrained(directory)
-    _remove_local_paths(directory)
+    remove_local_paths(directory)
+
+
+def meta_stock_network(network_class: type[TwoTimeModel], config: Mapping[str, Any]) -> ModelMixin:
+    """Stock transformer on the meta device.
+
+    Args:
+        network_class: Class of the two-time transformer.
+        config: Configuration of a stock or two-time transformer.
+    """
+    kept = {name: value for name, value in config.items() if not name.startswith("_") and name not in TWO_TIME_SETTINGS}
+    with torch.device("meta"):
+        network: ModelMixin = stock_network_class(network_class)(**kept)
+    return network
 
 
 def stock_network_class(network_class: type[TwoTimeModel]) -> type[ModelMixin]:
@@ -79,7 +90,7 @@ def stock_network_class(network_class: type[TwoTimeModel]) -> type[ModelMixin]:
     return next(parent for parent in network_class.__mro__ if parent.__module__.startswith("diffusers.models.transformers."))
 
 
-def _remove_local_paths(directory: Path) -> None:
+def remove_local_paths(directory: Path) -> None:
     """Remove the paths from which the components were loaded: they belong to the training machine."""
     for file in directory.glob("*/*config.json"):
         config = json.loads(file.read_text())

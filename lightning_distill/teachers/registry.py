@@ -8,14 +8,24 @@ from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
 
 SHIPPED = {"shapes-teacher": "shapes_teacher", "shapes-student": "shapes_student"}
+ANY_STEP = "any_step"
+"""Folder of the export for any number of steps, in a directory of several exports."""
+INDEX = "model_index.json"
 _DIRECTORY = Path(__file__).resolve().parents[1] / "pretrained"
 
 
 def resolve_pretrained(name: str) -> str:
-    """The directory of a shipped pipeline, another directory with `~` and environment variables expanded, or a hub id.
+    """The directory of a pipeline, or a hub id; a directory of several exports of a student stands for its `any_step` export.
 
     The directory of "shapes-student" holds its own weights only, without code: `load_shipped_student` loads the pipeline.
     """
+    path = expand_pretrained(name)
+    several = (Path(path) / ANY_STEP / INDEX).is_file() and not (Path(path) / INDEX).is_file()
+    return str(Path(path) / ANY_STEP) if several else path
+
+
+def expand_pretrained(name: str) -> str:
+    """The directory of a shipped pipeline, another directory with `~` and environment variables expanded, or a hub id."""
     return str(_DIRECTORY / SHIPPED[name]) if name in SHIPPED else expand_path(name, "adapter.pretrained")
 
 
@@ -31,7 +41,7 @@ def check_location(name: str, revision: str | None) -> None:
     """
     directory = Path(resolve_pretrained(name))
     if directory.is_dir():
-        if not (directory / "model_index.json").is_file():
+        if not (directory / INDEX).is_file():
             raise ConfigurationError(
                 f"adapter.pretrained is {name!r}, which has no model_index.json; give a diffusers pipeline directory"
             )
@@ -40,7 +50,7 @@ def check_location(name: str, revision: str | None) -> None:
             f"adapter.pretrained is {name!r}, which is neither a pipeline directory nor a hub id like "
             "'black-forest-labs/FLUX.1-dev'; correct the path, or use 'shapes-teacher', which ships with the package"
         )
-    elif not isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision), str):
+    elif not isinstance(try_to_load_from_cache(name, INDEX, revision=revision), str):
         _reach_hub(name, revision)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_distill.callbacks.export import ExportPipeline
 from lightning_distill.callbacks.report import FinalReport
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.export.mark import MARK, ExportMark
 from lightning_distill.flow.losses import power_loss
 from lightning_distill.methods.base import Objective, TeacherStudentBase
 from lightning_distill.methods.flow_matching import FlowMatching
@@ -70,7 +71,7 @@ def test_fit_exports_the_validated_student(teacher_directory: str, tmp_path: Pat
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     module = Regression(DiffusersAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
-    fit(module, tmp_path, ExportPipeline(notes="Trained on Shapes."))
+    fit(module, tmp_path, ExportPipeline(notes="Trained on Shapes.", formats=["any_step"]))
     directory = tmp_path / "student"
     pipeline = DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -85,6 +86,35 @@ def test_fit_exports_the_validated_student(teacher_directory: str, tmp_path: Pat
         "Trained on Shapes.",
     ):
         assert part in card
+
+
+def test_default_formats_of_a_run(teacher_directory: str, tmp_path: Path) -> None:
+    module = Regression(DiffusersAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
+    fit(module, tmp_path, ExportPipeline())
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["any_step", MARK, "stock_4"]
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    settings = {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "pt"}
+    arguments = ExportMark.read(tmp_path / "student" / "stock_4").arguments
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "student" / "stock_4")
+    images = pipeline(PROMPTS, generator=generators, **settings, **arguments).images
+    torch.testing.assert_close(images, module.sample(PROMPTS, 4), rtol=0, atol=1e-5)
+
+
+def test_default_formats_of_a_lora_run(teacher_directory: str, tmp_path: Path) -> None:
+    student = StudentOptions(lora=LoraOptions(rank=2, alpha=3.0))
+    module = Regression(DiffusersAdapter(teacher_directory), student=student, ema_decay=0.5, validation=OPTIONS)
+    fit(module, tmp_path, ExportPipeline())
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [MARK, "lora_1", "lora_4"]
+    for nfe in (1, 4):
+        mark = ExportMark.read(tmp_path / "student" / f"lora_{nfe}")
+        pipeline = FluxPipeline.from_pretrained(teacher_directory)
+        pipeline.load_lora_weights(tmp_path / "student" / f"lora_{nfe}")
+        assert mark.scheduler is not None
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**mark.scheduler["config"])
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        settings = {"num_inference_steps": nfe, "height": 32, "width": 32, "output_type": "pt", "generator": generators}
+        images = pipeline(PROMPTS, **settings, **mark.arguments).images
+        torch.testing.assert_close(images, module.sample(PROMPTS, nfe), rtol=0, atol=1e-5)
 
 
 def test_fit_exports_the_lora_weights(teacher_directory: str, tmp_path: Path) -> None:
@@ -109,7 +139,7 @@ def test_card_has_the_figures_of_the_report_or_of_the_last_validation(
     data = [{"image": torch.rand(3, 32, 32), "prompt": prompt, "index": i} for i, prompt in enumerate(["a circle"] * 2)]
     report = [FinalReport(diversity_prompts=1, diversity_seeds=2)] if reported else []
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    export = ExportPipeline()
+    export = ExportPipeline(formats=["any_step"])
     trainer = Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path, callbacks=[export, *report], **quiet)
     trainer.fit(module, DataLoader(data, batch_size=2), DataLoader(data, batch_size=2))
     found = export.model_card(trainer, module)
@@ -141,7 +171,7 @@ def test_fit_exports_a_trained_teacher_as_stock_pipeline(teacher_directory: str,
 
 def test_directory_setting(teacher_directory: str, tmp_path: Path) -> None:
     module = Regression(DiffusersAdapter(teacher_directory), validation=OPTIONS)
-    fit(module, tmp_path, ExportPipeline(str(tmp_path / "elsewhere" / "s")))
+    fit(module, tmp_path, ExportPipeline(str(tmp_path / "elsewhere" / "s"), formats=["stock"], nfe=[1]))
     assert (tmp_path / "elsewhere" / "s" / "model_index.json").is_file()
 
 

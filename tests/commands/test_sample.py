@@ -20,7 +20,8 @@ from lightning_distill.commands.sample import main
 from lightning_distill.digests import MANIFEST, write_manifest
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import export_student
+from lightning_distill.export.formats import FormatOptions
+from lightning_distill.export.students import export_student
 from lightning_distill.students.few_step import pack_latents
 from lightning_distill.teachers import registry
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
@@ -45,7 +46,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | Tens
     card = ModelCard("MeanFlow", "shapes-teacher", (1, 4), 32, 32)
     export_student(adapter, perturb_weights(student).eval(), directory / "student", card)
     lora, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(lora=LoraOptions(rank=2)))
-    export_student(adapter, lora, directory / "lora", card, "unmerged")
+    export_student(adapter, lora, directory / "lora", card, options=FormatOptions(lora="unmerged"))
     save_tiny_pipeline(directory / "guided", guidance_embeds=True, scheduler=FLUX_DEV_SHIFT)
     torch.set_num_threads(1)
     return {name: directory / name for name in ("teacher", "student", "lora", "guided")} | {

@@ -1,6 +1,6 @@
 """`export`: the student of a checkpoint equals the export of the run."""
 
-import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from lightning_distill.commands.main import main
 from lightning_distill.digests import MANIFEST
+from lightning_distill.export.mark import ExportMark
+from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
 from tests.tiny import PROMPTS, save_tiny_pipeline
 
 
@@ -43,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "default_root_dir": str(folder),
             "callbacks": [
                 {"class_path": "AtomicCheckpoint", "init_args": {"dirpath": str(folder), "every_n_train_steps": 2}},
-                {"class_path": "ExportPipeline", "init_args": {"directory": str(folder / "student")}},
+                {"class_path": "ExportPipeline", "init_args": {"directory": str(folder / "student"), "formats": ["any_step"]}},
             ],
         },
     }
@@ -54,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(run: Path, target: Path, *further: str) -> dict[str, torch.Tensor]:
     arguments = ["--config", str(run / "run.yaml"), "--ckpt_path", str(run / "last.ckpt"), "--directory", str(target)]
-    main(["export", *arguments, *further])
+    main(["export", *arguments, *(() if "--format" in further else ("--format", "any_step")), *further])
     return {name: value for file in (target / "transformer").glob("*.safetensors") for name, value in load_file(file).items()}
 
 
@@ -161,43 +163,50 @@ def test_impossible_exports_exit_with_one_message(
     assert "Traceback" not in error
 
 
-def test_the_card_has_the_report_of_the_same_weights(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "last.ckpt").symlink_to(run / "last.ckpt")
-    (tmp_path / "run.yaml").write_text((run / "run.yaml").read_text())
-    (tmp_path / "images.png").write_bytes(b"png")
-    summary = {"student": {"1": 0.25, "2": float("nan")}, "minutes": 3.0, "steps": 2}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    export(tmp_path, tmp_path / "student")
-    card = (tmp_path / "student" / "README.md").read_text()
-    assert "| 1 | 0.25 |" in card
-    assert "| Training time | 3.0 minutes |" in card
-    assert "nan" not in card
-    assert (tmp_path / "student" / "images.png").read_bytes() == b"png"
-    export(tmp_path, tmp_path / "student", "--weights", "last")
-    assert not (tmp_path / "student" / "images.png").exists()
+def test_several_formats_of_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    """The stock pipelines are computed from weights that are read file by file."""
+    export(run, tmp_path / "exports", "--format", "stock", "any_step", "lora", "--nfe", "1", "2", "--rank", "4")
+    folders = {path.name for path in (tmp_path / "exports").iterdir() if path.is_dir()}
+    assert folders == {"any_step", "stock_1", "stock_2", "lora_1", "lora_2"}
+    settings = {"height": 32, "width": 32, "output_type": "pt"}
+    student = DiffusionPipeline.from_pretrained(tmp_path / "exports" / "any_step", trust_remote_code=True)
+    for nfe in (1, 2):
+        mark = ExportMark.read(tmp_path / "exports" / f"stock_{nfe}")
+        assert mark.nfe == (nfe,)
+        stock = DiffusionPipeline.from_pretrained(tmp_path / "exports" / f"stock_{nfe}")
+        images = [
+            pipeline(
+                prompt=PROMPTS,
+                num_inference_steps=nfe,
+                generator=[torch.Generator().manual_seed(i) for i in range(3)],
+                **settings,
+                **each,
+            ).images
+            for pipeline, each in ((student, {}), (stock, mark.arguments))
+        ]
+        torch.testing.assert_close(*images, rtol=0, atol=1e-5)
 
 
-def test_the_export_is_pushed_after_a_check(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "stok"], "format has 'stok'; did you mean stock?"),
+        (["--format", "lora"], "format has lora, but the student has no LoRA; set rank to extract one"),
+        (["--format", "stock", "--nfe", "0"], r"nfe is \[0\]; give different numbers of steps of at least 1"),
+        (["--format", "stock", "--rank", "4"], "rank is 4, but no LoRA is extracted"),
+        (["--format", "kohya", "--rank", "4"], "format kohya is not possible for FluxTransformer2DModel"),
+    ],
+)
+def test_formats_are_checked_before_anything_loads(
+    run: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pushed: list[tuple[Path, str, bool]] = []
-
-    def push(directory: Path, name: str, public: bool) -> str:
-        assert (directory / "README.md").is_file()
-        pushed.append((directory, name, public))
-        return "https://hub/owner/name"
-
-    monkeypatch.setattr("lightning_distill.commands.export.push", push)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    export(run, tmp_path / "student", "--push_to_hub", "owner/name", "--public", "true")
-    assert pushed == [(tmp_path / "student", "owner/name", True)]
-    for arguments, message in (
-        (["--push_to_hub", "name"], "push_to_hub is 'name' (the name has no owner); set it to owner/name"),
-        (["--public", "true"], "public is true, but push_to_hub is not set"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            export(run, tmp_path / "other", *arguments)
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
-        assert not (tmp_path / "other").exists()
+    monkeypatch.setattr(DiffusersAdapter, "load", lambda self: pytest.fail("components are loaded"))
+    with pytest.raises(SystemExit):
+        export(run, tmp_path / "student", *options)
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "student").exists()

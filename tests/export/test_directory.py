@@ -17,7 +17,10 @@ from torch import nn
 from lightning_distill.digests import MANIFEST
 from lightning_distill.errors import ConfigurationError, NonFiniteError, StorageError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import MARK, check_export_directory, export_student, export_teacher
+from lightning_distill.export.directory import check_export_directory
+from lightning_distill.export.formats import FormatOptions
+from lightning_distill.export.mark import MARK
+from lightning_distill.export.students import export_student, export_teacher
 from lightning_distill.students.lora_student import load_lora_student
 from lightning_distill.students.two_time_flux import TwoTimeFluxTransformer2DModel
 from lightning_distill.teachers.diffusers_adapter import DiffusersAdapter
@@ -26,6 +29,7 @@ from tests.preloaded import with_diffusers
 from tests.teachers.tiny_families import save_family
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, load_adapter, noise, perturb_weights, sample_images, save_tiny_pipeline
 
+UNMERGED = FormatOptions(lora="unmerged")
 CARD = ModelCard("MeanFlow", "shapes-teacher", (1, 2, 4), 32, 32, guidance_scale=2.0)
 
 CODE = ("few_step.py", "policy.py", "two_time.py", "two_time_flux.py")
@@ -165,7 +169,7 @@ def test_lora_student_samples_identical_images_in_a_fresh_process(tmp_path: Path
         adapter = load_adapter(base, torch_dtype=dtype, max_sequence_length=6)
         adapter.stochastic_sampling = dtype == "bfloat16"
         student = build_lora_student(adapter).eval()
-        export_student(adapter, student, tmp_path / dtype, CARD, lora="unmerged")
+        export_student(adapter, student, tmp_path / dtype, CARD, options=UNMERGED)
         expected[dtype] = sample_images(adapter, student, PROMPTS, 4, 4.5)
     (tmp_path / "sample.py").write_text(LOAD_LORA_AND_SAMPLE)
     with_diffusers().run(["sample.py", base, *expected], tmp_path)
@@ -176,7 +180,7 @@ def test_lora_student_samples_identical_images_in_a_fresh_process(tmp_path: Path
 
 def test_files_of_an_unmerged_lora_student(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     student = build_lora_student(adapter)
-    directory = export_student(adapter, student, tmp_path / "student", CARD, lora="unmerged")
+    directory = export_student(adapter, student, tmp_path / "student", CARD, options=UNMERGED)
     code = {*CODE, "average_velocity_scheduler.py", "few_step_components.py", "lora_student.py"}
     assert files(directory) == {
         "README.md",
@@ -223,7 +227,7 @@ def test_lora_weights_are_merged_in_float32(teacher_directory: str) -> None:
 
 
 def test_lora_student_loads_onto_its_own_base_only(adapter: DiffusersAdapter, tmp_path: Path) -> None:
-    directory = export_student(adapter, build_lora_student(adapter), tmp_path / "student", CARD, lora="unmerged")
+    directory = export_student(adapter, build_lora_student(adapter), tmp_path / "student", CARD, options=UNMERGED)
     base = FluxPipeline.from_pretrained(adapter.pretrained)
     guided = FluxPipeline.from_pretrained(save_tiny_pipeline(tmp_path / "guided", guidance_embeds=True))
     with pytest.raises(ValueError, match="base has guidance_embeds False, but the given base has True"):
@@ -242,7 +246,7 @@ def test_lora_student_loads_onto_its_own_base_only(adapter: DiffusersAdapter, tm
 
 def test_student_without_lora_cannot_be_exported_unmerged(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="lora is unmerged, but the student has no LoRA"):
-        export_student(adapter, build_student(adapter), tmp_path / "student", CARD, lora="unmerged")
+        export_student(adapter, build_student(adapter), tmp_path / "student", CARD, options=UNMERGED)
     assert not (tmp_path / "student").exists()
 
 
@@ -287,7 +291,7 @@ def test_student_needs_trust_remote_code(adapter: DiffusersAdapter, tmp_path: Pa
 
 def test_mark_has_the_kind_of_the_export(adapter: DiffusersAdapter, tmp_path: Path) -> None:
     directory = export_student(adapter, build_student(adapter), tmp_path / "student", CARD)
-    assert json.loads((directory / MARK).read_text())["kind"] == "student"
+    assert json.loads((directory / MARK).read_text())["kind"] == "any_step"
 
 
 # Target directory
@@ -374,7 +378,7 @@ def test_weights_that_are_not_finite_are_not_exported(lora: Any, adapter: Diffus
         weight.view(-1)[3] = torch.nan
     layer = name.partition(".lora_B")[0]
     with pytest.raises(NonFiniteError, match=rf"nothing was exported to .*student, because .*{re.escape(layer)}.* is NaN"):
-        export_student(adapter, student, tmp_path / "out" / "student", CARD, lora)
+        export_student(adapter, student, tmp_path / "out" / "student", CARD, options=FormatOptions(lora=lora))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -389,7 +393,7 @@ def test_code_in_the_card_runs(kind: str, embeds_guidance: bool, tmp_path: Path,
     if kind == "student":
         out = export_student(adapter, build_student(adapter), tmp_path / "out", CARD)
     elif kind == "lora_student":
-        out = export_student(adapter, build_lora_student(adapter), tmp_path / "out", CARD, lora="unmerged")
+        out = export_student(adapter, build_lora_student(adapter), tmp_path / "out", CARD, options=UNMERGED)
     else:
         out = export_teacher(adapter, adapter.load_teacher(), tmp_path / "out", CARD)
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from lightning_distill.callbacks.checkpoint import AtomicCheckpoint
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import export_student
+from lightning_distill.export.formats import FormatOptions
+from lightning_distill.export.students import export_student
 from lightning_distill.methods import (
     DMD2,
     LADD,
@@ -163,7 +164,7 @@ def test_exports_sample_as_the_student(lora: LoraOptions | None, tiny: str, tmp_
     expected = images(DiffusionPipeline.from_pretrained(tmp_path / "any_step", trust_remote_code=True))
     if lora is not None:
         assert not time_weights(student)
-        export_student(adapter, student, tmp_path / "unmerged", card, "unmerged")
+        export_student(adapter, student, tmp_path / "unmerged", card, options=FormatOptions(lora="unmerged"))
         base = DiffusionPipeline.from_pretrained(tiny)
         loaded = load_lora_student(base, tmp_path / "unmerged")
         torch.testing.assert_close(images(loaded), expected, atol=1e-5, rtol=0)
@@ -186,14 +187,10 @@ def test_time_of_an_unmerged_student_stays_float32_on_a_bfloat16_base(tiny: str,
     assert loaded.transformer_blocks[0].norm1.linear.weight is base.transformer.transformer_blocks[0].norm1.linear.weight
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_a_stage_starts_from_an_exported_student(stock: bool, tiny: str, tmp_path: Path) -> None:
+def test_a_stage_starts_from_an_exported_student(tiny: str, tmp_path: Path) -> None:
     adapter = load_adapter(tiny)
     student = trained(adapter)
-    if stock:
-        save_stock_pipeline(adapter.pipeline, student, tmp_path / "student")
-    else:
-        adapter.save_student(student, tmp_path / "student")
+    adapter.save_student(student, tmp_path / "student")
     again = options(pretrained=str(tmp_path / "student"))
     adapter.check_student(again)
     continued, _ = adapter.build_student(adapter.load_teacher(), again)

@@ -13,7 +13,8 @@ from lightning_distill.commands.generation import sample
 from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import export_student
+from lightning_distill.export.formats import FormatOptions
+from lightning_distill.export.students import export_student
 from lightning_distill.flow.derivative import finite_difference, value_and_time_derivative
 from lightning_distill.students.policy import PolicyHead, flow_step_weights, position_weights, velocity_weights
 from lightning_distill.students.two_time import TwoTimeModel
@@ -172,7 +173,7 @@ def test_exported_student_generates_the_images_of_training(adapter: DiffusersAda
                 parameter += 0.05 * torch.randn_like(parameter)
     images = sample_images(adapter, student, PROMPTS, 2)
     card = ModelCard("PiFlow", str(adapter.pretrained), (2,), 32, 32)
-    export_student(adapter, student, tmp_path / "student", card, lora or "merged")
+    export_student(adapter, student, tmp_path / "student", card, options=FormatOptions(lora=lora or "merged"))
     pipeline = load_pipeline(str(tmp_path / "student"), base=str(adapter.pretrained) if lora else None)
     torch.testing.assert_close(sample(pipeline, PROMPTS, nfe=2), images, atol=2e-5, rtol=0)
 

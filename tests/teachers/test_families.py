@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import export_student, export_teacher
+from lightning_distill.export.formats import FormatOptions
+from lightning_distill.export.students import export_student, export_teacher
 from lightning_distill.flow.derivative import time_derivative
 from lightning_distill.flow.path import flow_step
 from lightning_distill.methods import MeanFlow
@@ -256,42 +257,12 @@ def test_lora_student_shares_the_weights_and_equals_the_teacher_at_first(pipelin
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_student_without_an_interval_input_keeps_the_time_of_its_teacher(
-    pipeline_adapter: DiffusersAdapter, lora: LoraOptions | None
-) -> None:
-    """The end of a step has no effect, and all trainable weights get gradients."""
-    adapter = pipeline_adapter
-    options = StudentOptions(interval_embedding="none", time_embedding="original", lora=lora)
-    teacher = adapter.load_teacher()
-    if teacher.config.get("use_meanflow"):
-        with pytest.raises(ConfigurationError, match="has two times itself"):
-            adapter.check_student(options)
-        return
-    adapter.check_student(options)
-    student, report = adapter.build_student(teacher, options)
-    assert report is None
-    assert isinstance(student, TwoTimeModel)
-    assert student.is_stock
-    embedders = {id(parameter) for embedder in student.timestep_embedders for parameter in embedder.parameters()}
-    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    assert trained
-    assert not trained & embedders
-    assert lora is None or embedders == {id(p) for each in teacher.timestep_embedders for p in each.parameters()}
-    x, t, condition = states(adapter)
-    with torch.no_grad():
-        v = adapter.velocity(teacher, x, t, condition, SCALE)
-        assert all(torch.equal(adapter.average_velocity(student, x, r, t, condition, SCALE), v) for r in (0 * t, 0.4 * t))
-    adapter.average_velocity(student, x, 0 * t, t, condition, SCALE).square().mean().backward()
-    assert {id(parameter) for parameter in student.parameters() if parameter.grad is not None} == trained
-
-
 def test_lora_student_samples_equal_merged_and_on_its_base(pipeline_adapter: DiffusersAdapter, tmp_path: Path) -> None:
     adapter = pipeline_adapter
     _, student = build(adapter, lora=LORA)
     perturb_trainable_weights(student).eval()
     card = ModelCard("MeanFlow", "tiny", (4,), SIZE, SIZE, SCALE)
-    export_student(adapter, student, tmp_path / "student", card, "unmerged")
+    export_student(adapter, student, tmp_path / "student", card, options=FormatOptions(lora="unmerged"))
     pipeline = load_lora_student(DiffusionPipeline.from_pretrained(adapter.pretrained), tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]

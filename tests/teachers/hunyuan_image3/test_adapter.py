@@ -19,7 +19,8 @@ from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.digests import MANIFEST
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.directory import MARK, export_student, export_teacher
+from lightning_distill.export.mark import MARK
+from lightning_distill.export.students import export_student, export_teacher
 from lightning_distill.flow.derivative import value_and_time_derivative
 from lightning_distill.flow.path import flow_step
 from lightning_distill.students.few_step_hunyuan_image3 import load_tokenizer

@@ -1,0 +1,84 @@
+"""Students of every family as stock pipelines for a fixed number of steps."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from lightning_distill.flow.path import flow_step
+from lightning_distill.flow.times import step_grid
+from lightning_distill.students.two_time import TwoTimeModel
+from lightning_distill.teachers import DiffusersAdapter
+from lightning_distill.teachers.families import FAMILIES as KNOWN
+from lightning_distill.teachers.stock_student import StepGrid, save_stock_student, set_steps, stock_scheduler, time_updates
+from lightning_distill.teachers.student_options import StudentOptions
+from tests.teachers.tiny_families import FAMILIES, save_family
+from tests.tiny import PROMPTS, load_adapter, noise, perturb_weights
+
+SIZE = 32
+SCALE = 3.5
+STEPS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_family(request.param, tmp_path_factory.mktemp("family") / request.param)
+
+
+@pytest.fixture
+def adapter(directory: str) -> DiffusersAdapter:
+    return load_adapter(directory)
+
+
+def build(adapter: DiffusersAdapter, **options: Any) -> TwoTimeModel:
+    """A student none of whose weights is at its start."""
+    student = perturb_weights(adapter.build_student(adapter.load_teacher(), StudentOptions(**options))[0]).eval()
+    assert isinstance(student, TwoTimeModel)
+    return student
+
+
+def any_step_images(adapter: DiffusersAdapter, student: nn.Module, grid: StepGrid) -> Tensor:
+    condition, x = adapter.encode_prompt(PROMPTS), noise(3, shape=adapter.latent_shape(SIZE, SIZE))
+    with torch.no_grad():
+        for (t, r), end in zip(pairwise(step_grid(grid.nfe, grid.shift)), grid.intervals()[1], strict=True):
+            u = adapter.average_velocity(student, x, end.expand(3), t.expand(3), condition, SCALE)
+            x = flow_step(x, u, r.expand(3), t.expand(3))
+        return (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
+
+
+def stock_images(adapter: DiffusersAdapter, directory: Path, nfe: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    pipeline = DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    options = adapter.stock_arguments(SCALE if adapter.embeds_guidance else 1.0)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    size = {"height": SIZE, "width": SIZE, "num_inference_steps": nfe, "output_type": "pt"}
+    images: Tensor = pipeline(prompt=[*PROMPTS], generator=generators, **size, **options).images
+    return images.float()
+
+
+@pytest.mark.parametrize("nfe", STEPS)
+def test_stock_pipeline_samples_equal_the_student(adapter: DiffusersAdapter, nfe: int, tmp_path: Path) -> None:
+    student = build(adapter)
+    source = adapter.stock_source(student, SIZE, SIZE)
+    updates = time_updates(source, nfe)
+    save_stock_student(source, nfe, updates, tmp_path / "stock")
+    assert not list((tmp_path / "stock").rglob("*.py"))
+    expected = any_step_images(adapter, student, source.grid(nfe))
+    torch.testing.assert_close(stock_images(adapter, tmp_path / "stock", nfe), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 1e-3
+    assert len(updates) == len(student.timestep_embedders)
+    assert max(update.residual for update in updates) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize("nfe", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("family", ["FluxPipeline", "SanaPipeline"])
+def test_stock_scheduler_has_the_grid_of_the_student(family: str, nfe: int, shift: float) -> None:
+    scheduler = stock_scheduler(KNOWN[family], StepGrid(nfe, shift))
+    set_steps(scheduler, KNOWN[family], nfe)
+    torch.testing.assert_close(scheduler.sigmas, step_grid(nfe, shift), rtol=0, atol=2e-7)
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
