@@ -88,7 +88,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
 
 
 def _metadata(card: ModelCard, kind: str, library: str) -> str:
-    on_hub = "/" in card.teacher and not Path(card.teacher).exists()
+    on_hub = _is_hub_id(card.teacher)
     relation = "adapter" if kind in ADAPTERS else "finetune"
     data = ModelCardData(
         library_name=library,
@@ -116,7 +116,12 @@ def _comfyui(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> lis
 
 def base_name(teacher: str) -> str:
     """A hub id or shipped name unchanged; only the last part of a local path, which means nothing on other machines."""
-    return Path(teacher).name if Path(teacher).exists() else teacher
+    return teacher if _is_hub_id(teacher) else Path(teacher).name
+
+
+def _is_hub_id(teacher: str) -> bool:
+    """Whether a teacher is on the hub; an export may be made where a local path does not exist."""
+    return teacher.count("/") == 1 and not teacher.startswith((".", "/", "~")) and not Path(teacher).exists()
 
 
 def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: ExportCode) -> str:

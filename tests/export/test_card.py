@@ -89,6 +89,11 @@ def test_card_has_the_last_part_of_a_local_path(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     assert "| Teacher | my-teacher |" in text
     assert "base_model" not in text
+    for path in ("/data/models/my-teacher", "~/my-teacher", "models/flux/my-teacher"):
+        text = render_card(ModelCard("MeanFlow", path, (4,), 32, 32), "lora_student", {})
+        assert "| Teacher | my-teacher |" in text
+        assert path not in text
+        assert "base_model" not in text
 
 
 def test_card_of_lora_weights_has_base_scheduler_and_settings_of_comfyui() -> None:
