@@ -170,11 +170,15 @@ def _on_base(
     check_digests(directory, source)
     with source.loading(SETTINGS):
         settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
-        kind, stored_base = settings["pipeline"][1], settings["base_model"]
+        kind, stored_base, fused = settings["pipeline"][1], settings["base_model"], settings["base_lora"]
+        needed = " and ".join(f"--lora {each['path']} {each['weight']:g}" for each in fused)
     if kind not in STUDENTS:
         raise ConfigurationError(
             f"--pipeline {name!r} has the pipeline class {kind}, which this version does not know; update lightning-distill"
         )
+    if len(loras) != len(fused):
+        lora = f"with LoRA; give {needed}" if fused else "without LoRA; leave --lora out"
+        raise source.error(f"the student of a base {lora}")
     try:
         for file in (LORA_WEIGHTS, TIME_WEIGHTS):
             safetensors_shapes(directory / file)

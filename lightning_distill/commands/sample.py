@@ -15,7 +15,7 @@ from lightning_distill.commands.base_pipelines import WeightFile, find_weights
 from lightning_distill.commands.generation import generate
 from lightning_distill.commands.image_output import check_output, write_directory, write_grid
 from lightning_distill.commands.pipelines import load_pipeline
-from lightning_distill.commands.student_choice import DEFAULT_NFE, Choice, choose_export, steps_of
+from lightning_distill.commands.student_choice import DEFAULT_NFE, STOCK, Choice, choose_export, steps_of
 from lightning_distill.data.prompts import read_prompts
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.paths import expand_path
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
     pipeline = _load(arguments, choice, loras)
     if isinstance(pipeline, DiffusionPipeline):
         pipeline.set_progress_bar_config(disable=True)
-    distilled = [mark for mark in marks if mark.nfe is not None]
+    distilled = [mark for mark in marks if mark.kind in STOCK]
     height, width = (
         getattr(arguments, side) or next((getattr(mark, side) for mark in distilled if getattr(mark, side)), None)
         for side in ("height", "width")

@@ -15,6 +15,8 @@ DEFAULT_NFE = 4
 """Number of steps of students for any number, and of stock pipelines."""
 ON_BASE = ("lora", "comfyui", "kohya", "single_file")
 """Kinds of exports that are used with the pipeline of their base model."""
+STOCK = ("stock", *ON_BASE)
+"""Kinds of exports that stock pipelines load, with arguments of their own."""
 PREFERENCE = ("stock", "any_step", *ON_BASE)
 """Kinds of several exports of a student, best first."""
 

@@ -35,8 +35,9 @@ class ModelCard:
         pipeline_class: Class of the stock pipeline of diffusers; empty for teachers outside diffusers.
         scheduler: "class" and "config" of the scheduler that an export for one number of steps is used with.
         file: Name of the file of LoRA weights or of a transformer.
-        residual: Largest error of the time embeddings of a stock export or LoRA, relative to their size.
-        condition_number: Condition number of the system that its time update solves.
+        residual: Largest error of the time embeddings of a stock export or LoRA, as a fraction of their largest entry; None
+            if time is the teacher's, so that the export is for any number of steps.
+        condition_number: Condition number of the hidden vectors from which the time update is solved.
         lora_error: Relative error of a LoRA that was extracted from a full student.
     """
 

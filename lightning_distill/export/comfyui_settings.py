@@ -1,7 +1,9 @@
 """Settings in ComfyUI that sample as a student was trained, for model cards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lightning_distill.errors import alternatives
 
 SHIFT_NODES = {
     "FluxPipeline": "ModelSamplingAuraFlow",
@@ -20,7 +22,7 @@ would take the logarithm of the shift.
 
 
 def comfyui_settings(
-    pipeline_class: str, nfe: int, scheduler: Mapping[str, Any], arguments: Mapping[str, Any], single_file: bool
+    pipeline_class: str, nfe: Sequence[int], scheduler: Mapping[str, Any], arguments: Mapping[str, Any], single_file: bool
 ) -> dict[str, str]:
     """Settings by their name in ComfyUI; empty for families that it does not have.
 
@@ -29,7 +31,7 @@ def comfyui_settings(
 
     Args:
         pipeline_class: Class of the stock pipeline.
-        nfe: Number of steps.
+        nfe: Numbers of steps.
         scheduler: "class" and "config" of the scheduler.
         arguments: Arguments of the pipeline besides prompt, steps and size.
         single_file: Whether the export is the transformer, not a LoRA.
@@ -41,7 +43,7 @@ def comfyui_settings(
         "file": "`models/diffusion_models`, node `UNETLoader`"
         if single_file
         else "`models/loras`, node `LoraLoaderModelOnly` with strength 1",
-        "steps": str(nfe),
+        "steps": alternatives(nfe),
         "cfg": "1",
         "sampler": "lcm" if config.get("stochastic_sampling") else "euler",
         "scheduler": "simple",

@@ -18,7 +18,7 @@ from lightning_distill.export.figures import figure_tables
 from lightning_distill.teachers.families import FAMILIES
 from lightning_distill.teachers.pipeline_directory import stock_network_class
 from lightning_distill.teachers.teacher_lora import TeacherLora
-from lightning_distill.teachers.usage import DIFFUSERS_CODE, MERGE_LORA, ExportCode
+from lightning_distill.teachers.usage import DIFFUSERS_CODE, ExportCode
 
 IMAGES = "images.png"
 """Grid of images in an export, shown by its card."""
@@ -57,9 +57,9 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
     student = kind != "teacher"
     lines = ["---", _metadata(card, kind, code.library), "---", "", f"# {_TITLES.get(kind, 'Few-step student')}", ""]
     steps = "1 step" if tuple(card.nfe) == (1,) else f"{alternatives(card.nfe)} steps"
-    lines += [_ABOUT[kind].format(steps=steps, library=code.library), ""]
+    lines += [_ABOUT[kind].format(steps=steps, library=code.library, only=_ONE_NUMBER if card.residual is not None else ""), ""]
     if card.images is not None:
-        lines += [f"![Images of prompts that were not trained on, by number of steps]({IMAGES})", ""]
+        lines += [f"![Images of validation prompts by number of steps]({IMAGES})", ""]
     lines += ["```python", _code(card, kind, arguments, code).rstrip(), "```", ""]
     lines += _comfyui(card, kind, arguments)
     facts: dict[str, object] = {
@@ -73,7 +73,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         "Training time": None if card.minutes is None else f"{card.minutes:.1f} minutes",
         **card.settings,
         "Error of the time embeddings": None if card.residual is None else f"{card.residual:.1e}",
-        "Condition number of their update": None if card.condition_number is None else f"{card.condition_number:.3g}",
+        "Condition number of their hidden vectors": None if card.condition_number is None else f"{card.condition_number:.3g}",
         "Error of the extracted LoRA": None if card.lora_error is None else f"{card.lora_error:.3g} of the change",
     }
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
@@ -107,9 +107,11 @@ def _metadata(card: ModelCard, kind: str, library: str) -> str:
 def _comfyui(card: ModelCard, kind: str, arguments: Mapping[str, object]) -> list[str]:
     if kind not in ("lora", "comfyui", "kohya", "single_file") or card.scheduler is None:
         return []
-    settings = comfyui_settings(card.pipeline_class, card.nfe[0], card.scheduler, arguments, kind == "single_file")
+    settings = comfyui_settings(card.pipeline_class, card.nfe, card.scheduler, arguments, kind == "single_file")
     if not settings:
         return []
+    if card.teacher_lora and kind != "single_file":
+        settings["LoRA of the teacher"] = f"{', '.join(map(str, card.teacher_lora))}, node `LoraLoaderModelOnly` for each"
     rows = [f"| {name} | {value} |" for name, value in settings.items()]
     return ["## Settings in ComfyUI", "", "| | |", "|---|---|", *rows, ""]
 
@@ -138,7 +140,7 @@ def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: Exp
     }
     steps = 32 if kind == "teacher" else max(card.nfe)
     inputs = [
-        'prompt="a prompt"' if kind == "teacher" else '"a prompt"' if kind == "any_step" else 'prompt="a prompt"',
+        '"a prompt"' if kind == "any_step" else 'prompt="a prompt"',
         *(f"{name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()),
         f"num_inference_steps={steps}",
         f"height={card.height}",
@@ -148,7 +150,9 @@ def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: Exp
     return snippets[kind].format(
         base=base_name(card.teacher),
         torch_dtype=card.torch_dtype,
-        base_lora="".join(_merge_code(each, "base" if kind == "lora_student" else "pipeline") for each in card.teacher_lora),
+        base_lora="".join(
+            _merge_code(code, each, "base" if kind == "lora_student" else "pipeline") for each in card.teacher_lora
+        ),
         inputs="\n".join(f"    {each}," for each in inputs),
         steps=steps,
         guidance_scale=card.guidance_scale,
@@ -161,9 +165,9 @@ def _code(card: ModelCard, kind: str, arguments: Mapping[str, object], code: Exp
     )
 
 
-def _merge_code(lora: TeacherLora, pipeline: str) -> str:
+def _merge_code(code: ExportCode, lora: TeacherLora, pipeline: str) -> str:
     options = "" if lora.weight_name is None else f', weight_name="{lora.weight_name}"'
-    return MERGE_LORA.format(pipeline=pipeline, name=lora.name, options=options, weight=lora.weight)
+    return code.merge_lora.format(pipeline=pipeline, name=lora.name, options=options, weight=lora.weight)
 
 
 def _scheduler_code(scheduler: Mapping[str, Any]) -> str:
@@ -176,11 +180,11 @@ def _scheduler_code(scheduler: Mapping[str, Any]) -> str:
 
 _STUDENT = (
     "A text-to-image {kind} that generates images in {{steps}}, distilled from a many-step teacher. Guidance is distilled in: "
-    "a step is one forward pass, and negative prompts have no effect. "
+    "a step is one forward pass, without a negative prompt. "
 )
 _ONE_NUMBER = "It is for this number of steps alone. "
 _PIPELINE = _STUDENT.format(kind="pipeline")
-_LORA = _STUDENT.format(kind="LoRA") + _ONE_NUMBER + "It has the scale in its weights: load it with strength 1. "
+_LORA = _STUDENT.format(kind="LoRA") + "{only}It has the scale in its weights: load it with strength 1. "
 _TITLES = {
     "teacher": "Flow-matching teacher",
     "lora": "Few-step LoRA",
@@ -194,11 +198,11 @@ _ABOUT = {
     "lora_student": _PIPELINE + "This directory has only the trained weights: LoRA and time embedders. Python files in this "
     "directory load them onto the teacher's pipeline, whose own weights do not change. They need `diffusers`, `transformers`, "
     "`accelerate` and `peft`.",
-    "stock": _PIPELINE + _ONE_NUMBER + "It is a pipeline of `{library}` without code of its own.",
+    "stock": _PIPELINE + "{only}It is a pipeline of `{library}` without code of its own.",
     "lora": _LORA + "`load_lora_weights` of `{library}` reads it, beside other LoRA if wanted.",
     "comfyui": _LORA + "The names of its weights are those of ComfyUI; `{library}` converts them.",
     "kohya": _LORA + "The names of its weights are those of kohya's scripts and of Forge; `{library}` converts them.",
-    "single_file": _STUDENT.format(kind="transformer") + _ONE_NUMBER + "The layout is that of the original checkpoint, for "
+    "single_file": _STUDENT.format(kind="transformer") + "{only}The layout is that of the original checkpoint, for "
     "ComfyUI's folder `diffusion_models`; `{library}` reads it by `from_single_file`.",
     "teacher": "A stock text-to-image model for {library}. If the transformer does not embed the guidance scale, guidance "
     "needs a second branch. Prompts are padded to the length that they had in training.",

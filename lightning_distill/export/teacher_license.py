@@ -1,5 +1,6 @@
 """License of a teacher, from its model card, for the model cards of its students."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def teacher_license(name: str, revision: str | None = None) -> TeacherLicense:
         files = (file for file in sorted(directory.iterdir()) if file.name.upper().startswith(_LICENSE_FILES))
         found = _from_card(directory / _CARD, tuple(file for file in files if file.is_file()))
         if found.license is None and found.files:
-            return TeacherLicense("other", f"license of {directory.name}", found.files[0].name, found.files)
+            name = re.sub(r"[^a-z0-9.]+", "-", f"{directory.name}-license".lower())
+            return TeacherLicense("other", name, found.files[0].name, found.files)
         return found
     if name.count("/") != 1:
         return TeacherLicense()

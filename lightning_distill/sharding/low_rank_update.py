@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CHUNK = 512
+"""Rows that are added at a time, so that a copy of a large weight in float64 is never in memory."""
+
 
 @dataclass(frozen=True)
 class LowRankUpdate:
@@ -28,5 +31,10 @@ class LowRankUpdate:
             start: Index of the first row.
         """
         # In float32 the last bit of a product depends on its number of rows; a sum in float64 rounds to the same float32.
-        product = self.up[start : start + len(rows)].double() @ self.down.flatten(1).double()
-        return (rows.float() + product.float().view_as(rows)).to(self.dtype)
+        down = self.down.flatten(1).double()
+        added = rows.to(torch.float32, copy=True)
+        for i in range(0, len(rows), CHUNK):
+            up = self.up[start + i : start + min(i + CHUNK, len(rows))].double()
+            chunk = added[i : i + CHUNK]
+            chunk += (up @ down).float().view_as(chunk)
+        return added.to(self.dtype)

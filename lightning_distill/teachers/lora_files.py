@@ -74,7 +74,7 @@ def _read_factors(lora: TeacherLora, pipeline: type[DiffusionPipeline], network:
         weights, *alphas, metadata = kind.lora_state_dict(str(file), **options)
         if not any(".lora_A." in name for name in weights):
             weights = convert_unet_state_dict_to_peft(weights)
-    _check_factors(weights, network, source)
+    layers = _check_factors(weights, network, source)
     with source.loading("LoRA"):
         network.load_lora_adapter(
             weights,
@@ -85,10 +85,13 @@ def _read_factors(lora: TeacherLora, pipeline: type[DiffusionPipeline], network:
             low_cpu_mem_usage=True,
         )
     factors = {}
-    for name, layer in network.named_modules():
-        if isinstance(layer, LoraLayer):  # peft has the scale; its weights have followed the layer to the meta device
-            down, up = (weights[f"{PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
-            factors[name] = down, float(layer.scaling[ADAPTER]) * up.flatten(1)
+    for name in layers:
+        layer: Any = network.get_submodule(name)
+        if not isinstance(layer, LoraLayer):
+            raise source.error(f"whose updates of {name!r} are not read by diffusers; convert it to diffusers' names")
+        # Of the layer only the scale is used: its weights have followed it to the meta device.
+        down, up = (weights[f"{PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
+        factors[name] = down, float(layer.scaling[ADAPTER]) * up.flatten(1)
     return factors
 
 
@@ -128,12 +131,12 @@ def _check_names(file: Path, source: PipelineSource) -> None:
         )
 
 
-def _check_factors(weights: Mapping[str, Tensor], network: nn.Module, source: PipelineSource) -> None:
-    """Check that all weights are factors of layers of the transformer, and that their shapes fit."""
+def _check_factors(weights: Mapping[str, Tensor], network: nn.Module, source: PipelineSource) -> list[str]:
+    """Check that all weights are factors of layers of the transformer, and that their shapes fit; returns the layers."""
     modules, found = dict(network.named_modules()), {name: _FACTOR.fullmatch(name) for name in weights}
-    layers = {match[1] for match in found.values() if match}
+    layers = sorted({match[1] for match in found.values() if match})
     unknown = [name for name, match in found.items() if match is None or not _has_weight(modules.get(match[1]))]
-    unpaired = [name for name in sorted(layers) if any(f"{PREFIX}{name}.lora_{part}.weight" not in weights for part in "AB")]
+    unpaired = [name for name in layers if any(f"{PREFIX}{name}.lora_{part}.weight" not in weights for part in "AB")]
     if unknown or not weights:
         clause = f"whose weight {first_and_count(unknown)} fits" if unknown else "which has no weight that fits"
         raise source.error(f"{clause} no layer of {type(network).__name__}; use LoRA that was trained on this teacher")
@@ -147,6 +150,7 @@ def _check_factors(weights: Mapping[str, Tensor], network: nn.Module, source: Pi
                 f"whose factors of {name} have the shapes {tuple(down.shape)} and {tuple(up.shape)}, but the layer has "
                 f"{tuple(weight.shape)}; use LoRA that was trained on this teacher"
             )
+    return layers
 
 
 def _has_weight(module: nn.Module | None) -> bool:

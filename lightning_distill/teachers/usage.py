@@ -20,6 +20,7 @@ class ExportCode:
         stock: Code for a stock pipeline of a student.
         lora: Code for LoRA weights of a student.
         single_file: Code for the transformer of a student in one file.
+        merge_lora: Code that merges the teacher's LoRA `{name}` into `{pipeline}`, with `{weight}` and `{options}` of loading.
     """
 
     library: str
@@ -29,13 +30,17 @@ class ExportCode:
     stock: str = ""
     lora: str = ""
     single_file: str = ""
+    merge_lora: str = ""
 
 
-MERGE_LORA = """{pipeline}.load_lora_weights("{name}"{options})
+_MERGE_LORA = """{pipeline}.load_lora_weights("{name}"{options})
 {pipeline}.fuse_lora(lora_scale={weight:g})
 {pipeline}.unload_lora_weights()
 """
-"""Code that merges LoRA into a pipeline of diffusers."""
+_MERGE_LORA_WITHOUT_LOADER = """{pipeline}.transformer.load_lora_adapter("{name}", prefix="transformer"{options})
+{pipeline}.transformer.fuse_lora(lora_scale={weight:g})
+{pipeline}.transformer.unload_lora()
+"""
 _PIPELINE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this/directory"{options})
@@ -95,11 +100,13 @@ DIFFUSERS_CODE = ExportCode(
     stock=_STOCK,
     lora=_LORA,
     single_file=_SINGLE_FILE,
+    merge_lora=_MERGE_LORA,
 )
 DIFFUSERS_CODE_WITHOUT_LOADER = replace(
     DIFFUSERS_CODE,
     lora=_LORA.replace(
         'load_lora_weights("this/directory"', 'transformer.load_lora_adapter("this/directory", prefix="transformer"'
     ),
+    merge_lora=_MERGE_LORA_WITHOUT_LOADER,
 )
 """Code for families whose pipeline has no `load_lora_weights`."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_distill.callbacks.images import gather_prompts, unique_prompts
-from lightning_distill.callbacks.report import FinalReport, validation_prompts
+from lightning_distill.callbacks.report import FinalReport, Summary, read_report, validation_prompts
 from lightning_distill.callbacks.switch import SwitchSolution
 from lightning_distill.data import ShapesData
 from lightning_distill.data.shapes import CATEGORIES, parse_prompt
@@ -299,3 +299,15 @@ def test_only_rates_are_in_percent(tmp_path, capsys, metric, title, value, perce
     assert title in output
     assert value in output
     assert ("%" in output) == percent
+
+
+def test_a_report_is_read_for_its_number_of_steps(tmp_path):
+    assert read_report(tmp_path, 2) is None
+    (tmp_path / "summary.json").write_text(json.dumps({"student": {"1": 0.5}, "steps": 2}))
+    assert read_report(tmp_path, 2) == (Summary(student={"1": 0.5}, steps=2), None)
+    (tmp_path / "images.png").touch()
+    assert read_report(tmp_path, 2) == (Summary(student={"1": 0.5}, steps=2), tmp_path / "images.png")
+    assert read_report(tmp_path, 3) is None
+    (tmp_path / "summary.json").write_text("[1]")
+    with pytest.warns(UserWarning, match=r"summary\.json is not the summary of a run"):
+        assert read_report(tmp_path, 2) is None

@@ -1,6 +1,7 @@
 """`sample` with exports for one number of steps, several exports, LoRA files, files of prompts, and directories of images."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,10 +20,16 @@ from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.commands.sample import main
 from lightning_distill.data.image_folder import ImageFolder
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.formats import FormatOptions
 from lightning_distill.export.mark import MARK, ExportMark
+from lightning_distill.export.single_file import save_single_file
+from lightning_distill.export.students import export_student
 from lightning_distill.students.few_step import pack_latents
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
+from lightning_distill.teachers.teacher_lora import TeacherLora
 from tests.teachers.tiny_families import save_family
-from tests.tiny import PROMPTS, noise, save_tiny_pipeline
+from tests.tiny import PROMPTS, load_adapter, noise, perturb_weights, sample_images, save_tiny_pipeline
 
 LAYER = "transformer.proj_out"
 SCHEDULER = {"class": "FlowMatchEulerDiscreteScheduler", "config": {"shift": 5.0}}
@@ -202,6 +209,37 @@ def test_lora_of_a_family_without_a_loader_of_pipelines(tmp_path: Path) -> None:
     save_file(lora_state(width=16, layer="transformer.transformer_blocks.0.attn.to_q"), tmp_path / "lora" / "a.safetensors")
     arguments = ["--base", base, "--lora", tmp_path / "lora", "--nfe", "1", "--height", "32", "--width", "32"]
     assert not np.array_equal(sampled(tmp_path / "y.png", *arguments), image)
+
+
+def test_a_single_file_is_the_transformer_of_its_base(tmp_path: Path) -> None:
+    base = str(save_family("stable_diffusion_3", tmp_path / "base"))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    transformer = perturb_weights(pipeline.transformer)
+    weights = transformer.state_dict()
+    (tmp_path / "file").mkdir()
+    settings = type(transformer).__name__, dict(transformer.config), tmp_path / "file" / "transformer.safetensors"
+    save_single_file(weights, lambda names: {name: weights[name] for name in names}, *settings)
+    ExportMark("single_file", (2,), base_model=base, height=32, width=32).write(tmp_path / "file")
+    pipeline.save_pretrained(tmp_path / "expected")
+    ExportMark("stock", (2,), height=32, width=32).write(tmp_path / "expected")
+    found, expected = (sampled(tmp_path / f"{name}.png", "--pipeline", tmp_path / name) for name in ("file", "expected"))
+    check_equal(found, torch.tensor(expected))
+    assert np.abs(found.astype(int) - sampled(tmp_path / "x.png", "--pipeline", base, "--nfe", "2")).max() > 5
+
+
+def test_a_lora_student_of_a_teacher_with_lora_needs_both(exports: dict[str, Path], tmp_path: Path) -> None:
+    style = str(exports["style"] / "pytorch_lora_weights.safetensors")
+    adapter = load_adapter(str(exports["teacher"]), lora=[TeacherLora(style, 0.5)])
+    student, _ = adapter.build_student(adapter.load_teacher(), StudentOptions(lora=LoraOptions(rank=2)))
+    card, options = ModelCard("MeanFlow", "tiny", (3,), 32, 32), FormatOptions(lora="unmerged")
+    export_student(adapter, student, tmp_path / "student", card, options=options)
+    arguments = ["--pipeline", tmp_path / "student", "--base", exports["teacher"], "--nfe", "3"]
+    file = "pytorch_lora_weights.safetensors"
+    with pytest.raises(ConfigurationError, match=rf"the student of a base with LoRA; give --lora {re.escape(file)} 0\.5"):
+        sampled(tmp_path / "x.png", *arguments)
+    image = sampled(tmp_path / "x.png", *arguments, "--lora", style, "0.5")
+    expected = sample_images(adapter, student, ["a circle"], 3)[0]
+    check_equal(image, (expected * 255).round().permute(1, 2, 0))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_distill.commands.main import main
 from lightning_distill.commands.training import DistillCLI
-from lightning_distill.teachers import TeacherLora
+from lightning_distill.teachers import LoraOptions, StudentOptions, TeacherLora
 from tests.teachers.lora_files import random_factors, save_lora
 from tests.tiny import load_adapter, save_tiny_pipeline
 
@@ -139,6 +139,17 @@ def test_precomputed_data_serves_any_lora() -> None:
     del data["data"]
     Path("precomputed.yaml").write_text(yaml.safe_dump(data))
     main(["fit", "--config=precomputed.yaml", lora("style_1.safetensors"), *precomputed, "--trainer.default_root_dir=second"])
+
+
+def test_plan_of_a_student_without_an_interval_input() -> None:
+    """Its LoRA alone trains."""
+    time = ["--model.student.interval_embedding=none", "--model.student.time_embedding=original"]
+    main(["plan", "--config=run.yaml", "--model=ConsistencyDistillation", "--gpus=1", "--json=plan.json", *time])
+    _, trained = json.loads(Path("plan.json").read_text())["parameters"]["student"]
+    adapter = load_adapter("teacher")
+    options = StudentOptions(interval_embedding="none", time_embedding="original", lora=LoraOptions(rank=2))
+    student, _ = adapter.build_student(adapter.load_teacher(), options)
+    assert trained == sum(value.numel() for name, value in student.named_parameters() if "lora_" in name)
 
 
 def test_plan_does_not_read_the_files() -> None:

@@ -1,5 +1,6 @@
 """Contents of model cards."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import metadata_load
@@ -9,6 +10,8 @@ from lightning_distill.export.readme import IMAGES, render_card, write_card
 from lightning_distill.export.teacher_license import TeacherLicense
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
+from lightning_distill.teachers.teacher_lora import TeacherLora
+from lightning_distill.teachers.usage import DIFFUSERS_CODE_WITHOUT_LOADER
 from tests.callbacks.distillation import PixelDistillation
 
 SCHEDULER = {
@@ -119,10 +122,11 @@ def test_card_of_a_stock_pipeline_states_its_number_of_steps_and_the_errors_of_i
         "in 1 step,",
         "this number of steps alone",
         "| Error of the time embeddings | 1.2e-07 |",
-        "| Condition number of their update | 2.6e+03 |",
+        "| Condition number of their hidden vectors | 2.6e+03 |",
     ):
         assert part in text
     assert "trust_remote_code" not in text
+    assert "this number of steps alone" not in render_card(replace(card, residual=None), "stock", {})
     assert "ComfyUI" not in text
 
 
@@ -146,3 +150,20 @@ def test_card_has_the_license_of_the_teacher_and_a_grid_of_images(tmp_path: Path
         "license_name": "my-license",
         "license_link": "LICENSE.md",
     }
+
+
+def test_card_merges_the_lora_of_the_teacher_into_the_base() -> None:
+    loras = (TeacherLora("someone/style", 0.8, "style.safetensors"), TeacherLora("someone/light"))
+    card = ModelCard("MeanFlow", "a/base", (4,), 32, 32, torch_dtype="bfloat16", teacher_lora=loras)
+    text = render_card(card, "lora_student", {})
+    assert "| LoRA merged into it | someone/style/style.safetensors (weight 0.8), someone/light (weight 1) |" in text
+    first = text.index('base.load_lora_weights("someone/style", weight_name="style.safetensors")')
+    assert text.index("base = DiffusionPipeline") < first < text.index("base.fuse_lora(lora_scale=0.8)")
+    assert text.index('base.load_lora_weights("someone/light")') < text.index("pipeline = load_lora_student")
+    without_loader = render_card(card, "lora_student", {}, DIFFUSERS_CODE_WITHOUT_LOADER)
+    assert 'base.transformer.load_lora_adapter("someone/light", prefix="transformer")' in without_loader
+    assert "load_lora_weights" not in without_loader
+    comfyui = replace(FLUX, teacher_lora=loras)
+    row = "| LoRA of the teacher | someone/style/style.safetensors (weight 0.8), someone/light (weight 1), node `LoraLoader"
+    assert row in render_card(comfyui, "comfyui", {})
+    assert "LoRA of the teacher" not in render_card(comfyui, "single_file", {})  # whose weights have it

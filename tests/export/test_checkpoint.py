@@ -1,5 +1,6 @@
 """`export`: the student of a checkpoint equals the export of the run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -210,3 +211,45 @@ def test_formats_are_checked_before_anything_loads(
         export(run, tmp_path / "student", *options)
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "student").exists()
+
+
+def test_the_card_has_the_report_of_the_same_weights(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").symlink_to(run / "last.ckpt")
+    (tmp_path / "run.yaml").write_text((run / "run.yaml").read_text())
+    (tmp_path / "images.png").write_bytes(b"png")
+    summary = {"student": {"1": 0.25, "2": float("nan")}, "minutes": 3.0, "steps": 2}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    export(tmp_path, tmp_path / "student")
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "| 1 | 0.25 |" in card
+    assert "| Training time | 3.0 minutes |" in card
+    assert "nan" not in card
+    assert (tmp_path / "student" / "images.png").read_bytes() == b"png"
+    export(tmp_path, tmp_path / "student", "--weights", "last")
+    assert not (tmp_path / "student" / "images.png").exists()
+
+
+def test_the_export_is_pushed_after_a_check(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pushed: list[tuple[Path, str, bool]] = []
+
+    def push(directory: Path, name: str, public: bool) -> str:
+        assert (directory / "README.md").is_file()
+        pushed.append((directory, name, public))
+        return "https://hub/owner/name"
+
+    monkeypatch.setattr("lightning_distill.commands.export.push", push)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    export(run, tmp_path / "student", "--push_to_hub", "owner/name", "--public", "true")
+    assert pushed == [(tmp_path / "student", "owner/name", True)]
+    for arguments, message in (
+        (["--push_to_hub", "name"], "push_to_hub is 'name' (the name has no owner); set it to owner/name"),
+        (["--public", "true"], "public is true, but push_to_hub is not set"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            export(run, tmp_path / "other", *arguments)
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()

@@ -19,10 +19,12 @@ def test_license_of_the_readme_of_a_directory(tmp_path: Path) -> None:
 
 
 def test_a_license_file_without_metadata_is_named(tmp_path: Path) -> None:
-    (tmp_path / "LICENSE").write_text("terms")
-    found = teacher_license(str(tmp_path))
-    assert found == TeacherLicense("other", f"license of {tmp_path.name}", "LICENSE", (tmp_path / "LICENSE",))
-    assert f"whose license ([license of {tmp_path.name}](LICENSE)) applies" in found.sentence()
+    directory = tmp_path / "My Teacher"
+    directory.mkdir()
+    (directory / "LICENSE").write_text("terms")
+    found = teacher_license(str(directory))
+    assert found == TeacherLicense("other", "my-teacher-license", "LICENSE", (directory / "LICENSE",))
+    assert "whose license ([my-teacher-license](LICENSE)) applies" in found.sentence()
 
 
 def test_unknown_licenses_leave_the_sentence_alone(tmp_path: Path) -> None:

@@ -187,10 +187,14 @@ def test_time_of_an_unmerged_student_stays_float32_on_a_bfloat16_base(tiny: str,
     assert loaded.transformer_blocks[0].norm1.linear.weight is base.transformer.transformer_blocks[0].norm1.linear.weight
 
 
-def test_a_stage_starts_from_an_exported_student(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_stage_starts_from_an_exported_student(stock: bool, tiny: str, tmp_path: Path) -> None:
     adapter = load_adapter(tiny)
     student = trained(adapter)
-    adapter.save_student(student, tmp_path / "student")
+    if stock:
+        save_stock_pipeline(adapter.pipeline, student, tmp_path / "student")
+    else:
+        adapter.save_student(student, tmp_path / "student")
     again = options(pretrained=str(tmp_path / "student"))
     adapter.check_student(again)
     continued, _ = adapter.build_student(adapter.load_teacher(), again)

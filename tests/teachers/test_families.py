@@ -257,6 +257,36 @@ def test_lora_student_shares_the_weights_and_equals_the_teacher_at_first(pipelin
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_student_without_an_interval_input_keeps_the_time_of_its_teacher(
+    pipeline_adapter: DiffusersAdapter, lora: LoraOptions | None
+) -> None:
+    """The end of a step has no effect, and all trainable weights get gradients."""
+    adapter = pipeline_adapter
+    options = StudentOptions(interval_embedding="none", time_embedding="original", lora=lora)
+    teacher = adapter.load_teacher()
+    if teacher.config.get("use_meanflow"):
+        with pytest.raises(ConfigurationError, match="has two times itself"):
+            adapter.check_student(options)
+        return
+    adapter.check_student(options)
+    student, report = adapter.build_student(teacher, options)
+    assert report is None
+    assert isinstance(student, TwoTimeModel)
+    assert student.is_stock
+    embedders = {id(parameter) for embedder in student.timestep_embedders for parameter in embedder.parameters()}
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    assert trained
+    assert not trained & embedders
+    assert lora is None or embedders == {id(p) for each in teacher.timestep_embedders for p in each.parameters()}
+    x, t, condition = states(adapter)
+    with torch.no_grad():
+        v = adapter.velocity(teacher, x, t, condition, SCALE)
+        assert all(torch.equal(adapter.average_velocity(student, x, r, t, condition, SCALE), v) for r in (0 * t, 0.4 * t))
+    adapter.average_velocity(student, x, 0 * t, t, condition, SCALE).square().mean().backward()
+    assert {id(parameter) for parameter in student.parameters() if parameter.grad is not None} == trained
+
+
 def test_lora_student_samples_equal_merged_and_on_its_base(pipeline_adapter: DiffusersAdapter, tmp_path: Path) -> None:
     adapter = pipeline_adapter
     _, student = build(adapter, lora=LORA)
