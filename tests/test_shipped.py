@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from safetensors.torch import load_file
 
 from lightning_distill.callbacks.images import unique_prompts
 from lightning_distill.commands.config_files import shipped_configs
-from lightning_distill.commands.generation import sample
 from lightning_distill.commands.main import main
-from lightning_distill.commands.pipelines import foreign_code, is_own_code, load_pipeline
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
 from lightning_distill.digests import MANIFEST, file_names, find_damage, read_manifest
+from lightning_distill.export.shipped import save_shipped_student
 from lightning_distill.metrics import prompt_accuracy
-from lightning_distill.teachers import load_shipped_student, resolve_pretrained, save_shipped_student
+from lightning_distill.students import average_velocity_scheduler
+from lightning_distill.students.few_step import pack_latents
+from lightning_distill.teachers import load_shipped_student, resolve_pretrained
 from lightning_distill.teachers.shipped import SHARED_COMPONENTS
 
 TEACHER, STUDENT = Path(resolve_pretrained("shapes-teacher")), Path(resolve_pretrained("shapes-student"))
@@ -96,17 +98,20 @@ def saved_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_student_accuracy_matches_its_model_card(saved_student: Path) -> None:
-    """With the code in the saved directory, as in a process without this package."""
+    """With stock classes of diffusers alone."""
     stated = {
         int(n): float(v) for n, v in re.findall(r"student/accuracy/nfe_(\d+) \| ([\d.]+)", (STUDENT / "README.md").read_text())
     }
     assert set(stated) == {1, 2, 4, 8}
-    pipeline = DiffusionPipeline.from_pretrained(saved_student, trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
     prompts = [prompt.text for prompt in evaluation_prompts(16, held_out=False)]
     for nfe in (1, 4):
-        noise = torch.Generator().manual_seed(0)
-        images = pipeline(prompts, num_inference_steps=nfe, height=32, width=32, generator=noise, output_type="pt").images
+        pipeline = FluxPipeline.from_pretrained(saved_student)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.load_lora_weights(saved_student, weight_name=f"time_update_{nfe}.safetensors")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            settings = {"num_inference_steps": nfe, "height": 32, "width": 32, "max_sequence_length": 8, "output_type": "pt"}
+            images = pipeline(prompts, **settings).images
         deviation = (stated[nfe] * (1 - stated[nfe]) / len(prompts)) ** 0.5
         assert prompt_accuracy(images, prompts)["overall"].item() == pytest.approx(stated[nfe], abs=4 * deviation + 0.02)
 
@@ -124,25 +129,38 @@ def test_student_directory_holds_its_own_weights_only() -> None:
     } - {"_class_name"}
 
 
-def test_saved_student_holds_code_of_this_package_only(saved_student: Path) -> None:
-    files = list(saved_student.rglob("*.py"))
-    code = {"average_velocity_scheduler.py", "few_step.py", "policy.py", "two_time.py", "two_time_flux.py"}
-    assert {file.name for file in files} == code
-    assert all(is_own_code(file) for file in files)
-    assert not foreign_code(saved_student)
+def test_saved_student_is_a_stock_pipeline_with_time_updates(saved_student: Path) -> None:
+    assert not list(saved_student.rglob("*.py"))
+    index = json.loads((saved_student / "model_index.json").read_text())
+    assert index["_class_name"] == "FluxPipeline"
+    assert {value[0] for value in index.values() if isinstance(value, list)} == {"diffusers", "transformers", None}
+    updates = sorted(path.name for path in saved_student.glob("*.safetensors"))
+    assert updates == [f"time_update_{nfe}.safetensors" for nfe in (1, 2, 4)]
     for name in ("README.md", "export.json"):
         assert (saved_student / name).read_bytes() == (STUDENT / name).read_bytes()
 
 
-def test_shipped_and_saved_student_sample_the_same_images(saved_student: Path) -> None:
-    prompts = ["a red circle", "a green square above a blue circle"]
-    shipped = load_pipeline("shapes-student")
-    assert type(shipped).__module__.startswith("lightning_distill.students.")
-    saved = load_pipeline(str(saved_student))
-    assert not type(saved).__module__.startswith("lightning_distill.")
-    for pipeline in (shipped, saved):
-        pipeline.set_progress_bar_config(disable=True)
-    assert torch.equal(sample(shipped, prompts, nfe=2), sample(saved, prompts, nfe=2))
+@pytest.mark.parametrize("nfe", [1, 2, 4])
+def test_saved_and_shipped_student_sample_the_same_images(
+    nfe: int, saved_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same noise: a stock scheduler draws it in the layout of tokens."""
+    shipped = load_shipped_student("shapes-student")
+    saved = FluxPipeline.from_pretrained(saved_student)
+    saved.load_lora_weights(saved_student, weight_name=f"time_update_{nfe}.safetensors")
+    shape = shipped.latent_shape(32, 32)
+    noises = torch.randn(nfe + 1, 2, *shape, generator=torch.Generator().manual_seed(0))
+    settings = {"num_inference_steps": nfe, "height": 32, "width": 32, "max_sequence_length": 8, "output_type": "pt"}
+    images = []
+    for pipeline, scheduler, layout in (
+        (shipped, average_velocity_scheduler, lambda noise: noise),
+        (saved, scheduling_flow_match_euler_discrete, pack_latents),
+    ):
+        fresh = iter(noises[1:])
+        monkeypatch.setattr(scheduler, "randn_tensor", lambda *_, layout=layout, fresh=fresh, **__: layout(next(fresh)))
+        prompts = ["a red circle", "a green square above a blue circle"]
+        images.append(pipeline(prompts, latents=layout(noises[0]), **settings).images)
+    torch.testing.assert_close(*images, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("directory", [TEACHER, STUDENT])
@@ -173,7 +191,7 @@ def test_later_stage_starts_from_the_shipped_student(name: str) -> None:
     start = ["--model.student.pretrained=shapes-student", "--model.init_args.optimizer.init_args.lr=0"]
     main(["fit", "--config", f"shapes_dmd2_{name}.yaml", *FEW, *ONE_PROCESS, *SHORT_VALIDATION, *start])
     stage = Path("runs") / name
-    assert "| Started from | shapes-student |" in (stage / "student" / "README.md").read_text()
+    assert "| Started from | shapes-student |" in (stage / "student" / "any_step" / "README.md").read_text()
     files = (path / "transformer" / "diffusion_pytorch_model.safetensors" for path in (STUDENT, stage / "student"))
     before, after = map(load_file, files)
     assert before.keys() == after.keys()

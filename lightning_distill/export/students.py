@@ -35,6 +35,10 @@ from lightning_distill.teachers.time_update import TimeUpdate
 
 TRANSFORMER_FILE = "transformer.safetensors"
 """File of the format "single_file"."""
+_RENOISE = (
+    "Its steps predict x0 and re-noise it. Stock pipelines draw that noise from torch's global generator: call "
+    "`torch.manual_seed` for repeatable images."
+)
 
 
 @dataclass(frozen=True)
@@ -256,8 +260,12 @@ class StudentExporter:
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         described = {"class": type(scheduler).__name__, "config": config}
         arguments = adapter.stock_arguments(self.card.guidance_scale if adapter.embeds_guidance else 1.0)
+        notes = fields.pop("notes", self.card.notes)
+        if source.stochastic_sampling:
+            notes = "\n\n".join(filter(None, [notes, _RENOISE]))
         card = replace(
             self.card,
+            notes=notes,
             nfe=self.card.nfe if planned.nfe is None else (planned.nfe,),
             scheduler=described,
             residual=max((update.residual for update in updates), default=None),

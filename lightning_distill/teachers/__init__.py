@@ -6,7 +6,7 @@ from lightning_distill.teachers.embedded import EmbeddedFluxAdapter
 from lightning_distill.teachers.hunyuan_image3.adapter import HunyuanImage3Adapter
 from lightning_distill.teachers.model_adapter import Condition, ModelAdapter
 from lightning_distill.teachers.registry import resolve_pretrained
-from lightning_distill.teachers.shipped import load_shipped_student, save_shipped_student
+from lightning_distill.teachers.shipped import load_shipped_student
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from lightning_distill.teachers.teacher_lora import TeacherLora
@@ -24,5 +24,4 @@ __all__ = [
     "load_lora_student",
     "load_shipped_student",
     "resolve_pretrained",
-    "save_shipped_student",
 ]

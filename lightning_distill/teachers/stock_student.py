@@ -76,12 +76,6 @@ def set_steps(scheduler: FlowMatchEulerDiscreteScheduler, family: type[FewStepPi
         scheduler.set_timesteps(nfe)
 
 
-def needs_time_update(student: TwoTimeModel) -> bool:
-    """Whether the time embeddings of a student differ from its teacher's, so that its stock form is for one N."""
-    config = student.config
-    return config.interval_embedding != "none" or config.time_frequency_bound is not None or bool(config.rescaled_time)
-
-
 @dataclass(frozen=True)
 class StockSource:
     """Networks and settings from which the stock forms of a student are computed.
@@ -123,7 +117,7 @@ def time_updates(source: StockSource, nfe: int) -> list[TimeUpdate]:
         ConfigurationError: If no update is exact.
     """
     student, grid = source.student, source.grid(nfe)
-    if not needs_time_update(student):
+    if student.is_stock:
         return []
     scheduler = stock_scheduler(source.family, grid)
     set_steps(scheduler, source.family, nfe)
@@ -148,7 +142,7 @@ def stock_network(source: StockSource, updates: Sequence[TimeUpdate]) -> ModelMi
 
     Args:
         source: Student and teacher. The student has no LoRA layers.
-        updates: Time updates. Empty: the timestep embedders are the student's.
+        updates: Time updates. Without them, the timestep embedders are the teacher's.
     """
     student = source.student
     stock = meta_stock_network(type(student), student.config)
@@ -156,7 +150,7 @@ def stock_network(source: StockSource, updates: Sequence[TimeUpdate]) -> ModelMi
         f"{name}.{path}": value.float()
         for name, part in _embedders(source.teacher).items()
         for path, value in part.state_dict().items()
-        if updates
+        if not student.is_stock
     }
     for update in updates:
         own[f"{update.layer}.weight"] = merged_weight(own[f"{update.layer}.weight"], update)

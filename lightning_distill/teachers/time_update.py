@@ -70,16 +70,16 @@ def solve_time_update(
     """
     if not target.isfinite().all():
         raise NonFiniteError("nothing was exported, because a time embedding is NaN or infinite; export an earlier checkpoint")
-    fed = [(features(timesteps, torch.float32), timesteps, torch.float32)]
+    exact_features = features(timesteps, torch.float32)
+    fed = [(exact_features, torch.float32)]
     for dtype in HALF_PRECISIONS:
-        fed.append((features(timesteps, torch.float32), timesteps, dtype))
-        fed.append((features(timesteps, dtype), timesteps.to(dtype).float(), dtype))
-    hidden = [_hidden(first, activation, values, dtype) for values, _, dtype in fed]
-    groups, group_times = _group(timesteps, [times for _, times, _ in fed])
+        fed += [(exact_features, dtype), (features(timesteps, dtype).float(), dtype)]
+    hidden = [_hidden(first, activation, values, dtype) for values, dtype in fed]
+    groups, count = _group([values for values, _ in fed])
 
     weight, bias = last.weight.double(), (0.0 if last.bias is None else last.bias.double())
     change = [target.double() - h @ weight.T - bias for h in hidden]
-    count, steps = len(group_times), len(timesteps)
+    steps = len(timesteps)
     columns = torch.stack([_mean_change(change, groups, group) for group in range(count)], dim=1)
     unit = torch.eye(count, dtype=torch.float64)
 
@@ -106,25 +106,28 @@ def _hidden(first: nn.Linear, activation: nn.Module, features: Tensor, dtype: to
     return hidden.double()
 
 
-def _group(timesteps: Tensor, fed: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
-    """Index of the group of each fed time, and the time of each group; groups 0 to N - 1 are the exact times.
+def _group(fed: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """Index of the group of each row of features, and the number of groups; equal rows have one group.
+
+    Groups 0 to N - 1 are those of the exact times.
 
     Raises:
-        ConfigurationError: If two steps have the same time.
+        ConfigurationError: If two steps have the same features.
     """
-    step_of_time: dict[float, int] = {}
-    index: dict[float, int] = {}
+    step_of: dict[bytes, int] = {}
+    index: dict[bytes, int] = {}
     groups = []
-    for times in [timesteps, *fed]:
-        for step, time in enumerate(times.tolist()):
-            if step_of_time.setdefault(time, step) != step:
+    for features in fed:
+        rows = [row.numpy().tobytes() for row in features]
+        for step, row in enumerate(rows):
+            if step_of.setdefault(row, step) != step:
                 raise ConfigurationError(
-                    f"nfe is {len(timesteps)}, but two of its steps have the same time in 16 bits ({time:g} of 1000), so no "
-                    "stock network can separate them; export fewer steps, or the format any_step"
+                    f"nfe is {len(rows)}, but steps {step_of[row] + 1} and {step + 1} have the same time in 16 bits, so that "
+                    "no stock network can separate them; export fewer steps, or the format any_step"
                 )
-            index.setdefault(time, len(index))
-        groups.append(torch.tensor([index[time] for time in times.tolist()]))
-    return groups[1:], list(index)
+            index.setdefault(row, len(index))
+        groups.append(torch.tensor([index[row] for row in rows]))
+    return groups, len(index)
 
 
 def _mean_change(change: Sequence[Tensor], groups: Sequence[Tensor], group: int) -> Tensor:

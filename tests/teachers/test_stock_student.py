@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from torch import Tensor, nn
 
 from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.times import step_grid
+from lightning_distill.students.few_step import pack_latents
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.families import FAMILIES as KNOWN
@@ -82,3 +84,35 @@ def test_stock_scheduler_has_the_grid_of_the_student(family: str, nfe: int, shif
     set_steps(scheduler, KNOWN[family], nfe)
     torch.testing.assert_close(scheduler.sigmas, step_grid(nfe, shift), rtol=0, atol=2e-7)
     assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+@pytest.mark.parametrize("family", ["flux", "sana"])
+def test_students_that_renoise(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network receives r = 0; FLUX draws its noise in the layout of tokens."""
+    adapter = load_adapter(save_family(family, tmp_path / family))
+    adapter.stochastic_sampling = True
+    student = build(adapter)
+    source = adapter.stock_source(student, SIZE, SIZE)
+    save_stock_student(source, 2, time_updates(source, 2), tmp_path / "stock")
+    shape = adapter.latent_shape(SIZE, SIZE)
+    fresh = noise(3, 10, shape)
+    layout = pack_latents if family == "flux" else lambda latents: latents
+    monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", lambda *_, **__: layout(fresh))
+    condition, x = adapter.encode_prompt(PROMPTS), noise(3, shape=shape)
+    grid = source.grid(2)
+    with torch.no_grad():
+        for t, r in pairwise(step_grid(2, grid.shift)):
+            u = adapter.average_velocity(student, x, torch.zeros(3), t.expand(3), condition, SCALE)
+            x = (1 - r) * (x - t * u) + r * fresh
+        expected = (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(stock_images(adapter, tmp_path / "stock", 2), expected, rtol=0, atol=1e-5)
+
+
+def test_students_of_one_time_need_no_update(tmp_path: Path) -> None:
+    adapter = load_adapter(save_family("flux", tmp_path / "flux"))
+    student = build(adapter, interval_embedding="none", time_embedding="original")
+    source = adapter.stock_source(student, SIZE, SIZE)
+    assert time_updates(source, 4) == []
+    save_stock_student(source, 4, (), tmp_path / "stock")
+    expected = any_step_images(adapter, student, source.grid(3))
+    torch.testing.assert_close(stock_images(adapter, tmp_path / "stock", 3), expected, rtol=0, atol=1e-5)
