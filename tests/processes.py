@@ -88,6 +88,7 @@ def run_isolated(
     environment: dict[str, str] | None = None,
     timeout: float = TIMEOUT,
     check: bool = True,
+    python: str | Path = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python command and the processes that it starts; none of them outlives the call.
 
@@ -97,6 +98,7 @@ def run_isolated(
         environment: Environment; None is `clean_environment()`.
         timeout: Seconds after which all processes are killed.
         check: Whether the exit code must be 0.
+        python: The interpreter.
 
     Returns:
         The exit code, and in `stdout` the joint output of all processes.
@@ -104,7 +106,7 @@ def run_isolated(
     Raises:
         AssertionError: If the command fails or exceeds its time; the message ends with the output.
     """
-    line = [sys.executable, *map(str, command)]
+    line = [str(python), *map(str, command)]
     # A file, because a pipe stays open while any child process lives.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
