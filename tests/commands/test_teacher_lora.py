@@ -119,7 +119,7 @@ def test_run_resumes_and_exports_on_the_merged_teacher(capsys: pytest.CaptureFix
     loras = lora([{"path": "style_0.safetensors", "weight": 0.5}, {"path": "style_1.safetensors", "weight": -1}])
     main(["fit", "--config=run.yaml", loras])
     main(["fit", "--config=run.yaml", loras, "--ckpt_path=last", "--trainer.max_steps=2"])
-    main(["export", "--config=run.yaml", loras, "--ckpt_path=last", "--directory=student"])
+    main(["export", "--config=run.yaml", loras, "--ckpt_path=last", "--directory=student", "--format=[any_step]"])
     (file,) = Path("student/transformer").glob("*.safetensors")
     student = load_file(file)
     teacher = merged(TeacherLora("style_0.safetensors", 0.5), TeacherLora("style_1.safetensors", -1.0))
