@@ -90,7 +90,10 @@ def write_config(directory: Path, processes: int = 1, strategy: str = "auto") ->
                 },
                 {"class_path": "SwitchSolution", "init_args": {"latest_step": 10, "guard_factor": 1000.0}},
                 {"class_path": "fault_runs.RecordLosses"},
-                {"class_path": "ExportPipeline", "init_args": {"directory": "${trainer.default_root_dir}/student"}},
+                {
+                    "class_path": "ExportPipeline",
+                    "init_args": {"directory": "${trainer.default_root_dir}/student", "formats": ["any_step"]},
+                },
             ],
         },
     }

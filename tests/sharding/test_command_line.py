@@ -29,6 +29,7 @@ class KillAt(Callback):
 
 def settings(strategy: str, base: str) -> dict:
     lora = "unmerged" if "lora" in base else "merged"
+    formats = ["any_step", "lora"] if "lora" in base else None
     return {
         "base": base,
         "model": {
@@ -60,7 +61,7 @@ def settings(strategy: str, base: str) -> dict:
                 {"class_path": "SwitchSolution", "init_args": {"latest_step": 2}},
                 {"class_path": "LogImages", "init_args": {"columns": 1}},
                 {"class_path": "FinalReport", "init_args": {"columns": 1, "diversity_prompts": 0}},
-                {"class_path": "ExportPipeline", "init_args": {"directory": "student", "lora": lora}},
+                {"class_path": "ExportPipeline", "init_args": {"directory": "student", "formats": formats, "lora": lora}},
                 {"class_path": "killer.KillAt", "init_args": {"step": 3}},
             ],
         },
@@ -115,11 +116,14 @@ def test_run_switches_resumes_after_a_kill_exports_and_samples(strategy: str, ba
     assert (tmp_path / "run" / "images.png").is_file()
 
     export = ["--ckpt_path", "run/checkpoints/last.ckpt", "--directory", "exported"]
-    lora = ["--lora", "unmerged"] if "lora" in base else []
+    lora = ["--lora", "unmerged", "--format", "any_step", "lora"] if "lora" in base else []
     run_command_line(tmp_path, "export", "--config", "run.yaml", *export, *lora)
     first, second = files(tmp_path / "student"), files(tmp_path / "exported")
     assert first.keys() == second.keys()
-    differing = {name for name in first if first[name] != second[name]}
+    assert {Path(name).parts[0] for name in first} - {"export.json"} == (
+        {"any_step", "lora_1", "lora_2"} if lora else {"any_step", "stock_2"}
+    )
+    differing = {Path(name).name for name in first if first[name] != second[name]}
     # The model card has the training time, and peft lists layers in the order of a set.
     assert differing - {"adapter_config.json"} == {"README.md", "SHA256SUMS"}
 
