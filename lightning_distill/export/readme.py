@@ -38,7 +38,30 @@ def write_card(
         arguments: Further arguments of the pipeline, besides prompt, steps and size.
         code: Code snippets that load the export and sample from it.
     """
-    (directory / "README.md").write_text(render_card(card, kind, arguments, code), encoding="utf-8")
+    _write(directory, card, render_card(card, kind, arguments, code))
+
+
+def write_overview(directory: Path, card: ModelCard, library: str) -> None:
+    """Write the README of a directory with several exports of a student, each in a folder with a card of its own.
+
+    Args:
+        directory: Directory with the folders, such as `stock_4`.
+        card: Contents.
+        library: Library that loads the exports.
+    """
+    folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
+    kinds = {name: name.rstrip("0123456789").rstrip("_") for name in folders}
+    kind = "lora" if set(kinds.values()) <= set(ADAPTERS) else "several"
+    lines = ["---", _metadata(card, kind, library), "---", "", "# Few-step student", ""]
+    lines += [_OVERVIEW.format(steps=_steps(card), folder=folders[0]), "", *_grid(card), "| folder | contents |", "|---|---|"]
+    for name in folders:
+        nfe = name.removeprefix(kinds[name]).lstrip("_")
+        lines.append(f"| `{name}` | {_CONTENTS[kinds[name]]}{f' for {nfe} step' + 's' * (nfe != '1') if nfe else ''} |")
+    _write(directory, card, "\n".join([*lines, "", *_facts(card, kind)]))
+
+
+def _write(directory: Path, card: ModelCard, text: str) -> None:
+    (directory / "README.md").write_text(text, encoding="utf-8")
     if card.images is not None:
         shutil.copyfile(card.images, directory / IMAGES)
     for file in card.license.files:
@@ -54,14 +77,24 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         arguments: Further arguments of the pipeline, besides prompt, steps and size.
         code: Code snippets that load the export and sample from it.
     """
-    student = kind != "teacher"
     lines = ["---", _metadata(card, kind, code.library), "---", "", f"# {_TITLES.get(kind, 'Few-step student')}", ""]
-    steps = "1 step" if tuple(card.nfe) == (1,) else f"{alternatives(card.nfe)} steps"
-    lines += [_ABOUT[kind].format(steps=steps, library=code.library, only=_ONE_NUMBER if card.residual is not None else ""), ""]
-    if card.images is not None:
-        lines += [f"![Images of validation prompts by number of steps]({IMAGES})", ""]
+    only = _ONE_NUMBER if card.residual is not None else ""
+    lines += [_ABOUT[kind].format(steps=_steps(card), library=code.library, only=only), "", *_grid(card)]
     lines += ["```python", _code(card, kind, arguments, code).rstrip(), "```", ""]
-    lines += _comfyui(card, kind, arguments)
+    return "\n".join([*lines, *_comfyui(card, kind, arguments), *_facts(card, kind)])
+
+
+def _steps(card: ModelCard) -> str:
+    return "1 step" if tuple(card.nfe) == (1,) else f"{alternatives(card.nfe)} steps"
+
+
+def _grid(card: ModelCard) -> list[str]:
+    return [] if card.images is None else [f"![Images of validation prompts by number of steps]({IMAGES})", ""]
+
+
+def _facts(card: ModelCard, kind: str) -> list[str]:
+    """Settings, figures, scheduler, notes and license."""
+    student = kind != "teacher"
     facts: dict[str, object] = {
         "Method": card.method,
         "Teacher" if student else "Started from": base_name(card.teacher),
@@ -76,7 +109,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         "Condition number of their hidden vectors": None if card.condition_number is None else f"{card.condition_number:.3g}",
         "Error of the extracted LoRA": None if card.lora_error is None else f"{card.lora_error:.3g} of the change",
     }
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value is not None)]
     if card.figures:
         lines += ["", "## Measured", "", *figure_tables(card.figures)]
     if card.scheduler is not None:
@@ -84,7 +117,7 @@ def render_card(card: ModelCard, kind: str, arguments: Mapping[str, object], cod
         lines += ["", "## Scheduler", "", f"`{card.scheduler['class']}` with this configuration:", "", "```json", config, "```"]
     lines += ["", card.notes] if card.notes else []
     lines += ["", card.license.sentence()] if student else []
-    return "\n".join([*lines, "", f"Written by lightning-distill {__version__} with diffusers {diffusers.__version__}.", ""])
+    return [*lines, "", f"Written by lightning-distill {__version__} with diffusers {diffusers.__version__}.", ""]
 
 
 def _metadata(card: ModelCard, kind: str, library: str) -> str:
@@ -191,6 +224,19 @@ _TITLES = {
     "comfyui": "Few-step LoRA for ComfyUI",
     "kohya": "Few-step LoRA in the format of kohya's scripts",
     "single_file": "Few-step transformer in one file",
+}
+_OVERVIEW = (
+    "Exports of one student that generates images in {steps}, distilled from a many-step teacher. Each folder has a card with "
+    "the code that loads it. From the hub, `huggingface_hub.snapshot_download` fetches one folder by "
+    '`allow_patterns="{folder}/*"`.'
+)
+_CONTENTS = {
+    "any_step": "pipeline for any number of steps, with code of its own",
+    "stock": "stock pipeline of diffusers",
+    "lora": "LoRA",
+    "comfyui": "LoRA for ComfyUI",
+    "kohya": "LoRA in the format of kohya's scripts",
+    "single_file": "transformer in one file",
 }
 _ABOUT = {
     "any_step": _PIPELINE + "Its code is in Python files in this directory, so loading needs `trust_remote_code`. It needs "

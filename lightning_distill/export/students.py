@@ -16,7 +16,7 @@ from lightning_distill.export.formats import FormatOptions, PlannedExport
 from lightning_distill.export.lora_extraction import extract_lora, linear_layers
 from lightning_distill.export.lora_layers import LoraLayers, lora_layers_of, save_lora_file
 from lightning_distill.export.mark import ExportMark
-from lightning_distill.export.readme import base_name
+from lightning_distill.export.readme import base_name, write_overview
 from lightning_distill.export.single_file import save_single_file
 from lightning_distill.export.tool_keys import Tool, save_tool_lora, tool_keys
 from lightning_distill.students.lora_student import LORA_WEIGHTS, PREFIX, lora_layers, lora_weights, time_weights
@@ -103,6 +103,7 @@ def export_student(
                 shutil.rmtree(folder)
         if len(errors) == len(planned):
             raise errors[0]
+        write_overview(path, card, adapter.export_code.library)
         ExportMark("several", method=card.method).write(path)
 
     result = replace_directory(target, write)

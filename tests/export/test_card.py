@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import metadata_load
 
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.readme import IMAGES, render_card, write_card
+from lightning_distill.export.readme import IMAGES, render_card, write_card, write_overview
 from lightning_distill.export.teacher_license import TeacherLicense
 from lightning_distill.methods.guidance import Guidance
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
@@ -128,6 +128,30 @@ def test_card_of_a_stock_pipeline_states_its_number_of_steps_and_the_errors_of_i
     assert "trust_remote_code" not in text
     assert "this number of steps alone" not in render_card(replace(card, residual=None), "stock", {})
     assert "ComfyUI" not in text
+
+
+def test_the_card_of_several_exports_lists_them(tmp_path: Path) -> None:
+    for name in ("any_step", "stock_1", "stock_4", "single_file_4"):
+        (tmp_path / name).mkdir()
+    license = TeacherLicense("apache-2.0")
+    write_overview(tmp_path, replace(FLUX, license=license, figures={"student/accuracy/nfe_4": 0.5}), "diffusers")
+    text = (tmp_path / "README.md").read_text()
+    for part in (
+        "license: apache-2.0",
+        "base_model_relation: finetune",
+        "| `any_step` | pipeline for any number of steps, with code of its own |",
+        "| `stock_1` | stock pipeline of diffusers for 1 step |",
+        "| `stock_4` | stock pipeline of diffusers for 4 steps |",
+        "| `single_file_4` | transformer in one file for 4 steps |",
+        'allow_patterns="any_step/*"',
+        "| 4 | 0.5 |",
+        "whose license (apache-2.0) applies",
+    ):
+        assert part in text
+    out = tmp_path / "lora"
+    (out / "lora_2").mkdir(parents=True)
+    write_overview(out, FLUX, "diffusers")
+    assert "base_model_relation: adapter" in (out / "README.md").read_text()
 
 
 def test_card_has_the_license_of_the_teacher_and_a_grid_of_images(tmp_path: Path) -> None:
