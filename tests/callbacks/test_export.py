@@ -91,7 +91,7 @@ def test_fit_exports_the_validated_student(teacher_directory: str, tmp_path: Pat
 def test_default_formats_of_a_run(teacher_directory: str, tmp_path: Path) -> None:
     module = Regression(DiffusersAdapter(teacher_directory), ema_decay=0.5, validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline())
-    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["any_step", MARK, "stock_4"]
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["README.md", "any_step", MARK, "stock_4"]
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     settings = {"num_inference_steps": 4, "height": 32, "width": 32, "output_type": "pt"}
     arguments = ExportMark.read(tmp_path / "student" / "stock_4").arguments
@@ -104,7 +104,7 @@ def test_default_formats_of_a_lora_run(teacher_directory: str, tmp_path: Path) -
     student = StudentOptions(lora=LoraOptions(rank=2, alpha=3.0))
     module = Regression(DiffusersAdapter(teacher_directory), student=student, ema_decay=0.5, validation=OPTIONS)
     fit(module, tmp_path, ExportPipeline())
-    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == [MARK, "lora_1", "lora_4"]
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["README.md", MARK, "lora_1", "lora_4"]
     for nfe in (1, 4):
         mark = ExportMark.read(tmp_path / "student" / f"lora_{nfe}")
         pipeline = FluxPipeline.from_pretrained(teacher_directory)
