@@ -68,7 +68,7 @@ def flux_dev(**options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: torch.randn(shape[0], *(1 for _ in shape[1:])) for name, shape in shapes.items()}, transformer.config
 
 
-@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("guidance", [False, True], ids=["flux", "flux_guided"])
 def test_flux_is_read_back_bit_by_bit(guidance: bool) -> None:
     """The reader has the width of FLUX.1 built in, so this calls it without a network."""
     weights, config = flux_dev(guidance_embeds=guidance)

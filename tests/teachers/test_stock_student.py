@@ -1,23 +1,30 @@
 """Students of every family as stock pipelines for a fixed number of steps."""
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, HunyuanImagePipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
 from torch import Tensor, nn
 
+from lightning_distill.export.card import ModelCard
+from lightning_distill.export.formats import PlannedExport
+from lightning_distill.export.mark import ExportMark
+from lightning_distill.export.students import export_student
 from lightning_distill.flow.path import flow_step
 from lightning_distill.flow.times import step_grid
 from lightning_distill.students.few_step import pack_latents
+from lightning_distill.students.lora_student import LORA_WEIGHTS
 from lightning_distill.students.two_time import TwoTimeModel
 from lightning_distill.teachers import DiffusersAdapter
 from lightning_distill.teachers.families import FAMILIES as KNOWN
 from lightning_distill.teachers.stock_student import StepGrid, save_stock_student, set_steps, stock_scheduler, time_updates
-from lightning_distill.teachers.student_options import StudentOptions
+from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
+from tests.export.stock_transformers import without_warnings
 from tests.teachers.tiny_families import FAMILIES, save_family
 from tests.tiny import PROMPTS, load_adapter, noise, perturb_weights
 
@@ -43,17 +50,24 @@ def build(adapter: DiffusersAdapter, **options: Any) -> TwoTimeModel:
     return student
 
 
-def any_step_images(adapter: DiffusersAdapter, student: nn.Module, grid: StepGrid) -> Tensor:
+def any_step_images(
+    adapter: DiffusersAdapter, student: nn.Module, grid: StepGrid, latents_dtype: torch.dtype = torch.float32
+) -> Tensor:
     condition, x = adapter.encode_prompt(PROMPTS), noise(3, shape=adapter.latent_shape(SIZE, SIZE))
     with torch.no_grad():
+        x = x.to(latents_dtype).float()
         for (t, r), end in zip(pairwise(step_grid(grid.nfe, grid.shift)), grid.intervals()[1], strict=True):
             u = adapter.average_velocity(student, x, end.expand(3), t.expand(3), condition, SCALE)
-            x = flow_step(x, u, r.expand(3), t.expand(3))
+            x = flow_step(x, u, r.expand(3), t.expand(3)).to(latents_dtype).float()
         return (adapter.decode_latents(x) / 2 + 0.5).clamp(0, 1)
 
 
 def stock_images(adapter: DiffusersAdapter, directory: Path, nfe: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    pipeline = DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype)
+    return sampled(adapter, DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype), nfe)
+
+
+def sampled(adapter: DiffusersAdapter, pipeline: DiffusionPipeline, nfe: int) -> Tensor:
+    """Images of a stock pipeline."""
     pipeline.set_progress_bar_config(disable=True)
     options = adapter.stock_arguments(SCALE if adapter.embeds_guidance else 1.0)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -74,6 +88,49 @@ def test_stock_pipeline_samples_equal_the_student(adapter: DiffusersAdapter, nfe
     assert expected.std() > 1e-3
     assert len(updates) == len(student.timestep_embedders)
     assert max(update.residual for update in updates) < 1e-5
+
+
+@pytest.mark.parametrize("nfe", STEPS)
+def test_lora_file_on_the_base_samples_equal_the_student(adapter: DiffusersAdapter, nfe: int, tmp_path: Path) -> None:
+    student = adapter.build_student(adapter.load_teacher(), StudentOptions(lora=LoraOptions(rank=2)))[0].eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    card = ModelCard("MeanFlow", str(adapter.pretrained), STEPS, SIZE, SIZE, guidance_scale=SCALE)
+    directory = export_student(adapter, student, tmp_path / "lora", card, [PlannedExport("lora", nfe)])
+    scheduler = ExportMark.read(directory).scheduler
+    assert scheduler is not None
+    pipeline = DiffusionPipeline.from_pretrained(adapter.pretrained)
+    with without_warnings():
+        add_lora(pipeline, directory)
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler.from_config(scheduler["config"]))
+    expected = any_step_images(adapter, student, adapter.stock_source(student, SIZE, SIZE).grid(nfe))
+    torch.testing.assert_close(sampled(adapter, pipeline, nfe), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 1e-3
+
+
+def add_lora(pipeline: DiffusionPipeline, directory: Path) -> None:
+    """diffusers has no loader of LoRA for the pipeline of HunyuanImage 2.1."""
+    if isinstance(pipeline, HunyuanImagePipeline):
+        pipeline.transformer.load_lora_adapter(directory, prefix="transformer", weight_name=LORA_WEIGHTS)
+    else:
+        pipeline.load_lora_weights(directory, weight_name=LORA_WEIGHTS)
+
+
+@pytest.mark.parametrize("nfe", [1, 4])
+def test_stock_pipeline_in_bfloat16_is_as_accurate_as_the_student(adapter: DiffusersAdapter, nfe: int, tmp_path: Path) -> None:
+    """Compared with the student whose network, encoders, autoencoder and latents are in bfloat16 as well."""
+    student = build(adapter)
+    source = adapter.stock_source(student, SIZE, SIZE)
+    grid = source.grid(nfe)
+    save_stock_student(source, nfe, time_updates(source, nfe), tmp_path / "stock")
+    expected = any_step_images(adapter, student, grid)
+    half = load_adapter(str(adapter.pretrained), torch_dtype="bfloat16")
+    rounded = any_step_images(half, copy.deepcopy(student).bfloat16(), grid, torch.bfloat16)
+    stock = stock_images(adapter, tmp_path / "stock", nfe, torch.bfloat16)
+    error, own_error = ((images - expected).abs().mean().item() for images in (stock, rounded))
+    assert 0 < error <= 1.5 * own_error
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
