@@ -21,10 +21,12 @@ from lightning_distill.commands.sample import main
 from lightning_distill.data.image_folder import ImageFolder
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.formats import FormatOptions
+from lightning_distill.export.formats import TOOLS, FormatOptions
+from lightning_distill.export.lora_layers import save_lora_file
 from lightning_distill.export.mark import MARK, ExportMark
 from lightning_distill.export.single_file import save_single_file
 from lightning_distill.export.students import export_student
+from lightning_distill.export.tool_keys import save_tool_lora
 from lightning_distill.students.few_step import pack_latents
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from lightning_distill.teachers.teacher_lora import TeacherLora
@@ -200,6 +202,21 @@ def test_lora_files_on_a_base_have_weights(exports: dict[str, Path], tmp_path: P
     check_equal(sampled(tmp_path / "x.png", *base), merged(exports, ("lora", 1.0), ("style", 0.5), shift=5.0))
     on_pipeline = ["--pipeline", exports["teacher"], "--lora", file, "-0.5", "--nfe", "3"]
     check_equal(sampled(tmp_path / "y.png", *on_pipeline), merged(exports, ("style", -0.5)))
+
+
+def test_lora_in_the_names_of_other_tools_gives_the_same_image(exports: dict[str, Path], tmp_path: Path) -> None:
+    layers = {"transformer_blocks.0.attn.to_q": (torch.randn(2, 64), torch.randn(64, 2))}
+    save_lora_file(layers, tmp_path / "lora")
+    for tool in TOOLS:
+        (tmp_path / tool).mkdir()
+        save_tool_lora(layers, "FluxTransformer2DModel", tool, tmp_path / tool / "pytorch_lora_weights.safetensors")
+    images = []
+    for kind in ("lora", *TOOLS):
+        ExportMark(kind, (1,), base_model=str(exports["teacher"])).write(tmp_path / kind)
+        images.append(sampled(tmp_path / f"{kind}.png", "--pipeline", tmp_path / kind))
+    assert not np.array_equal(images[0], sampled(tmp_path / "x.png", "--pipeline", exports["teacher"], "--nfe", "1"))
+    for image in images[1:]:
+        check_equal(image, torch.tensor(images[0]))
 
 
 def test_lora_of_a_family_without_a_loader_of_pipelines(tmp_path: Path) -> None:
