@@ -22,9 +22,10 @@ import re
 import shutil
 import signal
 import subprocess
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ import torch
 from fault_runs import STEPS, Command, Finished, cut, flip_bit, losses, pick, preload, run, write_config
 from PIL import Image
 
-from lightning_distill.data import ImageFolder
+from lightning_distill.data import ImageFolder, ImageText
+from lightning_distill.data.image_text_dataset import ImageTextDataset
 from lightning_distill.errors import ConfigurationError
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -242,7 +244,9 @@ def latents(campaign: Campaign, tries: int) -> Iterator[Row]:
 def full_disk(campaign: Campaign, tries: int) -> Iterator[Row]:
     """Disks that are full at a random point of a training; needs root, to mount them."""
     row = Row("full disk", "a disk that is full at a random point", "one line that says so, no partial file; resumed with room")
-    size = sum(path.stat().st_size for path in (campaign.complete() / "run").rglob("*") if path.is_file())
+    size = sum(
+        path.stat().st_size for path in (campaign.complete() / "run").rglob("*") if path.is_file() and not path.is_symlink()
+    )
     for _ in range(tries):
         directory = campaign.empty()
         disk = directory / "run"
@@ -293,6 +297,44 @@ def images(campaign: Campaign, tries: int) -> Iterator[Row]:
         for index in range(len(dataset)):  # type: ignore[arg-type]
             row.add(*_read(dataset, index))
             yield row
+    yield from _images_in_shards(folder, names)
+
+
+def _images_in_shards(folder: Path, names: Sequence[str]) -> Iterator[Row]:
+    """The same images in a tar shard, where those that cannot be read are left out and counted."""
+    row = Row("damaged images in shards", "the same images in a tar shard", "read, or left out, counted and named")
+    with tarfile.open(folder / "0.tar", "w") as shard:
+        for name in names:
+            shard.add(folder / name, name)
+            caption = tarfile.TarInfo(f"{Path(name).stem}.txt")
+            caption.size = len(name)
+            shard.addfile(caption, io.BytesIO(name.encode()))
+    source = str(folder / "0.tar")
+    data = ImageText(source, source, height=32, width=32, num_workers=0)
+    data.setup("fit")
+    training = data.splits()["train"]
+    assert isinstance(training, ImageTextDataset)
+    dataset = training.without_replacement()
+    left_out = sum(count for count, _ in dataset.source.skipped.entries.values())
+    missing = len(names) - len(dataset) - left_out
+    for _ in range(left_out):
+        row.add(None, refused=True)
+    for _ in range(missing):
+        row.add("an image is neither a sample nor counted")
+    for index in range(len(dataset)):
+        row.add(*_read_sample(dataset, index))
+        yield row
+
+
+def _read_sample(dataset: ImageTextDataset, index: int) -> tuple[str | None, bool]:
+    """Read one image of a shard; returns the failure, and whether the image was left out."""
+    try:
+        batch = dataset[index]
+    except Exception as error:  # any exception would end a training
+        return f"{type(error).__name__}: {error}", False
+    if "image" in batch:
+        return None if bool(torch.isfinite(batch["image"]).all()) else "values that are not finite", False
+    return None if re.search(r"\d{5}", batch["broken"][0]) else f"without the file's name: {batch['broken'][0]}", True
 
 
 def _read(dataset: Any, index: int) -> tuple[str | None, bool]:
