@@ -1,5 +1,6 @@
 """`lightning-distill export`: convert a checkpoint to a pipeline directory, on any machine."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -191,11 +192,11 @@ def _check_weights(
             f"the student of {checkpoint} and that of this configuration differ in the weight {first_and_count(differing)}; "
             "use the model settings it was trained with"
         )
-    check_shapes(
-        {name: shapes[original] for name, original in stored.items()},
-        {name: tuple(value.shape) for name, value in expected.items()},
-        checkpoint,
-    )
+    # ZeRO-3 stores flattened weights.
+    shaped = {name: tuple(value.shape) for name, value in expected.items()}
+    found = {name: shapes[original] for name, original in stored.items()}
+    flat = [name for name, shape in shaped.items() if found[name] == (math.prod(shape),)]
+    check_shapes(found | {name: shaped[name] for name in flat}, shaped, checkpoint)
 
 
 def _read_renamed(read: Read, stored: Mapping[str, str], names: Iterable[str]) -> dict[str, Tensor]:

@@ -112,6 +112,17 @@ def test_the_card_states_what_the_checkpoint_was_trained_with(run: Path, tmp_pat
     assert exported == [line for line in trained if not line.startswith("| Training time")]
 
 
+def test_flattened_weights_of_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    """As ZeRO-3 stores them."""
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"] = {name: value.flatten() for name, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "flat.ckpt")
+    flat = export(run, tmp_path / "flat", "--ckpt_path", str(tmp_path / "flat.ckpt"), "--format", "stock")
+    shaped = export(run, tmp_path / "shaped", "--format", "stock")
+    assert flat.keys() == shaped.keys()
+    assert all(flat[name].equal(shaped[name]) for name in shaped)
+
+
 def test_last_weights_in_place_of_the_ema(run: Path, tmp_path: Path) -> None:
     state = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
     found = export(run, tmp_path / "student", "--weights", "last")
