@@ -13,9 +13,13 @@ COLUMNS = {
     "any_step": ("test_training_resumes_and_its_export_samples_equally_in_another_process",),
     "stock": (
         "test_stock_pipeline_samples_equal_the_student",
-        "test_stock_pipeline_in_bfloat16_is_as_accurate_as_the_student",
+        "test_exports_in_bfloat16_are_as_accurate_as_the_student[{}-stock-1]",
+        "test_exports_in_bfloat16_are_as_accurate_as_the_student[{}-stock-4]",
     ),
-    "lora": ("test_lora_file_on_the_base_samples_equal_the_student",),
+    "lora": (
+        "test_lora_file_on_the_base_samples_equal_the_student",
+        "test_exports_in_bfloat16_are_as_accurate_as_the_student[{}-lora-4]",
+    ),
     "comfyui": ("test_loaded_file_equals_merged_weights[{}-comfyui]",),
     "kohya": ("test_loaded_file_equals_merged_weights[{}-kohya]",),
     "single_file": ("test_the_file_is_read_back_bit_by_bit", "test_flux_is_read_back_bit_by_bit"),

@@ -8,6 +8,7 @@ vectors, and columns :math:`B_g = e^*_{k(g)} - W h_g - b`, the update of the las
 .. math:: W' = W + B A
 
 maps every :math:`h_g` to the student's embedding. Its rank is the number of different :math:`h_g`: N for pipelines in float32.
+The stored factors are those of the SVD of B A, which lose least when they are rounded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ def solve_time_update(
     condition = (singular[0] / singular[-1]).item() if steps <= exact.shape[1] else float("inf")
     rows = _least_norm(exact, unit[groups[0]], torch.cat(hidden[1:]), torch.cat([unit[each] for each in groups[1:]]))
 
-    a, b = rows.T.float(), columns.float()
+    a, b = (factor.float() for factor in _balanced(rows.T, columns))
     updated = (weight + b.double() @ a.double()).float()
     error = (exact @ updated.double().T + bias - target.double()).abs().max() / target.abs().max()
     if not error <= TOLERANCE:
@@ -147,6 +148,17 @@ def _least_norm(exact: Tensor, unit: Tensor, rounded: Tensor, rounded_unit: Tens
     noise = rounded.square().mean().sqrt() * torch.finfo(torch.bfloat16).eps / 12**0.5
     kernel = free @ free.T + noise.square() * torch.eye(len(free), dtype=torch.float64)
     return x + free.T @ torch.linalg.solve(kernel, rounded_unit - rounded @ x)
+
+
+def _balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same update B A with orthogonal rows of A and orthogonal columns of B, from its SVD.
+
+    A pipeline in 16 bits rounds the factors of a LoRA. With hidden vectors that are nearly parallel, the least-norm A is large
+    and the columns of B nearly equal, so that most of their product cancels, and its rounding errors do not.
+    """
+    (qa, ra), (qb, rb) = torch.linalg.qr(a.T), torch.linalg.qr(b)
+    u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    return s.sqrt()[:, None] * (vt @ qa.T), (qb @ u) * s.sqrt()
 
 
 def merged_weight(weight: Tensor, update: TimeUpdate) -> Tensor:

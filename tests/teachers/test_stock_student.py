@@ -90,46 +90,58 @@ def test_stock_pipeline_samples_equal_the_student(adapter: DiffusersAdapter, nfe
     assert max(update.residual for update in updates) < 1e-5
 
 
-@pytest.mark.parametrize("nfe", STEPS)
-def test_lora_file_on_the_base_samples_equal_the_student(adapter: DiffusersAdapter, nfe: int, tmp_path: Path) -> None:
+def build_lora(adapter: DiffusersAdapter) -> nn.Module:
+    """A LoRA student none of whose trainable weights is at its start."""
     student = adapter.build_student(adapter.load_teacher(), StudentOptions(lora=LoraOptions(rank=2)))[0].eval()
     with torch.no_grad():
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
+    return student
+
+
+def lora_images(
+    adapter: DiffusersAdapter, student: nn.Module, nfe: int, directory: Path, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Images of the base with the LoRA file of a student and its scheduler."""
     card = ModelCard("MeanFlow", str(adapter.pretrained), STEPS, SIZE, SIZE, guidance_scale=SCALE)
-    directory = export_student(adapter, student, tmp_path / "lora", card, [PlannedExport("lora", nfe)])
+    export_student(adapter, student, directory, card, [PlannedExport("lora", nfe)])
     scheduler = ExportMark.read(directory).scheduler
     assert scheduler is not None
-    pipeline = DiffusionPipeline.from_pretrained(adapter.pretrained)
+    pipeline = DiffusionPipeline.from_pretrained(adapter.pretrained, torch_dtype=dtype)
     with without_warnings():
-        add_lora(pipeline, directory)
+        if isinstance(pipeline, HunyuanImagePipeline):  # diffusers has no loader of LoRA for it
+            pipeline.transformer.load_lora_adapter(directory, prefix="transformer", weight_name=LORA_WEIGHTS)
+        else:
+            pipeline.load_lora_weights(directory, weight_name=LORA_WEIGHTS)
     pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler.from_config(scheduler["config"]))
+    return sampled(adapter, pipeline, nfe)
+
+
+@pytest.mark.parametrize("nfe", STEPS)
+def test_lora_file_on_the_base_samples_equal_the_student(adapter: DiffusersAdapter, nfe: int, tmp_path: Path) -> None:
+    student = build_lora(adapter)
     expected = any_step_images(adapter, student, adapter.stock_source(student, SIZE, SIZE).grid(nfe))
-    torch.testing.assert_close(sampled(adapter, pipeline, nfe), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lora_images(adapter, student, nfe, tmp_path / "lora"), expected, rtol=0, atol=1e-5)
     assert expected.std() > 1e-3
 
 
-def add_lora(pipeline: DiffusionPipeline, directory: Path) -> None:
-    """diffusers has no loader of LoRA for the pipeline of HunyuanImage 2.1."""
-    if isinstance(pipeline, HunyuanImagePipeline):
-        pipeline.transformer.load_lora_adapter(directory, prefix="transformer", weight_name=LORA_WEIGHTS)
-    else:
-        pipeline.load_lora_weights(directory, weight_name=LORA_WEIGHTS)
-
-
-@pytest.mark.parametrize("nfe", [1, 4])
-def test_stock_pipeline_in_bfloat16_is_as_accurate_as_the_student(adapter: DiffusersAdapter, nfe: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "nfe"), [("stock", 1), ("stock", 4), ("lora", 4)])
+def test_exports_in_bfloat16_are_as_accurate_as_the_student(
+    adapter: DiffusersAdapter, form: str, nfe: int, tmp_path: Path
+) -> None:
     """Compared with the student whose network, encoders, autoencoder and latents are in bfloat16 as well."""
-    student = build(adapter)
+    student = build(adapter) if form == "stock" else build_lora(adapter)
     source = adapter.stock_source(student, SIZE, SIZE)
-    grid = source.grid(nfe)
-    save_stock_student(source, nfe, time_updates(source, nfe), tmp_path / "stock")
-    expected = any_step_images(adapter, student, grid)
+    if form == "stock":
+        save_stock_student(source, nfe, time_updates(source, nfe), tmp_path / form)
+        images = stock_images(adapter, tmp_path / form, nfe, torch.bfloat16)
+    else:
+        images = lora_images(adapter, student, nfe, tmp_path / form, torch.bfloat16)
+    expected = any_step_images(adapter, student, source.grid(nfe))
     half = load_adapter(str(adapter.pretrained), torch_dtype="bfloat16")
-    rounded = any_step_images(half, copy.deepcopy(student).bfloat16(), grid, torch.bfloat16)
-    stock = stock_images(adapter, tmp_path / "stock", nfe, torch.bfloat16)
-    error, own_error = ((images - expected).abs().mean().item() for images in (stock, rounded))
+    rounded = any_step_images(half, copy.deepcopy(student).bfloat16(), source.grid(nfe), torch.bfloat16)
+    error, own_error = ((each - expected).abs().mean().item() for each in (images, rounded))
     assert 0 < error <= 1.5 * own_error
 
 

@@ -61,6 +61,19 @@ def test_updated_embedder_has_the_targets_in_16_bits(embedder: TimestepEmbedding
 
 
 @torch.no_grad()
+def test_factors_can_be_rounded_to_bfloat16(embedder: TimestepEmbedding) -> None:
+    """As pipelines in bfloat16 do; the hidden vectors are nearly parallel."""
+    embedder.linear_1.weight.mul_(0.005)
+    grid = step_grid(8, 3.0) * 1000
+    update = solve(embedder, grid[:-1], embedder(flux_features(grid[1:], torch.float32)))
+    assert update.condition_number > 50
+    exact, rounded = (b.double() @ a.double() for a, b in ((update.A, update.B), (update.A.bfloat16(), update.B.bfloat16())))
+    assert (rounded - exact).norm() < torch.finfo(torch.bfloat16).eps * exact.norm()
+    scale = update.A.norm().square().item()
+    torch.testing.assert_close(update.A @ update.A.T, update.B.T @ update.B, rtol=0, atol=1e-4 * scale)
+
+
+@torch.no_grad()
 def test_update_is_zero_if_the_embedder_has_the_targets_already(embedder: TimestepEmbedding) -> None:
     timesteps = torch.tensor([1000.0, 500.0])  # exact in 16 bits
     update = solve(embedder, timesteps, embedder(flux_features(timesteps, torch.float32)))
