@@ -157,7 +157,9 @@ class TeacherStudentBase(LightningModule, ABC):
         self.smooth_time_report: SmoothTimeReport | None = None
         self.strict_loading = False  # checkpoints leave the frozen networks out
         adapter.stochastic_sampling = self.stochastic_sampling
-        self.encoder = BatchEncoder(adapter, self._current_device, cache_latents)
+        self.encoder = BatchEncoder(
+            adapter, self._current_device, cache_latents, lambda flag, device: self.networks.any_process(flag, device)
+        )
         self.networks = Networks(adapter, guidance, self.encoder.null_condition, caption_dropout, self.stochastic_sampling)
         self.metrics = nn.ModuleDict({str(nfe): copy.deepcopy(metric) for nfe in validation.nfe} if metric else {})
         self.evaluator = Evaluator(

@@ -43,16 +43,25 @@ class BatchEncoder:
         adapter: Teacher family, which holds the text encoders and the autoencoder.
         device: Function that returns the device of the networks.
         cache_latents: Whether to cache the latents of each training image in memory.
+        any_process: Function that returns whether a flag is set in any process that shares sharded networks, as
+            `Networks.any_process`. Without it the flag itself counts.
 
     Attributes:
         trains_text_encoders: Whether the text encoders train; otherwise the empty prompt is encoded once.
         encoded: Data whose batches hold conditions, or None.
     """
 
-    def __init__(self, adapter: ModelAdapter, device: Callable[[], torch.device], cache_latents: bool = False) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        device: Callable[[], torch.device],
+        cache_latents: bool = False,
+        any_process: Callable[[bool, torch.device], bool] = lambda flag, _: flag,
+    ) -> None:
         self.adapter = adapter
         self.device = device
         self.cache_latents = cache_latents
+        self.any_process = any_process
         self.trains_text_encoders = False
         self.encoded: EncodedData | None = None
         self._latent_cache: dict[int, Tensor] = {}
@@ -89,8 +98,11 @@ class BatchEncoder:
     @torch.no_grad()
     def _encode_images(self, batch: Batch, training: bool) -> Tensor:
         indices = batch["index"].tolist() if self.cache_latents and training else []
-        if indices and all(index in self._latent_cache for index in indices):
-            return torch.stack([self._latent_cache[index] for index in indices])
+        known = [self._latent_cache[index] for index in indices if index in self._latent_cache]
+        complete = bool(indices) and len(known) == len(indices)
+        # DeepSpeed gathers and traces the autoencoder: all processes encode, or none.
+        if indices and not self.any_process(not complete, self.device()):
+            return torch.stack(known)
         # The memory order decides which random number goes to which entry: it must not depend on the origin of the latents.
         latents = self.adapter.encode_images(batch["image"]).contiguous()
         self._latent_cache.update(zip(indices, latents.unbind() if indices else (), strict=True))
