@@ -4,15 +4,18 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.schedulers import scheduling_flow_match_euler_discrete
+from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_distill.callbacks.images import unique_prompts
 from lightning_distill.commands.config_files import shipped_configs
+from lightning_distill.commands.generation import sample
 from lightning_distill.commands.main import main
 from lightning_distill.data.shapes import CATEGORIES
 from lightning_distill.data.shapes_datamodule import evaluation_prompts
@@ -161,6 +164,20 @@ def test_saved_and_shipped_student_sample_the_same_images(
         prompts = ["a red circle", "a green square above a blue circle"]
         images.append(pipeline(prompts, latents=layout(noises[0]), **settings).images)
     torch.testing.assert_close(*images, rtol=0, atol=2e-5)
+
+
+def test_sample_uses_the_stock_form_of_the_shipped_student(saved_student: Path, tmp_path: Path) -> None:
+    """For numbers of steps with a time update; the image has what the prompt says."""
+    prompt = "a red circle and a blue square"
+    main(["sample", "--pipeline", "shapes-student", "--prompt", prompt, "--nfe", "4", "--out", str(tmp_path / "x.png")])
+    image = torch.from_numpy(np.array(Image.open(tmp_path / "x.png"))).permute(2, 0, 1)[None] / 255
+    assert prompt_accuracy(image, [prompt])["overall"] == 1
+    saved = FluxPipeline.from_pretrained(saved_student)
+    saved.load_lora_weights(saved_student, weight_name="time_update_4.safetensors")
+    expected = sample(saved, [prompt], nfe=4, arguments={})
+    assert (image - expected).abs().max() < 1.01 / 255
+    other = sample(load_shipped_student("shapes-student"), [prompt], nfe=4)
+    assert (image - other).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("directory", [TEACHER, STUDENT])

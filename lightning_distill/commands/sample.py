@@ -18,8 +18,11 @@ from lightning_distill.commands.pipelines import load_pipeline
 from lightning_distill.commands.student_choice import DEFAULT_NFE, STOCK, Choice, choose_export, steps_of
 from lightning_distill.data.prompts import read_prompts
 from lightning_distill.errors import ConfigurationError
+from lightning_distill.export.shipped import STEPS, stock_form
 from lightning_distill.paths import expand_path
-from lightning_distill.teachers.registry import SHIPPED
+from lightning_distill.students.few_step import FewStepPipeline
+from lightning_distill.teachers.registry import SHIPPED, resolve_pretrained
+from lightning_distill.teachers.shipped import has_shared_components
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,7 +50,7 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
         print(f"generates with {choice.name}")
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
-    pipeline = _load(arguments, choice, loras)
+    pipeline = _load(arguments, choice, loras, nfe)
     if isinstance(pipeline, DiffusionPipeline):
         pipeline.set_progress_bar_config(disable=True)
     distilled = [mark for mark in marks if mark.kind in STOCK]
@@ -120,15 +123,20 @@ def _choice(arguments: argparse.Namespace, loras: Sequence[WeightFile]) -> Choic
     return Choice(arguments.base, None)
 
 
-def _load(arguments: argparse.Namespace, choice: Choice, loras: Sequence[WeightFile]) -> DiffusionPipeline | PreTrainedModel:
+def _load(
+    arguments: argparse.Namespace, choice: Choice, loras: Sequence[WeightFile], nfe: int
+) -> DiffusionPipeline | PreTrainedModel:
     base = None if arguments.base is None else expand_path(arguments.base, "--base")
-    return load_pipeline(
+    pipeline = load_pipeline(
         None if arguments.pipeline is None else choice.name,
         arguments.trust_remote_code,
         DTYPES[arguments.torch_dtype],
         base,
         loras,
     )
+    if nfe in STEPS and isinstance(pipeline, FewStepPipeline) and has_shared_components(Path(resolve_pretrained(choice.name))):
+        return stock_form(choice.name, pipeline, nfe)
+    return pipeline
 
 
 def build_parser(name: str = "sample") -> argparse.ArgumentParser:
