@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lightning_distill.commands.config_files import config_directory, flatten, shipped_configs
 from lightning_distill.commands.main import main
+from lightning_distill.export.mark import ExportMark
 from tests.teachers.hunyuan_image3.tiny_pipeline import save_stand_in
 from tests.tiny import FLUX_DEV_SHIFT, PROMPTS, save_tiny_pipeline
 
@@ -204,10 +205,7 @@ def test_two_steps_of_lora_on_the_cpu(tmp_path, images):
     assert not [name for name in state if not any(part in name for part in trained)]
     assert all(value.any() for name, value in state.items() if name.startswith("networks.student.") and "lora_B" in name)
     assert all(value.dtype == torch.float32 for name, value in state.items() if "lora_" in name)
-    (weights,) = (run / "student" / "transformer").glob("*.safetensors")
-    assert not [name for name in load_file(weights) if "lora" in name]
-    pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
-    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1
+    assert_lora_samples(run, teacher)
 
 
 def test_two_steps_of_meanflow_on_the_cpu(tmp_path, images):
@@ -221,15 +219,14 @@ def test_two_steps_of_meanflow_on_the_cpu(tmp_path, images):
     assert (run / "images.png").is_file()
     assert json.loads((run / "summary.json").read_text())["diversity"].keys() == {"student", "teacher"}
 
-    (weights,) = (run / "student" / "transformer").glob("*.safetensors")
+    (weights,) = (run / "student" / "any_step" / "transformer").glob("*.safetensors")
     before = load_file(next((Path(teacher) / "transformer").glob("*.safetensors")))
     after = load_file(weights)
     matrices = [name for name in before if "blocks." in name and before[name].ndim == 2]
     moved = [name for name in matrices if (after[name].float() != before[name].to(torch.bfloat16).float()).any()]
     assert moved == matrices
 
-    pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
-    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1
+    assert_samples(run)
 
 
 @pytest.mark.parametrize("name", ["dmd2", "tdm"])
@@ -245,6 +242,7 @@ def test_two_steps_from_prompts_on_the_cpu(tmp_path, name):
         ]
     )
     assert_trained(tmp_path / "runs" / f"flux_{name}", {"networks.student", "matching.critic"})
+    assert_samples(tmp_path / "runs" / f"flux_{name}")
 
 
 def test_two_steps_of_ladd_on_the_cpu(tmp_path, images):
@@ -253,11 +251,38 @@ def test_two_steps_of_ladd_on_the_cpu(tmp_path, images):
     few = ("--model.layers=[0,1]", "--model.student.lora.rank=2", "--trainer.accumulate_grad_batches=1")
     two_steps("flux_ladd.yaml", teacher, images, *few, "--model.validation.nfe=[1,2]")
     assert_trained(tmp_path / "runs" / "flux_ladd", {"networks.student", "heads"})
+    assert_lora_samples(tmp_path / "runs" / "flux_ladd", teacher)
 
 
 def network_paths(names: Iterable[str]) -> set[str]:
     """Paths of the networks that names of weights belong to; the discriminator heads have no parent."""
     return {".".join(name.split(".")[: 1 if name.startswith("heads.") else 2]) for name in names}
+
+
+def assert_samples(run: Path) -> None:
+    """The student samples as a pipeline for any number of steps, and as a stock pipeline."""
+    folder = run / "student"
+    pipeline = DiffusionPipeline.from_pretrained(folder / "any_step", torch_dtype=torch.bfloat16, trust_remote_code=True)
+    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1
+    (stock,) = folder.glob("stock_*")
+    mark = ExportMark.read(stock)
+    assert mark.nfe is not None
+    pipeline = DiffusionPipeline.from_pretrained(stock, torch_dtype=torch.bfloat16)
+    settings = {"num_inference_steps": mark.nfe[0], "height": 32, "width": 32, **mark.arguments}
+    assert len(pipeline(PROMPTS[0], **settings).images) == 1
+
+
+def assert_lora_samples(run: Path, teacher: str) -> None:
+    """The LoRA files of all numbers of steps load over the teacher and sample."""
+    exports = sorted((run / "student").glob("lora_*"))
+    assert exports
+    for export in exports:
+        pipeline = DiffusionPipeline.from_pretrained(teacher, torch_dtype=torch.bfloat16)
+        pipeline.load_lora_weights(export)
+        mark = ExportMark.read(export)
+        assert mark.nfe is not None
+        settings = {"num_inference_steps": mark.nfe[0], "height": 32, "width": 32, **mark.arguments}
+        assert len(pipeline(PROMPTS[0], **settings).images) == 1
 
 
 def assert_trained(run: Path, networks: set[str]) -> None:
@@ -266,5 +291,3 @@ def assert_trained(run: Path, networks: set[str]) -> None:
     assert network_paths(checkpoint["state_dict"]) == networks
     assert all(auxiliary["state"] for auxiliary in checkpoint["auxiliary_optimizers"].values())
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-    pipeline = DiffusionPipeline.from_pretrained(run / "student", torch_dtype=torch.bfloat16, trust_remote_code=True)
-    assert len(pipeline(PROMPTS[0], num_inference_steps=2, height=32, width=32).images) == 1

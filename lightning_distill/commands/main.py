@@ -34,8 +34,8 @@ SUBCOMMANDS = {
     "validate": Subcommand("training", "evaluate a model on the validation data"),
     "test": Subcommand("training", "evaluate a model on the test data"),
     "predict": Subcommand("training", "generate an image for every prompt of the data"),
-    "sample": Subcommand("sample", "generate images with a pipeline directory"),
-    "export": Subcommand("export", "export the student of a checkpoint for diffusers, ComfyUI and others"),
+    "sample": Subcommand("sample", "generate images with a pipeline or an export"),
+    "export": Subcommand("export", "export the student of a checkpoint for other tools"),
     "precompute": Subcommand("precompute", "encode images and prompts once, before training"),
     "plan": Subcommand("plan", "estimate the GPU memory of a training run"),
 }

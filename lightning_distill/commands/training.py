@@ -115,6 +115,10 @@ class DistillCLI(LightningCLI):
 
     def _run(self, args: Sequence[str] | None, run: bool) -> None:
         """Parse the arguments, build the classes and run the subcommand."""
+        known = self.subcommands()
+        if run and args and args[0] in known:
+            chosen = {args[0]: known[args[0]]}
+            vars(self)["subcommands"] = lambda: chosen  # Lightning builds a parser for each of these
         with ExitStack() as self._contexts:
             super().__init__(
                 LightningModule,
