@@ -209,7 +209,7 @@ def test_later_stage_starts_from_the_shipped_student(name: str) -> None:
     main(["fit", "--config", f"shapes_dmd2_{name}.yaml", *FEW, *ONE_PROCESS, *SHORT_VALIDATION, *start])
     stage = Path("runs") / name
     assert "| Started from | shapes-student |" in (stage / "student" / "any_step" / "README.md").read_text()
-    files = (path / "transformer" / "diffusion_pytorch_model.safetensors" for path in (STUDENT, stage / "student"))
+    files = (path / "transformer" / "diffusion_pytorch_model.safetensors" for path in (STUDENT, stage / "student" / "any_step"))
     before, after = map(load_file, files)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -232,7 +232,7 @@ def test_configs_of_other_methods_train(name: str) -> None:
     settings = [*FEW, *ONE_PROCESS, *SHORT_VALIDATION, "--model.init_args.validation.nfe=[1,2]"]
     main(["fit", "--config", f"shapes_{name}.yaml", *settings])
     assert set(yaml.safe_load(Path(f"{run}/summary.json").read_text())["student"]) == {"1", "2"}
-    scheduler = yaml.safe_load(Path(f"{run}/student/scheduler/scheduler_config.json").read_text())
+    scheduler = yaml.safe_load((Path(resolve_pretrained(f"{run}/student")) / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["stochastic_sampling"] == (name in ("consistency_distillation", "dmd2", "ladd", "scm"))
 
 
