@@ -61,6 +61,10 @@ def find_weights(path: str, argument: str, weight: float = 1.0) -> WeightFile:
     if not file.is_file() or file.suffix.lower() != ENDING:
         raise source.error(f"which is no {ENDING} file; give such a file, or a directory with one")
     mark = read_mark(file.parent, source)
+    if mark is not None and mark.kind == "lora_student" and argument != "--pipeline":
+        raise source.error(
+            "a student without its base, whose LoRA alone is incomplete; set --pipeline to it, and --base to its base"
+        )
     if mark is not None:
         check_digests(file.parent, source)
     try:

@@ -129,6 +129,7 @@ def _check_inputs(model: LightningModule, data: LightningDataModule) -> tuple[Mo
             "subclass of ResumableData"
         )
     model.adapter.check()
+    model.adapter.check_teacher()
     check_image_sizes(model.adapter, model.validation, data)
     return model.adapter, data
 

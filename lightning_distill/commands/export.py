@@ -73,6 +73,9 @@ def join_lists(arguments: Sequence[str]) -> list[str]:
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
+        option, _, value = argument.partition("=")
+        if option in LISTS and value and value[0] not in "[{":
+            argument = f"{option}=[{value}]"
         words: list[str] = []
         while argument in LISTS and remaining and not remaining[0].startswith(("-", "[")):
             words.append(remaining.pop(0))

@@ -15,12 +15,21 @@ from lightning_distill.commands.base_pipelines import WeightFile, find_weights
 from lightning_distill.commands.generation import generate
 from lightning_distill.commands.image_output import check_output, write_directory, write_grid
 from lightning_distill.commands.pipelines import load_pipeline
-from lightning_distill.commands.student_choice import DEFAULT_NFE, STOCK, Choice, choose_export, steps_of
+from lightning_distill.commands.student_choice import (
+    DEFAULT_NFE,
+    STOCK,
+    Choice,
+    check_students,
+    choose_export,
+    read_mark,
+    steps_of,
+)
 from lightning_distill.data.prompts import read_prompts
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.shipped import STEPS, stock_form
 from lightning_distill.paths import expand_path
 from lightning_distill.students.few_step import FewStepPipeline
+from lightning_distill.teachers.pipeline_source import PipelineSource
 from lightning_distill.teachers.registry import SHIPPED, resolve_pretrained
 from lightning_distill.teachers.shipped import has_shared_components
 
@@ -44,6 +53,7 @@ def main(argv: Sequence[str], name: str = "sample") -> None:
     loras = [_lora(each) for each in arguments.lora]
     choice = _choice(arguments, loras)
     named = {f"{each.source.setting} {each.source.value!r}": each.mark for each in loras}
+    check_students({f"--pipeline {choice.name!r}": choice.mark, **named}, len(loras))
     nfe = steps_of(arguments.nfe, {f"--pipeline {choice.name!r}": choice.mark, **named})
     marks = [mark for mark in (choice.mark, *named.values()) if mark is not None]
     if choice.name != arguments.pipeline and arguments.pipeline is not None:
@@ -120,6 +130,11 @@ def _choice(arguments: argparse.Namespace, loras: Sequence[WeightFile]) -> Choic
         return choose_export(expand_path(arguments.pipeline, "--pipeline"), arguments.nfe)
     if not loras or arguments.base is None:
         raise ConfigurationError("there is no --pipeline; set it, or set --base and --lora to a pipeline and LoRA files for it")
+    mark = read_mark(Path(expand_path(arguments.base, "--base")), PipelineSource("--base", arguments.base))
+    if mark is not None and mark.kind == "stock":
+        raise ConfigurationError(
+            f"--base is {arguments.base!r}, a few-step student; give it as --pipeline, or set --base to the base of the LoRA"
+        )
     return Choice(arguments.base, None)
 
 

@@ -82,6 +82,28 @@ def _exports(directory: Path, source: PipelineSource) -> Mapping[Path, ExportMar
     return {path: mark for path, mark in found.items() if mark is not None and mark.kind in PREFERENCE}
 
 
+def check_students(marks: Mapping[str, ExportMark | None], loras: int) -> None:
+    """Check that there is one student at most, and as many LoRA files beside it as its teacher had merged.
+
+    Args:
+        marks: `export.json` of pipeline and LoRA by the argument that names them.
+        loras: Number of `--lora`.
+
+    Raises:
+        ConfigurationError: If not.
+    """
+    students = {argument: mark for argument, mark in marks.items() if mark is not None and mark.kind in STOCK}
+    if len(students) > 1:
+        raise ConfigurationError(
+            f"{' and '.join(students)} are few-step students, which do not add up; give one of them, beside LoRA of other kinds"
+        )
+    for argument, mark in students.items():
+        beside = loras - argument.startswith("--lora")
+        if beside < len(mark.base_lora):
+            needed = " and ".join(f"--lora {each['path']} {each['weight']:g}" for each in mark.base_lora)
+            raise ConfigurationError(f"{argument} is a student of a base with LoRA; give {needed} as well")
+
+
 def steps_of(nfe: int | None, marks: Mapping[str, ExportMark | None]) -> int:
     """Number of steps: the given one, or the one that the exports are for.
 

@@ -102,6 +102,7 @@ def plan_exports(
             f"{prefix}lora is unmerged, but model.student.lora is null; set {prefix}lora to merged, or model.student.lora to "
             "LoRA options"
         )
+    _check_use(options, prefix, name)
     obstacle = adapter.stock_obstacle(student)
     steps = sorted(validated if options.nfe is None else options.nfe)
     if options.formats is None:
@@ -132,6 +133,21 @@ def plan_exports(
         )
     _check_layouts(planned, adapter, student)
     return planned
+
+
+def _check_use(options: FormatOptions, prefix: str, name: str) -> None:
+    """Check that the options are those of formats that are written."""
+    unmerged = options.lora == "unmerged"
+    if unmerged and options.formats is not None and "any_step" not in options.formats:
+        raise ConfigurationError(
+            f"{prefix}lora is unmerged, a form of any_step, but {name} is {list(options.formats)}; leave {prefix}lora out"
+        )
+    only_any_step = options.formats == ("any_step",) or (options.formats is None and unmerged)
+    if only_any_step and options.nfe is not None:
+        raise ConfigurationError(
+            f"{prefix}nfe is {list(options.nfe)}, but the only export, any_step, is for any number of steps; leave {prefix}nfe "
+            "out, or add a format"
+        )
 
 
 def _check_layouts(planned: Sequence[PlannedExport], adapter: ModelAdapter, student: StudentOptions) -> None:

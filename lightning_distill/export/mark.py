@@ -1,15 +1,13 @@
 """`export.json`, which identifies a directory as an export of this package and says how to use it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_distill import __version__
-
-MARK = "export.json"
-"""File that identifies a directory as an export of this package."""
+from lightning_distill.teachers.student_exports import MARK
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,7 @@ class ExportMark:
         nfe: Numbers of steps that the export is for; None for any number.
         method: Name of the method that trained the network.
         base_model: Name or hub id of the pipeline that a LoRA or a single transformer is used with.
+        base_lora: "path" and "weight" of each LoRA that has to be merged into that pipeline first, since the teacher had it.
         arguments: Arguments of the pipeline besides prompt, steps and size, such as `guidance_scale`.
         height: Default height of an image in pixels; None for the default of the pipeline.
         width: Default width of an image in pixels; None for the default of the pipeline.
@@ -31,6 +30,7 @@ class ExportMark:
     nfe: tuple[int, ...] | None = None
     method: str = ""
     base_model: str | None = None
+    base_lora: Sequence[Mapping[str, Any]] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     height: int | None = None
     width: int | None = None

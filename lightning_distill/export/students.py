@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
 from lightning_distill.export.directory import complete_export, replace_directory
-from lightning_distill.export.formats import FormatOptions, PlannedExport
+from lightning_distill.export.formats import LORA_FORMATS, FormatOptions, PlannedExport
 from lightning_distill.export.lora_extraction import extract_lora, linear_layers
 from lightning_distill.export.lora_layers import LoraLayers, lora_layers_of, save_lora_file
 from lightning_distill.export.mark import ExportMark
@@ -276,6 +276,9 @@ class StudentExporter:
         mark = {
             "nfe": None if planned.nfe is None else (planned.nfe,),
             "base_model": None if planned.format == "stock" else base_name(self.card.teacher),
+            "base_lora": [{"path": each.name, "weight": each.weight} for each in self.card.teacher_lora]
+            if planned.format in LORA_FORMATS
+            else [],
             "arguments": arguments,
             "height": self.card.height,
             "width": self.card.width,

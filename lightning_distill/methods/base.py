@@ -291,6 +291,8 @@ class TeacherStudentBase(LightningModule, ABC):
         self.encoder.reset()
         self.evaluator.reset()
         self.adapter.check()
+        if stage == "fit":
+            self.adapter.check_teacher()
         self.check_student(self.student_options)
         for options in self.auxiliary_students().values():
             self.check_student(options)

@@ -38,6 +38,7 @@ from lightning_distill.teachers.smooth_time import SmoothTimeReport
 from lightning_distill.teachers.stock_student import StockSource
 from lightning_distill.teachers.stored_encoders import meta_encoder
 from lightning_distill.teachers.student import build_student, check_pretrained, lora_config, student_config
+from lightning_distill.teachers.student_exports import check_no_student
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 from lightning_distill.teachers.teacher_lora import TeacherLora
 from lightning_distill.teachers.usage import DIFFUSERS_CODE, DIFFUSERS_CODE_WITHOUT_LOADER, ExportCode
@@ -146,6 +147,17 @@ class DiffusersAdapter(ModelAdapter):
                 f"adapter.max_sequence_length is {self.max_sequence_length}, but {name!r} has no {tokenizer} to pad prompts; "
                 "set it to null"
             )
+
+    def check_teacher(self) -> None:
+        """Check that pipeline and LoRA are no exports of few-step students; `check` comes first.
+
+        Raises:
+            ConfigurationError: If one is, so that it has no velocities at most times.
+        """
+        if self.location.directory is not None:
+            check_no_student(self.location.directory, self.location.source)
+        for each in self.lora:
+            check_no_student(each.file().parent, each.source)
 
     @property
     def location(self) -> PipelineLocation:

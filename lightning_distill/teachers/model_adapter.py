@@ -94,6 +94,13 @@ class ModelAdapter(nn.Module, ABC):
             ConfigurationError: If the settings cannot work.
         """
 
+    def check_teacher(self) -> None:
+        """Check that what is distilled is no few-step student itself; families without stock exports of students accept all.
+
+        Raises:
+            ConfigurationError: If it is one.
+        """
+
     def check_image_size(self, height: int, width: int) -> None:
         """Check an image size before anything is loaded; families whose sizes only a loaded checkpoint knows accept all.
 

@@ -14,6 +14,7 @@ from lightning_distill.teachers.component_files import check_component
 from lightning_distill.teachers.pipeline_files import check_digests
 from lightning_distill.teachers.pipeline_location import PipelineLocation
 from lightning_distill.teachers.smooth_time import SmoothTimeReport, refit_embedders
+from lightning_distill.teachers.student_exports import check_start
 from lightning_distill.teachers.student_options import LoraOptions, StudentOptions
 
 
@@ -129,12 +130,13 @@ def check_pretrained(options: StudentOptions, network_class: type[TwoTimeModel],
         )
     location = PipelineLocation(str(pretrained), None, None, "student.pretrained")
     if location.directory is not None:
+        check_start(location.directory, location.source)
         check_digests(location.directory, location.source)
     stored = location.read_config(network_class, "transformer/config.json", subfolder="transformer")
     if options.interval_embedding != "none" and stored.get("interval_embedding", "none") == "none":
         raise ConfigurationError(
-            f"student.pretrained is {pretrained!r}, whose transformer has one time input, so it is a teacher; set it to an "
-            "export of ExportPipeline, or to null to start from the teacher"
+            f"student.pretrained is {pretrained!r}, whose transformer has one time input, so it is a teacher or a stock "
+            "export; set it to an export as any_step, or to null to start from the teacher"
         )
     defaults = {"interval_embedding": "none", "time_frequency_bound": None, "rescaled_time": False, "policy_points": 1}
     for name, value in defaults.items():

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_distill.commands.sample import main
 from lightning_distill.data.image_folder import ImageFolder
 from lightning_distill.errors import ConfigurationError
 from lightning_distill.export.card import ModelCard
-from lightning_distill.export.formats import TOOLS, FormatOptions
+from lightning_distill.export.formats import TOOLS, FormatOptions, PlannedExport
 from lightning_distill.export.lora_layers import save_lora_file
 from lightning_distill.export.mark import MARK, ExportMark
 from lightning_distill.export.single_file import save_single_file
@@ -68,6 +69,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ExportMark("any_step").write(any_step)
     save_lora(directory / "lora", ExportMark("lora", (3,), base_model=str(teacher), scheduler=SCHEDULER))
     save_lora(directory / "style", seed=1)
+    needed = [{"path": "style.safetensors", "weight": 0.5}]
+    save_lora(directory / "of_style", ExportMark("lora", (3,), base_model=str(teacher), base_lora=needed, scheduler=SCHEDULER))
+    save_lora(directory / "unmerged", ExportMark("lora_student"))
     return {path.name: path for path in directory.iterdir()}
 
 
@@ -108,8 +112,13 @@ def test_another_number_of_steps_names_those_of_the_export(exports: dict[str, Pa
         ) as error:
             sampled(tmp_path / "x.png", argument, exports[name], "--nfe", "8")
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigurationError, match=r"another export is for 2 steps, but --lora .* is a student for 3 steps"):
-        sampled(tmp_path / "x.png", "--pipeline", exports["stock"], "--lora", exports["lora"])
+
+
+def test_two_students_raise(exports: dict[str, Path], tmp_path: Path) -> None:
+    for base in (["--pipeline", exports["stock"]], ["--base", exports["teacher"], "--lora", exports["of_style"]]):
+        with pytest.raises(ConfigurationError, match=r"^--\w+ '.*' and --lora '.*' are few-step students") as error:
+            sampled(tmp_path / "x.png", *base, "--lora", exports["lora"])
+        assert "\n" not in str(error.value)
 
 
 def test_guidance_of_a_stock_export_is_built_in(exports: dict[str, Path], tmp_path: Path) -> None:
@@ -255,8 +264,14 @@ def test_a_lora_student_of_a_teacher_with_lora_needs_both(exports: dict[str, Pat
     with pytest.raises(ConfigurationError, match=rf"the student of a base with LoRA; give --lora {re.escape(file)} 0\.5"):
         sampled(tmp_path / "x.png", *arguments)
     image = sampled(tmp_path / "x.png", *arguments, "--lora", style, "0.5")
-    expected = sample_images(adapter, student, ["a circle"], 3)[0]
-    check_equal(image, (expected * 255).round().permute(1, 2, 0))
+    expected = (sample_images(adapter, student, ["a circle"], 3)[0] * 255).round().permute(1, 2, 0)
+    check_equal(image, expected)
+
+    export_student(adapter, student, tmp_path / "lora", replace(card, teacher_lora=adapter.lora), [PlannedExport("lora", 3)])
+    arguments = ["--pipeline", tmp_path / "lora", "--base", exports["teacher"]]
+    with pytest.raises(ConfigurationError, match=rf"a student of a base with LoRA; give --lora {re.escape(file)} 0\.5 as well"):
+        sampled(tmp_path / "x.png", *arguments)
+    check_equal(sampled(tmp_path / "x.png", *arguments, "--lora", style, "0.5"), expected)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +285,10 @@ def test_a_lora_student_of_a_teacher_with_lora_needs_both(exports: dict[str, Pat
         (["--pipeline", "teacher", "--lora", "nothing"], "which is no .safetensors file"),
         (["--pipeline", "teacher", "--lora", "several"], "a directory with 0 .safetensors files; give one file"),
         (["--pipeline", "teacher", "--base", "teacher"], "is a complete pipeline; leave --base out"),
+        (["--base", "stock", "--lora", "style"], "--base is 'stock', a few-step student; give it as --pipeline"),
+        (["--pipeline", "teacher", "--lora", "unmerged"], "whose LoRA alone is incomplete; set --pipeline to it"),
+        (["--pipeline", "of_style"], "a student of a base with LoRA; give --lora style.safetensors 0.5 as well"),
+        (["--base", "teacher", "--lora", "of_style"], "a student of a base with LoRA; give --lora style.safetensors 0.5 as"),
         (["--base", "nowhere", "--lora", "style"], "needs its base, which cannot be loaded"),
     ],
 )

@@ -206,6 +206,8 @@ def test_several_formats_of_a_checkpoint(run: Path, tmp_path: Path) -> None:
         (["--format", "lora"], "format has lora, but the student has no LoRA; set rank to extract one"),
         (["--format", "stock", "--nfe", "0"], r"nfe is \[0\]; give different numbers of steps of at least 1"),
         (["--format", "stock", "--rank", "4"], "rank is 4, but no LoRA is extracted"),
+        (["--format", "any_step", "--nfe", "3"], r"nfe is \[3\], but the only export, any_step, is for any number of steps"),
+        (["--format", "stock", "--format=stok"], "format has 'stok'; did you mean stock?"),
         (["--format", "kohya", "--rank", "4"], "format kohya is not possible for FluxTransformer2DModel"),
     ],
 )
