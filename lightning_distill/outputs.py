@@ -13,7 +13,8 @@ from lightning_distill.errors import ConfigurationError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FAILED = {errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENODEV}
-_TEXT_OF_FULL = re.compile(r"No space left on device|Disk quota exceeded")  # safetensors raises an error without an errno
+_TEXT_OF_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+_TEXT_OF_CODE = re.compile(r"I/O error: (.*) \(os error (\d+)\)")  # safetensors raises an error without an errno
 _PREFIX = ".probe-"
 _PROBE = bytes(4096)  # a full disk may still accept empty files
 
@@ -83,16 +84,17 @@ def storage_error(error: BaseException, path: str | Path | None = None) -> Stora
     while cause is not None:
         if isinstance(cause, StorageError):
             return cause
-        code = cause.errno if isinstance(cause, OSError) else None
+        text = _TEXT_OF_CODE.search(str(cause))
+        code, reason = (int(text[2]), text[1]) if text else (getattr(cause, "errno", None), getattr(cause, "strerror", None))
         if code in _FULL or _TEXT_OF_FULL.search(str(cause)):
             place = path or getattr(cause, "filename", None)
             return StorageError(
                 f"no space left on the disk{f' of {str(place)!r}' if place else ''}; free some space, or set another output "
                 "directory"
             )
-        if code in _FAILED and isinstance(cause, OSError):
-            place = path or cause.filename or "an output"
-            return StorageError(f"{str(place)!r}: {(cause.strerror or str(cause)).lower()}; check its disk")
+        if code in _FAILED:
+            place = path or getattr(cause, "filename", None) or "an output"
+            return StorageError(f"{str(place)!r}: {(reason or str(cause)).lower()}; check its disk")
         cause = cause.__cause__ or cause.__context__
     return None
 

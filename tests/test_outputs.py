@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lightning_distill.errors import ConfigurationError, StorageError
@@ -119,6 +120,8 @@ def test_atomic_files_replace_leftovers(tmp_path):
 def test_errors_of_a_disk_name_their_file():
     failed = storage_error(OSError(errno.EIO, "Input/output error", "runs/a"))
     assert str(failed) == "'runs/a': input/output error; check its disk"
+    serialized = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    assert str(storage_error(serialized, "student")) == "'student': file too large; check its disk"
     wrapped = RuntimeError("a step failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert "no space left on the disk; free" in str(storage_error(wrapped))
