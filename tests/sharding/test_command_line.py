@@ -120,7 +120,7 @@ def test_run_switches_resumes_after_a_kill_exports_and_samples(strategy: str, ba
     run_command_line(tmp_path, "export", "--config", "run.yaml", *export, *lora)
     first, second = files(tmp_path / "student"), files(tmp_path / "exported")
     assert first.keys() == second.keys()
-    assert {Path(name).parts[0] for name in first} - {"export.json"} == (
+    assert {Path(name).parts[0] for name in first if "/" in name} == (
         {"any_step", "lora_1", "lora_2"} if lora else {"any_step", "stock_2"}
     )
     differing = {Path(name).name for name in first if first[name] != second[name]}
