@@ -86,6 +86,20 @@ class ExportPipeline(Callback):
         default = Path(trainer.default_root_dir) / ("student" if pl_module.has_teacher else "teacher")
         self._target = check_export_directory(self.directory or default, "ExportPipeline.directory")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that stock networks can separate the steps of the planned exports.
+
+        Raises:
+            ConfigurationError: If two steps have the same time in 16 bits.
+        """
+        for nfe in sorted({each.nfe for each in self._planned if each.nfe is not None}):
+            assert isinstance(pl_module, TeacherStudentBase), "setup checks this"
+            options = pl_module.validation
+            try:
+                pl_module.adapter.check_stock_grid(pl_module.networks.student, nfe, options.height, options.width)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"ExportPipeline.{error}") from error
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the training time in the model card."""
         self._since = time.perf_counter()

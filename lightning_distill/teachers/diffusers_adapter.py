@@ -35,7 +35,7 @@ from lightning_distill.teachers.sharded_loading import (
     stored_component,
 )
 from lightning_distill.teachers.smooth_time import SmoothTimeReport
-from lightning_distill.teachers.stock_student import StockSource
+from lightning_distill.teachers.stock_student import StepGrid, StockSource, check_grid
 from lightning_distill.teachers.stored_encoders import meta_encoder
 from lightning_distill.teachers.student import build_student, check_pretrained, lora_config, student_config
 from lightning_distill.teachers.student_exports import check_no_student
@@ -522,6 +522,11 @@ class DiffusersAdapter(ModelAdapter):
         shift = self.time_shift(self.latent_shape(height, width))
         source = self.family, self._full_pipeline, two_time(student), teacher, weights
         return StockSource(*source, shift, self.stochastic_sampling)
+
+    def check_stock_grid(self, student: nn.Module, nfe: int, height: int, width: int) -> None:
+        """Check that a stock form can have N steps for one image size."""
+        shift = self.time_shift(self.latent_shape(height, width))
+        check_grid(two_time(student), self.family, StepGrid(nfe, shift, self.stochastic_sampling))
 
     @property
     def stock_grid_is_free(self) -> bool:

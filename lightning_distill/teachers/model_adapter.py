@@ -341,6 +341,20 @@ class ModelAdapter(nn.Module, ABC):
         """
         raise self._no_stock_form_error()
 
+    def check_stock_grid(self, student: nn.Module, nfe: int, height: int, width: int) -> None:
+        """Check that a stock form can have N steps for one image size.
+
+        Args:
+            student: The student; its weights are not read.
+            nfe: Number of steps.
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+
+        Raises:
+            ConfigurationError: If there are no stock forms, or two steps have the same time in 16 bits.
+        """
+        raise self._no_stock_form_error()
+
     def _no_stock_form_error(self) -> ConfigurationError:
         return ConfigurationError(f"adapter is {type(self).__name__}, whose students have no stock form; export any_step")
 

@@ -18,7 +18,7 @@ from lightning_distill.students.few_step_components import pipeline_arguments
 from lightning_distill.students.two_time import TwoTimeEmbedding, TwoTimeModel
 from lightning_distill.teachers.pipeline_directory import meta_stock_network, remove_local_paths
 from lightning_distill.teachers.streamed_weights import Read, stream_weights, weight_stream
-from lightning_distill.teachers.time_update import TimeUpdate, merged_weight, solve_time_update
+from lightning_distill.teachers.time_update import TimeUpdate, check_separable, merged_weight, solve_time_update
 
 
 @dataclass(frozen=True)
@@ -119,22 +119,35 @@ def time_updates(source: StockSource, nfe: int) -> list[TimeUpdate]:
     student, grid = source.student, source.grid(nfe)
     if student.is_stock:
         return []
-    scheduler = stock_scheduler(source.family, grid)
-    set_steps(scheduler, source.family, nfe)
     t, r = grid.intervals()
     read = weight_stream(student).read
     updates = []
     for name, embedder in _embedders(source.teacher).items():
         first, activation, last = embedder.layers
         own = _in_memory(student, name, read)
-        timesteps = scheduler.timesteps.cpu()
-        if own.embeds_end:
-            timesteps = torch.cat([timesteps[1:], torch.zeros(1)])
+        timesteps = _fed_timesteps(own, source.family, grid)
         layer = next(path for path, part in embedder.named_modules(remove_duplicate=False) if part is last)
         features = partial(student.stock_time_features, name)
         target = own.embed_times(t, r)
         updates.append(solve_time_update(f"{name}.{layer}", first, activation, last, features, timesteps, target))
     return updates
+
+
+def check_grid(student: TwoTimeModel, family: type[FewStepPipeline], grid: StepGrid) -> None:
+    """Check that a stock pipeline separates the steps of a grid, before there are weights to export.
+
+    Args:
+        student: The student; its weights are not read.
+        family: Few-step pipeline class of the family.
+        grid: The grid.
+
+    Raises:
+        ConfigurationError: If two steps have the same time.
+    """
+    if student.is_stock:
+        return
+    for name, embedder in _embedders(student).items():
+        check_separable(partial(student.stock_time_features, name), _fed_timesteps(embedder, family, grid))
 
 
 def stock_network(source: StockSource, updates: Sequence[TimeUpdate]) -> ModelMixin:
@@ -188,6 +201,14 @@ def save_stock_student(source: StockSource, nfe: int, updates: Sequence[TimeUpda
 
 def _embedders(network: TwoTimeModel) -> dict[str, TwoTimeEmbedding]:
     return {name: part for name, part in network.named_modules() if isinstance(part, TwoTimeEmbedding)}
+
+
+def _fed_timesteps(embedder: TwoTimeEmbedding, family: type[FewStepPipeline], grid: StepGrid) -> Tensor:
+    """Timesteps (N,) in [0, 1000] of which the stock pipeline feeds the features to an embedder."""
+    scheduler = stock_scheduler(family, grid)
+    set_steps(scheduler, family, grid.nfe)
+    timesteps: Tensor = scheduler.timesteps.cpu()
+    return torch.cat([timesteps[1:], torch.zeros(1)]) if embedder.embeds_end else timesteps
 
 
 def _in_memory(student: TwoTimeModel, name: str, read: Read) -> TwoTimeEmbedding:

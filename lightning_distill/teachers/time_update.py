@@ -71,10 +71,7 @@ def solve_time_update(
     """
     if not target.isfinite().all():
         raise NonFiniteError("nothing was exported, because a time embedding is NaN or infinite; export an earlier checkpoint")
-    exact_features = features(timesteps, torch.float32)
-    fed = [(exact_features, torch.float32)]
-    for dtype in HALF_PRECISIONS:
-        fed += [(exact_features, dtype), (features(timesteps, dtype).float(), dtype)]
+    fed = _fed(features, timesteps)
     hidden = [_hidden(first, activation, values, dtype) for values, dtype in fed]
     groups, count = _group([values for values, _ in fed])
 
@@ -98,6 +95,28 @@ def solve_time_update(
             "export fewer steps, or the format any_step"
         )
     return TimeUpdate(layer, a, b, error.item(), condition)
+
+
+def check_separable(features: Features, timesteps: Tensor) -> None:
+    """Check that a stock pipeline feeds different features at all steps, in float32 and in 16 bits.
+
+    Args:
+        features: Features that the stock pipeline feeds.
+        timesteps: Timesteps (N,) of the stock scheduler in [0, 1000], float32.
+
+    Raises:
+        ConfigurationError: If two steps have the same features.
+    """
+    _group([values for values, _ in _fed(features, timesteps)])
+
+
+def _fed(features: Features, timesteps: Tensor) -> list[tuple[Tensor, torch.dtype]]:
+    """Features (N, F) of each kind of pipeline, and the dtype of its embedder; those in float32 come first."""
+    exact = features(timesteps, torch.float32)
+    fed = [(exact, torch.float32)]
+    for dtype in HALF_PRECISIONS:
+        fed += [(exact, dtype), (features(timesteps, dtype).float(), dtype)]
+    return fed
 
 
 def _hidden(first: nn.Linear, activation: nn.Module, features: Tensor, dtype: torch.dtype) -> Tensor:

@@ -100,6 +100,16 @@ def test_default_formats_of_a_run(teacher_directory: str, tmp_path: Path) -> Non
     torch.testing.assert_close(images, module.sample(PROMPTS, 4), rtol=0, atol=1e-5)
 
 
+def test_steps_that_16_bits_cannot_separate_raise_before_training(teacher_directory: str, tmp_path: Path) -> None:
+    options = ValidationOptions(nfe=(1, 500), average_velocity=False)
+    module = Regression(DiffusersAdapter(teacher_directory), validation=options)
+    module.failing_step = 0
+    with pytest.raises(
+        ConfigurationError, match=r"ExportPipeline\.nfe is 500, but steps 1 and 2 have the same time in 16 bits"
+    ):
+        fit(module, tmp_path, ExportPipeline(formats=["any_step", "stock"]))
+
+
 def test_default_formats_of_a_lora_run(teacher_directory: str, tmp_path: Path) -> None:
     student = StudentOptions(lora=LoraOptions(rank=2, alpha=3.0))
     module = Regression(DiffusersAdapter(teacher_directory), student=student, ema_decay=0.5, validation=OPTIONS)
