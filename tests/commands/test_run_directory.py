@@ -19,6 +19,7 @@ from lightning_distill.commands.run_directory import CHOSEN, DEFAULT, has_run
 from lightning_distill.commands.run_lock import LOCK
 from lightning_distill.commands.training import DistillCLI
 from lightning_distill.errors import ConfigurationError
+from tests.command_errors import error_line
 from tests.preloaded import with_package
 from tests.processes import ROOT
 from tests.toy import ToyModule
@@ -63,17 +64,6 @@ def finished(work) -> bytes:
 
 def fit(*arguments: str, config: str = "run.yaml") -> DistillCLI:
     return DistillCLI(["fit", "--config", config, *arguments])
-
-
-def error_line(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    line = errors[errors.index("error: ") :]
-    assert line.count("\n") == 1
-    return line
 
 
 def refuse(*_: object) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_distill.commands.main import main
 from lightning_distill.commands.training import DistillCLI
 from lightning_distill.teachers import LoraOptions, StudentOptions, TeacherLora
+from tests.command_errors import error_line
 from tests.teachers.lora_files import random_factors, save_lora
 from tests.tiny import load_adapter, save_tiny_pipeline
 
@@ -93,25 +94,19 @@ def test_files_with_and_without_weights(value: Any, expected: list[tuple[str, fl
     assert cli.model.adapter.lora == tuple(TeacherLora(path.format(folder=folder), weight) for path, weight in expected)
 
 
-def error_line(capsys: pytest.CaptureFixture[str], command: str, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        main([command, "--config=run.yaml", *arguments])
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    line = errors[errors.index("error: ") :]
-    assert line.count("\n") == 1
-    return line
-
-
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    missing = error_line(capsys, "fit", lora("missing.safetensors"))
+    missing = error_line(capsys, "fit", "--config=run.yaml", lora("missing.safetensors"))
     assert "model.adapter.lora is 'missing.safetensors', which is neither a file" in missing
-    misspelt = error_line(capsys, "fit", lora([{"path": "style_0.safetensors", "wieght": 1}]))
+    misspelt = error_line(capsys, "fit", "--config=run.yaml", lora([{"path": "style_0.safetensors", "wieght": 1}]))
     assert "did you mean weight?" in misspelt
-    infinite = error_line(capsys, "fit", lora([{"path": "style_0.safetensors", "weight": float("inf")}]).replace("Inf", ".inf"))
+    infinite = error_line(
+        capsys,
+        "fit",
+        "--config=run.yaml",
+        lora([{"path": "style_0.safetensors", "weight": float("inf")}]).replace("Inf", ".inf"),
+    )
     assert "weight" in infinite
-    none = error_line(capsys, "fit", "--model.student.interval_embedding=none")
+    none = error_line(capsys, "fit", "--config=run.yaml", "--model.student.interval_embedding=none")
     assert "interval_embedding is none, but" in none
 
 
@@ -128,7 +123,9 @@ def test_run_resumes_and_exports_on_the_merged_teacher(capsys: pytest.CaptureFix
     assert not torch.allclose(student[UNTRAINED], plain[UNTRAINED])
     card = Path("student/README.md").read_text()
     assert "| LoRA merged into it | style_0.safetensors (weight 0.5), style_1.safetensors (weight -1) |" in card
-    other = error_line(capsys, "export", lora("style_0.safetensors"), "--ckpt_path=last", "--directory=other")
+    other = error_line(
+        capsys, "export", "--config=run.yaml", lora("style_0.safetensors"), "--ckpt_path=last", "--directory=other"
+    )
     assert "model.adapter.lora is style_0.safetensors, and ckpt_path" in other
 
 
