@@ -27,7 +27,7 @@ class FormatOptions:
 
     Args:
         formats: Formats to write. None: "stock" for the largest N and "any_step"; for LoRA students "lora" for each N.
-        nfe: Numbers of steps N, each of which gives an export of its own, except for "any_step". None: those of validation.
+        nfe: Numbers of steps N. Each format except "any_step" has one export for each N. None: those of validation.
         rank: Rank of the LoRA that is extracted from a student without LoRA, for the LoRA formats.
         lora: Form of a LoRA student in "any_step": "merged" for full weights, "unmerged" for only the trained weights.
     """
@@ -106,6 +106,11 @@ def plan_exports(
     obstacle = adapter.stock_obstacle(student)
     steps = sorted(validated if options.nfe is None else options.nfe)
     if options.formats is None:
+        if obstacle is not None and options.nfe is not None:
+            raise ConfigurationError(
+                f"{prefix}nfe is {list(options.nfe)}, but {obstacle}, and the only export, any_step, is for any number of "
+                f"steps; leave {prefix}nfe out"
+            )
         if obstacle is not None:
             return [PlannedExport("any_step")]
         if student.lora is not None:

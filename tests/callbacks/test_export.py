@@ -110,6 +110,13 @@ def test_steps_that_16_bits_cannot_separate_raise_before_training(teacher_direct
         fit(module, tmp_path, ExportPipeline(formats=["any_step", "stock"]))
 
 
+def test_steps_of_a_policy_raise(teacher_directory: str, tmp_path: Path) -> None:
+    """Its only export is for any number of steps."""
+    module = Regression(DiffusersAdapter(teacher_directory), student=StudentOptions(policy_points=2), validation=OPTIONS)
+    with pytest.raises(ConfigurationError, match=r"ExportPipeline\.nfe is \[4\], but student\.policy_points is 2"):
+        fit(module, tmp_path, ExportPipeline(nfe=[4]))
+
+
 def test_default_formats_of_a_lora_run(teacher_directory: str, tmp_path: Path) -> None:
     student = StudentOptions(lora=LoraOptions(rank=2, alpha=3.0))
     module = Regression(DiffusersAdapter(teacher_directory), student=student, ema_decay=0.5, validation=OPTIONS)
