@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from lightning_distill.digests import write_manifest
 from lightning_distill.export.lora_layers import save_lora_file
+from lightning_distill.export.mark import MARK
 from lightning_distill.sharding.stored_weights import StoredWeights
 from lightning_distill.students.few_step import FewStepPipeline
 from lightning_distill.students.few_step_components import pipeline_arguments
@@ -45,7 +46,7 @@ def save_shipped_student(name: str, directory: str | Path) -> None:
     for nfe in STEPS:
         file = save_lora_file(as_layers(time_updates(source, nfe)), directory)
         file.replace(directory / f"time_update_{nfe}.safetensors")
-    for card in ("README.md", "export.json"):
+    for card in ("README.md", MARK):
         shutil.copyfile(shipped / card, directory / card)
     write_manifest(directory)
 

@@ -31,7 +31,7 @@ from lightning_distill.teachers.stock_student import (
     time_updates,
 )
 from lightning_distill.teachers.streamed_weights import weight_stream
-from lightning_distill.teachers.time_update import TimeUpdate
+from lightning_distill.teachers.time_update import TimeUpdate, as_layers
 
 TRANSFORMER_FILE = "transformer.safetensors"
 """File of the format "single_file"."""
@@ -207,10 +207,8 @@ class StudentExporter:
         return Written("lora_student", trained, self.card, arguments)
 
     def _stock(self, planned: PlannedExport, nfe: int, directory: Path) -> Written:
-        updates = self._time_updates(nfe)
-        source = self._merged_source
-        save_stock_student(source, nfe, updates, directory)
-        return self._written(planned, nfe, stock_network(source, updates).state_dict())
+        network = save_stock_student(self._merged_source, nfe, self._time_updates(nfe), directory)
+        return self._written(planned, nfe, network.state_dict())
 
     def _single_file(self, planned: PlannedExport, nfe: int, directory: Path) -> Written:
         network = stock_network(self._merged_source, self._time_updates(nfe))
@@ -220,7 +218,7 @@ class StudentExporter:
 
     def _lora(self, planned: PlannedExport, nfe: int, directory: Path) -> Written:
         layers, error = self._lora_layers
-        layers = layers | {update.layer: (update.A, update.B) for update in self._time_updates(nfe)}
+        layers = layers | as_layers(self._time_updates(nfe))
         if not layers:
             raise ConfigurationError("the student equals its teacher, so there is no LoRA to export; train it first")
         if planned.format == "lora":

@@ -126,7 +126,7 @@ def _check_names(file: Path, source: PipelineSource) -> None:
     if len(tools) > 1:
         first, second, *_ = tools.values()
         raise source.error(
-            f"which has names of several tools, such as {first!r} and {second!r}, of which diffusers reads one kind only; "
+            f"which mixes the names of several tools, such as {first!r} and {second!r}; diffusers reads one kind only, so "
             "convert it to diffusers' names"
         )
 

@@ -179,7 +179,7 @@ def stock_network(source: StockSource, updates: Sequence[TimeUpdate]) -> ModelMi
     return stock
 
 
-def save_stock_student(source: StockSource, nfe: int, updates: Sequence[TimeUpdate], directory: Path) -> None:
+def save_stock_student(source: StockSource, nfe: int, updates: Sequence[TimeUpdate], directory: Path) -> ModelMixin:
     """Write a student as a stock pipeline of diffusers for one number of steps.
 
     Args:
@@ -187,16 +187,20 @@ def save_stock_student(source: StockSource, nfe: int, updates: Sequence[TimeUpda
         nfe: Number of steps.
         updates: Result of `time_updates`.
         directory: Output directory; created if it does not exist.
+
+    Returns:
+        The stock transformer, on the meta device.
     """
-    family = source.family
+    family, network = source.family, stock_network(source, updates)
     replaced = {
-        "transformer": stock_network(source, updates),
+        "transformer": network,
         "scheduler": stock_scheduler(family, source.grid(nfe)),
         **family.stock_without_guidance,
     }
     stock: DiffusionPipeline = family.stock_class(**{**pipeline_arguments(source.load_pipeline()), **replaced})
     stock.save_pretrained(directory)
     remove_local_paths(directory)
+    return network
 
 
 def _embedders(network: TwoTimeModel) -> dict[str, TwoTimeEmbedding]:
@@ -204,7 +208,7 @@ def _embedders(network: TwoTimeModel) -> dict[str, TwoTimeEmbedding]:
 
 
 def _fed_timesteps(embedder: TwoTimeEmbedding, family: type[FewStepPipeline], grid: StepGrid) -> Tensor:
-    """Timesteps (N,) in [0, 1000] of which the stock pipeline feeds the features to an embedder."""
+    """Timesteps (N,) in [0, 1000] that the stock pipeline feeds to an embedder, as features."""
     scheduler = stock_scheduler(family, grid)
     set_steps(scheduler, family, grid.nfe)
     timesteps: Tensor = scheduler.timesteps.cpu()

@@ -7,7 +7,7 @@ from lightning_distill.students.lora_student import SETTINGS
 from lightning_distill.teachers.pipeline_source import PipelineSource
 
 MARK = "export.json"
-"""File that identifies a directory as an export of this package, and says of which kind it is."""
+"""File that identifies a directory as an export of this package, and names its kind."""
 _STUDENTS = ("stock", "lora", "comfyui", "kohya", "single_file")
 """Kinds of exports of a student for some numbers of steps."""
 _WHOLE = ("any_step", "stock", "teacher")

@@ -11,7 +11,7 @@ maps every :math:`h_g` to the student's embedding. Its rank is the number of dif
 The stored factors are those of the SVD of B A, which lose least when they are rounded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +185,6 @@ def merged_weight(weight: Tensor, update: TimeUpdate) -> Tensor:
     return (weight.double() + update.B.double() @ update.A.double()).float()
 
 
-def as_layers(updates: Sequence[TimeUpdate]) -> Mapping[str, tuple[Tensor, Tensor]]:
+def as_layers(updates: Sequence[TimeUpdate]) -> dict[str, tuple[Tensor, Tensor]]:
     """Factors (A, B) of updates by layer, like those of a LoRA with alpha equal to its rank."""
     return {update.layer: (update.A, update.B) for update in updates}

@@ -17,7 +17,7 @@ TIME = "time_text_embed.timestep_embedder.linear_2"
 
 @pytest.fixture(scope="module")
 def files(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two files, of which one updates a time embedder as well."""
+    """Two files; the first also updates a time embedder."""
     folder = tmp_path_factory.mktemp("lora")
     factors = [random_factors(pretrained, 0, TIME), random_factors(pretrained, 1)]
     return [save_lora(each, folder / f"{i}.safetensors") for i, each in enumerate(factors)]

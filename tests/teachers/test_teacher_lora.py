@@ -65,7 +65,7 @@ def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> f
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_teacher_equals_the_stock_pipeline_with_fused_lora(family: str, tmp_path: Path) -> None:
-    """Two files, of which one also updates the time embedder."""
+    """Two files; one also updates the time embedder."""
     directory = save_family(family, tmp_path / "teacher")
     time = TIME_LAYERS.get(family, "time_text_embed.timestep_embedder.linear_2")
     first = save_lora(random_factors(directory, 0, time), tmp_path / "first.safetensors")
