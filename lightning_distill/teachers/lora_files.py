@@ -126,7 +126,7 @@ def _check_names(file: Path, source: PipelineSource) -> None:
     if len(tools) > 1:
         first, second, *_ = tools.values()
         raise source.error(
-            f"which mixes the names of several tools, such as {first!r} and {second!r}; diffusers reads one kind only, so "
+            f"which has names of several tools, such as {first!r} and {second!r}, and diffusers reads one kind only; "
             "convert it to diffusers' names"
         )
 
